@@ -1,0 +1,48 @@
+# make demo   install, then train on real images with two workers and a service, and show what came of it
+# make test   install, then run the whole test suite
+# make check  formatting, lint, strict types, stub freshness
+# make bench  every benchmark beside its peers      make soak   the long fault rounds
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NEARKIN := -e ./protos -e ./client -e './service[cpu]' -e ./trainer
+MANIFESTS := constraints.txt $(wildcard */pyproject.toml)
+
+.PHONY: setup demo test check format stubs bench soak constraints clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(MANIFESTS)
+	@echo "installing into $(VENV) (the first time takes a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(NEARKIN)
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.measuring: $(VENV)/.developing requirements-bench.txt
+	@$(PIP) -r requirements-bench.txt
+	@touch $@
+
+test: $(VENV)/.developing
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.developing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHON=$(CURDIR)/$(BIN)/python protos/check_fresh.sh
+
+format: $(VENV)/.developing
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: $(VENV)/.developing
+	PATH=$(CURDIR)/$(BIN):$$PATH protos/generate.sh
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Push class embeddings to a nearkin service and read neighbour tables back."""

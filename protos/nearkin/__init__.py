@@ -1,0 +1,1 @@
+"""nearkin: the wire protocol of the neighbour service."""

@@ -1,0 +1,1 @@
+"""Build exact neighbour tables of class embeddings and serve them over gRPC."""

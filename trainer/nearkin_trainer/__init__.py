@@ -1,0 +1,1 @@
+"""Train metric-learning models on sparse QAConv scores against the nearest classes."""
