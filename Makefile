@@ -16,7 +16,10 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: $(MANIFESTS)
 	@echo "installing into $(VENV) (the first time takes a minute or two)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "nearkin needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(PIP) $(NEARKIN)
 	@touch $@
 
@@ -43,6 +46,17 @@ format: $(VENV)/.developing
 
 stubs: $(VENV)/.developing
 	PATH=$(CURDIR)/$(BIN):$$PATH protos/generate.sh
+
+bench: $(VENV)/.measuring
+	$(BIN)/python -m tests.bench
+
+soak: $(VENV)/.developing
+	$(BIN)/python -m pytest -m soak --timeout 7200
+
+constraints:
+	@{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,41 @@
+# The neighbour service.
+#   docker build -f docker/service.Dockerfile --target cpu -t nearkin/service .
+#   docker build -f docker/service.Dockerfile --target gpu -t nearkin/service:gpu .
+# The gpu target brings FAISS with its own CUDA 12 libraries; the host needs the NVIDIA driver and container toolkit.
+FROM docker.io/library/python:3.11-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv /opt/nearkin
+WORKDIR /src
+COPY constraints.txt ./
+COPY protos ./protos
+COPY service ./service
+
+FROM build AS build-cpu
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[cpu]'
+
+FROM build AS build-gpu
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[gpu]'
+
+FROM docker.io/library/python:3.11-slim-bookworm AS runtime
+# libgomp: FAISS's threads. The user's number is fixed so that volumes keep their owner across images.
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 >/dev/null \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin nearkin \
+    && install -d -o nearkin -g nearkin -m 0700 /data /run/nearkin
+ENV PATH=/opt/nearkin/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER nearkin
+VOLUME /data
+EXPOSE 50051 9100
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9100/readyz', timeout=2)"]
+ENTRYPOINT ["nearkin-serve"]
+# Inside its container the service listens on every address; who reaches it is decided by what is published.
+CMD ["--listen", "0.0.0.0:50051", "--insecure", "--listen", "unix:///run/nearkin/nearkin.sock", \
+     "--http", "0.0.0.0:9100", "--data-dir", "/data"]
+
+FROM runtime AS gpu
+COPY --from=build-gpu /opt/nearkin /opt/nearkin
+
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/nearkin /opt/nearkin
