@@ -1,0 +1,205 @@
+"""The two bulk messages, read and written without copying their payload through protobuf.
+
+`WriteRowsRequest` and `ReadTableResponse.block` carry megabytes behind a few header bytes. What `encode_*` returns is
+a plain protobuf message with its payload last; `decode_*` accepts *any* encoding of the message, takes the usual ones
+apart by itself and leaves the payload where it lies, and hands the rest (unknown fields, merged sub-messages, damaged
+bytes) to the generated classes. Works as gRPC (de)serialiser on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from nearkin.v1 import neighbours_pb2 as pb
+
+Buffer = bytes | bytearray | memoryview
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_INT64_SIGN = 1 << 63
+_UINT64_MASK = (1 << 64) - 1
+
+_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _PAYLOAD = 1, 2, 3, 4, 15
+_WRITE_ROWS_FIELDS = {
+    _PUSH_ID: _LENGTH,
+    _ROW_START: _VARINT,
+    _SHARED_ROW_COUNT: _VARINT,
+    _CRC32C: _FIXED32,
+    _PAYLOAD: _LENGTH,
+}
+
+_BLOCK = 2
+_COLUMN, _BLOCK_ROW_START, _BLOCK_ROW_COUNT, _BLOCK_CRC32C = 1, 2, 3, 4
+_BLOCK_FIELDS = {
+    _COLUMN: _VARINT,
+    _BLOCK_ROW_START: _VARINT,
+    _BLOCK_ROW_COUNT: _VARINT,
+    _BLOCK_CRC32C: _FIXED32,
+    _PAYLOAD: _LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WriteRows:
+    """A `WriteRowsRequest` whose `payload` still lies in the received message."""
+
+    push_id: str
+    row_start: int
+    payload: memoryview
+    crc32c: int | None = None
+    shared_row_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TableBlock:
+    """A `TableBlock` whose `payload` still lies in the received message. `column` is a `pb.TableColumn` value."""
+
+    column: int
+    row_start: int
+    row_count: int
+    crc32c: int
+    payload: memoryview
+
+
+def encode_write_rows(message: WriteRows) -> bytes:
+    """The message as protobuf bytes, the payload last; one copy."""
+    payload = message.payload.cast("B") if message.payload.nbytes else b""
+    head = pb.WriteRowsRequest(
+        push_id=message.push_id, row_start=message.row_start, shared_row_count=message.shared_row_count
+    )
+    if message.crc32c is not None:
+        head.crc32c = message.crc32c
+    return b"".join((head.SerializeToString(), _length_prefix(_PAYLOAD, len(payload)), payload))
+
+
+def decode_write_rows(data: bytes) -> WriteRows:
+    """Takes a serialised `WriteRowsRequest` apart. DecodeError: these bytes are not one."""
+    fields = _scan(memoryview(data), _WRITE_ROWS_FIELDS)
+    push_id = None if fields is None else _text(fields.get(_PUSH_ID))
+    if fields is None or push_id is None:
+        parsed = pb.WriteRowsRequest.FromString(data)
+        return WriteRows(
+            push_id=parsed.push_id,
+            row_start=parsed.row_start,
+            shared_row_count=parsed.shared_row_count,
+            crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
+            payload=memoryview(parsed.payload),
+        )
+    return WriteRows(
+        push_id=push_id,
+        row_start=_signed(fields.get(_ROW_START)),
+        shared_row_count=_signed(fields.get(_SHARED_ROW_COUNT)),
+        crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
+        payload=_bytes(fields.get(_PAYLOAD)),
+    )
+
+
+def encode_table_message(message: TableBlock | pb.TableHeader) -> bytes:
+    """A `ReadTableResponse` with this content, the payload of a block last; one copy."""
+    if isinstance(message, pb.TableHeader):
+        return pb.ReadTableResponse(header=message).SerializeToString()
+    payload = message.payload.cast("B") if message.payload.nbytes else b""
+    head = pb.TableBlock(
+        column=message.column,  # type: ignore[arg-type]
+        row_start=message.row_start,
+        row_count=message.row_count,
+        crc32c=message.crc32c,
+    ).SerializeToString() + _length_prefix(_PAYLOAD, len(payload))
+    return b"".join((_length_prefix(_BLOCK, len(head) + len(payload)), head, payload))
+
+
+def decode_table_message(data: bytes) -> TableBlock | pb.TableHeader:
+    """Takes a serialised `ReadTableResponse` apart. DecodeError: these bytes are not one, or hold neither content."""
+    outer = _scan(memoryview(data), {_BLOCK: _LENGTH}, repeats=False)
+    block = None if outer is None or _BLOCK not in outer else _scan(_bytes(outer[_BLOCK]), _BLOCK_FIELDS)
+    if block is None or _integer(block.get(_COLUMN, 0)) > 0x7F:
+        return _parse_table_message(data)
+    return TableBlock(
+        column=_integer(block.get(_COLUMN, 0)),
+        row_start=_signed(block.get(_BLOCK_ROW_START)),
+        row_count=_signed(block.get(_BLOCK_ROW_COUNT)),
+        crc32c=_integer(block.get(_BLOCK_CRC32C, 0)),
+        payload=_bytes(block.get(_PAYLOAD)),
+    )
+
+
+def _parse_table_message(data: bytes) -> TableBlock | pb.TableHeader:
+    parsed = pb.ReadTableResponse.FromString(data)
+    if parsed.WhichOneof("content") == "header":
+        return parsed.header
+    if parsed.WhichOneof("content") is None:
+        raise DecodeError("a ReadTableResponse holds neither a header nor a block")
+    block = parsed.block
+    return TableBlock(block.column, block.row_start, block.row_count, block.crc32c, memoryview(block.payload))
+
+
+def _scan(
+    data: memoryview, known: Mapping[int, int], *, repeats: bool = True
+) -> dict[int, int | memoryview] | None:
+    """Field values by number, the last of each; None for whatever the generated parser should look at instead."""
+    fields: dict[int, int | memoryview] = {}
+    position, end = 0, len(data)
+    while position < end:
+        tag, position = _varint(data, position)
+        number = tag >> 3
+        if position < 0 or known.get(number) != tag & 7 or (number in fields and not repeats):
+            return None
+        value, position = _value(data, position, tag & 7)
+        if position < 0 or position > end:
+            return None
+        fields[number] = value
+    return fields
+
+
+def _value(data: memoryview, position: int, wire_type: int) -> tuple[int | memoryview, int]:
+    if wire_type == _FIXED32:
+        return int.from_bytes(data[position : position + 4], "little"), position + 4
+    value, position = _varint(data, position)
+    if wire_type == _VARINT or position < 0:
+        return value, position
+    return data[position : position + value], position + value
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """A varint of at most ten bytes and the position behind it; position -1 where there is none."""
+    value = 0
+    for shift, byte in enumerate(data[position : position + 10]):
+        value |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return value & _UINT64_MASK, position + shift + 1
+    return 0, -1
+
+
+def _length_prefix(number: int, length: int) -> bytes:
+    prefix = bytearray([number << 3 | _LENGTH])
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return bytes(prefix)
+
+
+def _text(value: int | memoryview | None) -> str | None:
+    try:
+        return "" if value is None else str(_bytes(value), "utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _signed(value: int | memoryview | None) -> int:
+    number = 0 if value is None else _integer(value)
+    return number - (1 << 64) if number & _INT64_SIGN else number
+
+
+def _integer(value: int | memoryview) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _bytes(value: int | memoryview | None) -> memoryview:
+    if value is None:
+        return memoryview(b"")
+    assert isinstance(value, memoryview)
+    return value
