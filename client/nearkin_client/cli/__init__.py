@@ -1,0 +1,12 @@
+"""The `nearkin` command: look into a neighbour service.
+
+app.py        the commands and their options
+human.py      answers as tables for people
+machine.py    answers as JSON
+names.py      class names from a file
+export.py     neighbour tables to files
+"""
+
+from nearkin_client.cli.app import main
+
+__all__ = ["main"]

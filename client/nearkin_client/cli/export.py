@@ -1,0 +1,43 @@
+"""Neighbour tables to files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearkin_client.errors import InvalidArgument
+from nearkin_client.values import NeighbourTable
+
+
+def check_suffix(path: Path) -> None:
+    """Raise before anything is read if the file's ending is not one of ours."""
+    if path.suffix not in (".npz", ".csv"):
+        raise InvalidArgument(f"out: {path.name!r} must end in .npz or .csv", field="out")
+
+
+def write_table(path: Path, table: NeighbourTable) -> None:
+    """NumPy arrays (.npz), or one line per class and neighbour (.csv)."""
+    try:
+        _write_npz(path, table) if path.suffix == ".npz" else _write_csv(path, table)
+    except OSError as error:
+        raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
+
+
+def _write_npz(path: Path, table: NeighbourTable) -> None:
+    arrays: dict[str, Any] = {"ids": table.ids}
+    if table.scores is not None:
+        arrays["scores"] = table.scores
+    np.savez(path, generation=table.generation, epoch=table.epoch, row_start=table.row_start, **arrays)
+
+
+def _write_csv(path: Path, table: NeighbourTable) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "rank", "neighbour", "score"])
+        for index, ids in enumerate(table.ids):
+            scores = table.scores[index] if table.scores is not None else [""] * len(ids)
+            for rank, (other, score) in enumerate(zip(ids, scores, strict=True), start=1):
+                writer.writerow([table.row_start + index, rank, other, score])

@@ -1,0 +1,229 @@
+"""Answers as tables for people."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nearkin_client import values as v
+from nearkin_client.cli.names import ClassNames
+
+
+def console() -> Console:
+    """Standard output. Where nobody looks (a pipe), lines are not folded to a guessed width."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A plain table; headings that start with ">" are of numbers, set to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for heading in headings:
+        right = heading.startswith(">")
+        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    out.print(table)
+
+
+def runs(found: Sequence[v.Run]) -> None:
+    """One line per run."""
+    if not found:
+        console().print("no runs yet: a training job makes one with its first push")
+        return
+    print_table(
+        "",
+        ["run", ">generations", ">epoch", ">classes", ">k", "engine", ">on disk", "under way", "published"],
+        (_run_line(each) for each in found),
+    )
+
+
+def _run_line(run: v.Run) -> list[object]:
+    newest = run.newest
+    about = (newest.epoch, newest.num_classes, newest.k, newest.engine) if newest else ("-",) * 4
+    return [
+        run.run,
+        run.generations,
+        *about,
+        size(run.bytes_on_disk),
+        ", ".join(under_way(each) for each in run.pushes) or "-",
+        ago(newest.published) if newest else "-",
+    ]
+
+
+def under_way(push: v.Push) -> str:
+    """One push in a few words."""
+    share = f" {push.rows_stored / push.num_classes:.0%}" if push.state == "open" else ""
+    return f"epoch {push.epoch} {push.state}{share}"
+
+
+def generations(found: Sequence[v.Generation]) -> None:
+    """One line per generation."""
+    numbers = [">generation", ">epoch", ">classes", "row", "dtype", ">k"]
+    print_table(
+        "",
+        [*numbers, "key", "engine", ">build", "exact", "embeddings", "published"],
+        (
+            [
+                g.generation,
+                g.epoch,
+                g.num_classes,
+                "×".join(map(str, g.row_shape)),
+                g.dtype,
+                g.k,
+                g.key,
+                f"{g.engine} ({g.device})",
+                seconds(g.build_seconds),
+                "yes" if g.exact else recall(g),
+                g.embeddings,
+                ago(g.published),
+            ]
+            for g in found
+        ),
+    )
+
+
+def nearest(classes: Sequence[int], found: v.NearestClasses, names: ClassNames) -> None:
+    """The neighbours of each class, one line per neighbour."""
+    rows: list[list[object]] = []
+    for one, ids, scores in zip(classes, found.ids, found.scores, strict=True):
+        for rank, (other, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), start=1):
+            if other == v.NO_NEIGHBOUR:
+                continue
+            rows.append([label(one, names) if rank == 1 else "", rank, label(other, names), f"{score:.4f}"])
+        if not (ids >= 0).any():
+            rows.append([label(one, names), "-", "absent: it has no neighbours", ""])
+    title = f"nearest classes in generation {found.generation} (epoch {found.epoch})"
+    print_table(title, ["class", ">rank", "neighbour", ">score"], rows)
+
+
+def written(path: Path, found: v.NeighbourTable) -> None:
+    """What went into a file."""
+    about = f"generation {found.generation} (epoch {found.epoch})"
+    console().print(f"{path}: {len(found)} classes x {found.k} neighbours of {about}")
+
+
+def table(found: v.NeighbourTable, names: ClassNames, most_rows: int) -> None:
+    """Some rows of a table, as many neighbours as fit."""
+    shown = min(found.k, 8)
+    rows = []
+    for index, ids in enumerate(found.ids[:most_rows]):
+        cells = []
+        for column in range(shown):
+            other = int(ids[column])
+            score = "" if found.scores is None else f" {found.scores[index, column]:.3f}"
+            cells.append("-" if other == v.NO_NEIGHBOUR else f"{label(other, names)}{score}")
+        rows.append([label(found.row_start + index, names), *cells])
+    more = f", {shown} of {found.k} neighbours" if shown < found.k else ""
+    more += f", {most_rows} of {len(found)} rows" if most_rows < len(found) else ""
+    title = f"generation {found.generation} (epoch {found.epoch}){more}"
+    print_table(title, [">class", *(str(rank) for rank in range(1, shown + 1))], rows)
+
+
+def comparison(found: v.Comparison, names: ClassNames) -> None:
+    """Overlap and movement, and the classes that changed most."""
+    out = console()
+    out.print(f"[bold]generation {found.base_generation} → {found.generation}[/bold], k = {found.k}")
+    out.print(f"neighbours kept   {found.mean_overlap:.1%} on average over {found.classes_compared} classes")
+    if found.overlap_deciles:
+        out.print("by deciles        " + "  ".join(f"{each:.0%}" for each in found.overlap_deciles))
+    moved = "not known: embeddings are gone" if found.mean_movement is None else f"{found.mean_movement:.4f}"
+    out.print(f"mean movement     {moved} (1 - cosine)")
+    print_table(
+        "changed most",
+        ["class", ">kept", ">movement"],
+        (
+            [label(c.class_id, names), f"{c.overlap:.0%}", "-" if c.movement is None else f"{c.movement:.4f}"]
+            for c in found.most_changed
+        ),
+    )
+
+
+def server(info: v.ServerInfo, address: str) -> None:
+    """Version, engines and limits."""
+    out = console()
+    out.print(f"[bold]nearkin-serve {info.version}[/bold] on {address}, started {ago(info.started)}")
+    out.print(f"devices  {', '.join(info.devices)}")
+    print_table(
+        "engines",
+        ["engine", "available", "exact", "about"],
+        (
+            [e.name, "yes" if e.available else "no", "yes" if e.exact else "no", e.reason]
+            for e in info.engines
+        ),
+    )
+    limits = ([name, f"{value:,}" if value else "none"] for name, value in info.limits.items())
+    print_table("limits", ["limit", ">value"], limits)
+    print_table("versions", ["package", "version"], info.versions.items())
+
+
+def event(happened: v.RunEvent) -> str:
+    """One event in one line."""
+    clock = f"{happened.time.astimezone():%H:%M:%S}  "
+    match happened:
+        case v.RunSnapshot(run=run):
+            newest = f"epoch {run.newest.epoch}" if run.newest else "nothing published yet"
+            return clock + f"{run.run}: {run.generations} generations, {newest}"
+        case v.PushChanged(push=push):
+            return clock + f"push of {under_way(push)}" + (f": {push.error}" if push.error else "")
+        case v.BuildProgress():
+            return clock + progress(happened)
+        case v.GenerationPublished(generation=g):
+            return clock + (
+                f"published generation {g.generation} (epoch {g.epoch}): {g.num_classes} classes, "
+                f"k = {g.k}, {g.engine} on {g.device}, {seconds(g.build_seconds)}"
+            )
+        case v.GenerationRemoved(generation=number):
+            return clock + f"removed generation {number}"
+        case v.RunRemoved():
+            return clock + "the run was removed"
+
+
+def progress(build: v.BuildProgress) -> str:
+    """How far a build is, in one line."""
+    share = build.rows_done / build.rows_total if build.rows_total else 0.0
+    left = "" if build.seconds_left is None else f", {seconds(build.seconds_left)} left"
+    return (
+        f"building epoch {build.epoch}: {build.stage} {share:.0%}, {build.rows_per_second:,.0f} rows/s{left}"
+    )
+
+
+def label(class_id: int, names: ClassNames) -> str:
+    """A class id, with its name where there is one."""
+    return f"{class_id} {names[class_id]}" if class_id in names else str(class_id)
+
+
+def recall(generation: v.Generation) -> str:
+    """Measured recall with its interval."""
+    r = generation.recall
+    return "no" if r is None else f"recall {r.value:.3f} ({r.low:.3f}-{r.high:.3f})"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    if count < 1:
+        return "0 B"
+    power = min(4, int(math.log2(count) // 10))
+    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def ago(moment: datetime) -> str:
+    """How long ago."""
+    passed = (datetime.now(UTC) - moment).total_seconds()
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129_600, 3600, "h")):
+        if passed < limit:
+            return f"{max(0, passed) / unit:.0f} {name} ago"
+    return f"{passed / 86_400:.0f} days ago"

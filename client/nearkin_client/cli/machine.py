@@ -1,0 +1,67 @@
+"""Answers as JSON: one line per answer, the fields of the values, and `null` where a score is -inf."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from nearkin_client.cli.names import ClassNames
+from nearkin_client.values import NearestClasses, NeighbourTable
+
+
+def emit(value: Any) -> None:
+    """Print one answer as one line."""
+    print(json.dumps(plain(value), ensure_ascii=False, separators=(",", ":")), flush=True)  # noqa: T201
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, arrays and times as what JSON has."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(each) for each in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def nearest(classes: list[int], found: NearestClasses, names: ClassNames) -> dict[str, Any]:
+    """Queries with their neighbours; names where there are any."""
+    rows = zip(classes, found.ids, found.scores, strict=True)
+    return {
+        "generation": found.generation,
+        "epoch": found.epoch,
+        "rows": [
+            _named(one, names)
+            | {
+                "neighbours": [
+                    _named(int(other), names) | {"score": plain(float(score))}
+                    for other, score in zip(ids, scores, strict=True)
+                ]
+            }
+            for one, ids, scores in rows
+        ],
+    }
+
+
+def _named(class_id: int, names: ClassNames) -> dict[str, Any]:
+    return {"class": class_id} | ({"name": names.get(class_id)} if names else {})
+
+
+def table(found: NeighbourTable) -> dict[str, Any]:
+    """A table, row by row."""
+    rows = [{"class": found.row_start + index, "ids": ids.tolist()} for index, ids in enumerate(found.ids)]
+    if found.scores is not None:
+        for row, scores in zip(rows, found.scores, strict=True):
+            row["scores"] = plain(scores)
+    return {"generation": found.generation, "epoch": found.epoch, "k": found.k, "rows": rows}

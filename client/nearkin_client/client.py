@@ -1,0 +1,425 @@
+"""`NeighbourClient`: what a training job needs of a neighbour service.
+
+    begin ─▶ send rows (any rank, any order) ─▶ [commit when the last row is in] ─▶ build ─▶ table, nearest
+
+Dimension letters: n rows given, N classes, k neighbours, Q queries, C·H·W or D the shape of a row.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from nearkin.v1 import neighbours_pb2 as pb
+from numpy.typing import NDArray
+
+from nearkin_client import decoding
+from nearkin_client.arrays import as_rows
+from nearkin_client.channel import Endpoint
+from nearkin_client.errors import InvalidArgument, Unimplemented, invalid
+from nearkin_client.patience import Deadline, Patience
+from nearkin_client.push import Sender, begin_request
+from nearkin_client.queries import ask_nearest, class_batches, vector_batches
+from nearkin_client.tables import read_table
+from nearkin_client.values import (
+    Comparison,
+    DTypeName,
+    Generation,
+    KeyName,
+    NearestClasses,
+    NeighbourTable,
+    Push,
+    Run,
+    RunEvent,
+    ServerInfo,
+)
+from nearkin_client.watching import watch
+from nearkin_client.wire import Wire
+
+_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class NeighbourClient:
+    """One run of one service. Safe to use from several threads; make one per process, after forking.
+
+    Every call has a deadline (`Patience`; `timeout=` overrides it), is repeated through lost connections and
+    restarts of the service where that is safe, and raises one class per meaning (`nearkin_client.errors`).
+
+    Args:
+        address: `unix:///path/to.sock` or `host:port`; by default what NEARKIN_SERVICE holds.
+        run: the training job's name, `[a-z0-9][a-z0-9._-]{0,63}`. Without one only `runs`, `delete_run` and
+            `server_info` work.
+        shared_memory: move rows and tables through shared memory: where both ends can ("auto"), never
+            (False), always (True, which raises where they cannot).
+        token: sent with every call; by default what NEARKIN_TOKEN holds.
+        patience: default deadlines.
+
+    Raises:
+        InvalidArgument: no address, or a malformed one; a malformed run name.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str] | None = None,
+        *,
+        run: str | None = None,
+        shared_memory: Literal["auto"] | bool = "auto",
+        token: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        if run is not None and not _RUN_NAME.fullmatch(run):
+            invalid("run", run, "expected [a-z0-9][a-z0-9._-]{0,63}")
+        if shared_memory not in ("auto", True, False):
+            invalid("shared_memory", shared_memory, 'expected "auto", True or False')
+        if shared_memory is True:
+            raise Unimplemented('shared memory is not implemented yet; use "auto"', field="shared_memory")
+        self._run = run
+        self._info: ServerInfo | None = None
+        self._wire = Wire(Endpoint.resolve(address, token), patience or Patience())
+
+    @property
+    def address(self) -> str:
+        """Where the service is."""
+        return self._wire.endpoint.address
+
+    # ------------------------------------------------------------------------------------------ push
+
+    def push(
+        self,
+        embeddings: Any,
+        *,
+        epoch: int,
+        k: int,
+        row_start: int = 0,
+        num_classes: int | None = None,
+        key: KeyName = "flat",
+        engine: str = "auto",
+        wire_dtype: DTypeName | None = None,
+        absent: Iterable[int] = (),
+        commit: bool = True,
+        timeout: float | None = None,
+    ) -> Push:
+        """Send this rank's rows of one epoch; return when the service has them (they survive its death).
+
+        Every rank of an epoch calls this with the same arguments and its own rows, in any order. Once the
+        last row is in, from whichever rank, the build starts. The same rows again are harmless.
+
+        Args:
+            embeddings: [n, D] or [n, C, H, W]; a NumPy array or a torch tensor on any device, of float32,
+                float16, bfloat16 or float64 (sent as float32). Contiguous CPU rows are sent from where they
+                lie; leave them unchanged until this returns.
+            epoch: 0 or greater.
+            k: neighbours per class, 1 to num_classes - 1.
+            row_start: the class of the first row given.
+            num_classes: of the whole epoch; by default the rows given.
+            key: what is compared: "flat" (the cosine of whole rows), "pooled" (of their means over H x W),
+                "qaconv" (pooled candidates, re-ranked by the location-wise score).
+            engine: what builds the table; "auto" leaves it to the service.
+            wire_dtype: convert to this dtype before sending: "float32", "float16" or "bfloat16".
+            absent: classes that have no embedding yet, given by any one rank; their rows are ignored.
+            commit: start the build with the last row; False only stores rows (see `commit()`).
+            timeout: seconds until this rank's rows have to be there; default `Patience.push`.
+
+        Returns:
+            The push as it was when the last of these rows was stored.
+
+        Raises:
+            InvalidArgument: shape, dtype or a number is wrong, or a row (it is named) holds NaN, Inf or
+                only zeros.
+            AlreadyExists: the epoch was begun with other arguments, or one of these rows with other bytes.
+            PushFailed: the push was aborted, or its build failed, meanwhile.
+            DeadlineExceeded, Unavailable, ResourceExhausted, DataLoss.
+        """
+        rows = as_rows("embeddings", embeddings, wire_dtype)
+        request = begin_request(
+            rows,
+            run=self._named_run(),
+            epoch=epoch,
+            row_start=row_start,
+            num_classes=num_classes,
+            k=k,
+            key=key,
+            engine=engine,
+            absent=absent,
+            commit=commit,
+        )
+        deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
+        begun = self._wire.ask(
+            lambda stub: stub.BeginPush,
+            request,
+            doing=f"beginning epoch {epoch} of run {request.run!r}",
+            timeout=deadline.remaining,
+        )
+        return decoding.push(Sender(self._wire, begun, rows, row_start, deadline).send())
+
+    def push_state(self, push: Push | str, *, timeout: float | None = None) -> Push:
+        """What has arrived of a push, and how far it is. NotFound: no such push."""
+        request = pb.GetPushRequest(push_id=_push_id(push))
+        return decoding.push(
+            self._wire.ask(lambda stub: stub.GetPush, request, doing="asking for a push", timeout=timeout)
+        )
+
+    def commit(self, push: Push | str, *, timeout: float | None = None) -> Push:
+        """Close a push whose rows are all there and start the build; repeating it is harmless.
+
+        Raises:
+            InvalidArgument: a row is zero and not declared absent.
+            FailedPrecondition: rows are missing (the first range is named); the push was aborted or failed.
+            NotFound: no such push.
+        """
+        request = pb.CommitPushRequest(push_id=_push_id(push))
+        return decoding.push(
+            self._wire.ask(lambda stub: stub.CommitPush, request, doing="committing a push", timeout=timeout)
+        )
+
+    def abort(self, push: Push | str, *, timeout: float | None = None) -> Push:
+        """Drop an open push, or cancel its build; repeating it is harmless.
+
+        Raises:
+            FailedPrecondition: it is published already.
+            NotFound: no such push.
+        """
+        request = pb.AbortPushRequest(push_id=_push_id(push))
+        return decoding.push(
+            self._wire.ask(lambda stub: stub.AbortPush, request, doing="aborting a push", timeout=timeout)
+        )
+
+    # ----------------------------------------------------------------------------------------- tables
+
+    def table(
+        self,
+        *,
+        epoch: int | None = None,
+        generation: int | None = None,
+        timeout: float | None = None,
+        rows: tuple[int, int] | None = None,
+        scores: bool = True,
+    ) -> NeighbourTable:
+        """Read a neighbour table; every reader of a generation gets the same bytes.
+
+        Args:
+            epoch: the newest generation of this epoch or a later one; waits until there is one.
+            generation: exactly this one. With neither, the newest there is.
+            timeout: seconds to wait and read; default `Patience.table`.
+            rows: only these classes, `(start, stop)`.
+            scores: also read the scores; without them half the bytes move.
+
+        Raises:
+            NotFound: no such run or generation.
+            InvalidArgument: the row range does not fit.
+            NotReadyInTime: the epoch was not published within `timeout`.
+            PushFailed: the push of the awaited epoch was aborted, or its build failed.
+            Unavailable, DataLoss.
+        """
+        request = pb.ReadTableRequest(run=self._named_run(), with_scores=scores)
+        if epoch is not None and generation is not None:
+            raise InvalidArgument("generation: give an epoch or a generation, not both", field="generation")
+        if epoch is not None:
+            request.min_epoch = epoch
+        elif generation is not None:
+            request.generation = _positive("generation", generation)
+        if rows is not None:
+            start, stop = rows
+            if not 0 <= start < stop:
+                invalid("rows", rows, "expected (start, stop) with 0 <= start < stop")
+            request.row_start, request.row_count = start, stop - start
+        deadline = Deadline(timeout if timeout is not None else self._wire.patience.table)
+        which = f"generation {generation}" if epoch is None else f"epoch {epoch}"
+        return read_table(self._wire, request, deadline, f"table of {which} of run {request.run!r}")
+
+    def nearest(
+        self,
+        *,
+        classes: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        vectors: Any = None,
+        k: int | None = None,
+        generation: int | None = None,
+        timeout: float | None = None,
+    ) -> NearestClasses:
+        """The nearest classes of classes (never the class itself) or of vectors.
+
+        Args:
+            classes: [Q] class ids.
+            vectors: [Q, D] or [Q, C, H, W], laid out like the rows of the generation; NumPy or torch. The
+                service normalises them.
+            k: neighbours per query; default the generation's own k. Any k up to the number of classes.
+            generation: which one to ask; default the newest.
+            timeout: seconds for all queries; default `Patience.call`.
+
+        Raises:
+            NotFound: no such run or generation.
+            InvalidArgument: k or a class id out of range, or malformed vectors.
+            FailedPrecondition: the generation's embeddings were dropped by its retention.
+            DataLoss: they were lost with the machine.
+        """
+        if (classes is None) == (vectors is None):
+            raise InvalidArgument("classes: give either classes or vectors", field="classes")
+        request = pb.NearestRequest(run=self._named_run())
+        if k is not None:
+            request.k = _positive("k", k)
+        if generation is not None:
+            request.generation = _positive("generation", generation)
+        info = self._limits(timeout)
+        batches = class_batches(classes, info) if classes is not None else vector_batches(vectors, info)
+        return ask_nearest(self._wire, request, batches, timeout)
+
+    # -------------------------------------------------------------------------------------- catalogue
+
+    def generation(self, number: int | None = None, *, timeout: float | None = None) -> Generation:
+        """One generation, by default the newest. NotFound: no such run or generation."""
+        request = pb.GetGenerationRequest(run=self._named_run())
+        if number is not None:
+            request.generation = _positive("generation", number)
+        return decoding.generation(
+            self._wire.ask(
+                lambda stub: stub.GetGeneration, request, doing="asking for a generation", timeout=timeout
+            )
+        )
+
+    def generations(self, *, timeout: float | None = None) -> tuple[Generation, ...]:
+        """Every generation of the run, newest first. NotFound: no such run."""
+        request = pb.ListGenerationsRequest(run=self._named_run())
+        found: list[Generation] = []
+        while True:
+            page = self._wire.ask(
+                lambda stub: stub.ListGenerations, request, doing="listing generations", timeout=timeout
+            )
+            found.extend(decoding.generation(each) for each in page.generations)
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return tuple(found)
+
+    def runs(self, *, timeout: float | None = None) -> tuple[Run, ...]:
+        """Every run of the service."""
+        request = pb.ListRunsRequest()
+        found: list[Run] = []
+        while True:
+            page = self._wire.ask(lambda stub: stub.ListRuns, request, doing="listing runs", timeout=timeout)
+            found.extend(decoding.run(each) for each in page.runs)
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return tuple(found)
+
+    def run_info(self, *, timeout: float | None = None) -> Run:
+        """This run: its newest generation, and its pushes under way. NotFound: no such run."""
+        request = pb.GetRunRequest(run=self._named_run())
+        return decoding.run(
+            self._wire.ask(lambda stub: stub.GetRun, request, doing="asking for a run", timeout=timeout)
+        )
+
+    def delete_generation(self, number: int, *, timeout: float | None = None) -> None:
+        """Remove one generation for good; its number is never given again. NotFound: no such generation."""
+        request = pb.DeleteGenerationRequest(
+            run=self._named_run(), generation=_positive("generation", number)
+        )
+        self._wire.ask(
+            lambda stub: stub.DeleteGeneration,
+            request,
+            doing="deleting a generation",
+            timeout=timeout,
+            repeatable=False,
+        )
+
+    def delete_run(self, name: str | None = None, *, timeout: float | None = None) -> None:
+        """Remove a run, by default this one, with everything in it. NotFound: no such run."""
+        request = pb.DeleteRunRequest(run=name or self._named_run())
+        self._wire.ask(
+            lambda stub: stub.DeleteRun, request, doing="deleting a run", timeout=timeout, repeatable=False
+        )
+
+    def compare(
+        self,
+        base: int | None = None,
+        generation: int | None = None,
+        *,
+        k: int | None = None,
+        most_changed: int | None = None,
+        timeout: float | None = None,
+    ) -> Comparison:
+        """How far neighbours and embeddings moved from generation `base` to `generation`.
+
+        Args:
+            base: the earlier one; default the one published before `generation`.
+            generation: the later one; default the newest.
+            k: neighbours compared; default the smaller k of the two.
+            most_changed: how many classes to list; default 10.
+            timeout: seconds; default `Patience.call`.
+
+        Raises:
+            NotFound: no such run or generation.
+            FailedPrecondition: the two have different numbers of classes.
+        """
+        request = pb.CompareGenerationsRequest(run=self._named_run())
+        if base is not None:
+            request.base_generation = _positive("base", base)
+        if generation is not None:
+            request.generation = _positive("generation", generation)
+        if k is not None:
+            request.k = _positive("k", k)
+        if most_changed is not None:
+            request.most_changed = _positive("most_changed", most_changed)
+        return decoding.comparison(
+            self._wire.ask(
+                lambda stub: stub.CompareGenerations, request, doing="comparing generations", timeout=timeout
+            )
+        )
+
+    def watch(self, *, timeout: float | None = None) -> Iterator[RunEvent]:
+        """The run's state and then every change, as they happen; a run that does not exist yet is waited for.
+
+        Ends after `timeout` seconds, by default never: stop iterating, or close the client. After a lost
+        connection a new `RunSnapshot` comes first.
+        """
+        return watch(self._wire, self._named_run(), timeout)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Version, engines, devices and limits of the service."""
+        return decoding.server_info(
+            self._wire.ask(
+                lambda stub: stub.GetServerInfo,
+                pb.GetServerInfoRequest(),
+                doing=f"asking {self._wire.endpoint.address}",
+                timeout=timeout,
+            )
+        )
+
+    # --------------------------------------------------------------------------------------- lifetime
+
+    def close(self) -> None:
+        """End what is under way and disconnect. Idempotent; the client cannot be used afterwards."""
+        self._wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"NeighbourClient({self._wire.endpoint.address!r}, run={self._run!r})"
+
+    def _limits(self, timeout: float | None) -> ServerInfo:
+        """Asked for once: what a service allows does not change while it runs."""
+        self._info = self._info or self.server_info(timeout=timeout)
+        return self._info
+
+    def _named_run(self) -> str:
+        if self._run is None:
+            raise InvalidArgument("run: this client was made without one; pass run=", field="run")
+        return self._run
+
+
+def _push_id(push: Push | str) -> str:
+    return push if isinstance(push, str) else push.push_id
+
+
+def _positive(field: str, number: int) -> int:
+    if number < 1:
+        invalid(field, number, "must be 1 or greater")
+    return int(number)

@@ -1,0 +1,184 @@
+"""Sending rows: checks, chunks, and going on where a broken stream stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+
+import grpc
+import numpy as np
+from crc32c import crc32c
+from nearkin.v1 import bulk
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_client import ranges
+from nearkin_client.arrays import Rows
+from nearkin_client.decoding import DTYPES, KEYS, chosen
+from nearkin_client.errors import DeadlineExceeded, PushFailed, error_from_rpc, invalid, status_of
+from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
+from nearkin_client.wire import Wire
+
+log = logging.getLogger("nearkin.client.push")
+
+STREAM_BYTES = 1 << 30
+"""A stream is closed and acknowledged after this much, and the next one opened."""
+DAMAGED_ATTEMPTS = 3
+"""How often a stream that arrived damaged is sent again before it is given up."""
+
+
+def begin_request(
+    rows: Rows,
+    *,
+    run: str,
+    epoch: int,
+    row_start: int,
+    num_classes: int | None,
+    k: int,
+    key: str,
+    engine: str,
+    absent: Iterable[int],
+    commit: bool,
+) -> pb.BeginPushRequest:
+    """Check the arguments of one push, as the service does, before any byte is sent."""
+    classes = _num_classes(rows.count, row_start, num_classes)
+    if epoch < 0:
+        invalid("epoch", epoch, "must be 0 or greater")
+    if not 1 <= k <= classes - 1:
+        invalid("k", k, f"must be between 1 and num_classes - 1 = {classes - 1}")
+    if not 0 <= row_start <= row_start + rows.count <= classes:
+        stop = row_start + rows.count
+        invalid("row_start", row_start, f"rows {row_start}..{stop - 1} do not fit num_classes={classes}")
+    return pb.BeginPushRequest(
+        run=run,
+        epoch=epoch,
+        num_classes=classes,
+        row_shape=rows.shape,
+        dtype=chosen("wire_dtype", rows.dtype, DTYPES),
+        k=k,
+        key=chosen("key", key, KEYS),
+        engine=engine,
+        absent=_absent(absent, classes),
+        commit_when_complete=commit,
+    )
+
+
+def _num_classes(count: int, row_start: int, num_classes: int | None) -> int:
+    if num_classes is None and row_start:
+        invalid("num_classes", None, f"say how many classes there are when rows start at {row_start}")
+    classes = count if num_classes is None else num_classes
+    if classes < 2:
+        invalid("num_classes", classes, "must be 2 or greater")
+    return classes
+
+
+def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
+    ids = np.unique(np.asarray(list(absent)))
+    if not ids.size:
+        return ()
+    if ids.dtype.kind not in "iu":
+        invalid("absent", ids.dtype.name, "expected class ids, which are integers")
+    if ids[0] < 0 or ids[-1] >= classes:
+        wrong = ids[0] if ids[0] < 0 else ids[-1]
+        invalid("absent", int(wrong), f"class ids must be between 0 and num_classes - 1 = {classes - 1}")
+    found: list[int] = ids.tolist()
+    return found
+
+
+class Sender:
+    """Sends one rank's rows of a push that was begun."""
+
+    def __init__(
+        self, wire: Wire, begun: pb.BeginPushResponse, rows: Rows, row_start: int, deadline: Deadline
+    ) -> None:
+        self._wire = wire
+        self._push = begun.push
+        self._rows = rows
+        self._row_start = row_start
+        self._deadline = deadline
+        self._doing = f"push of epoch {begun.push.epoch} of run {begun.push.run!r}"
+        self._rows_per_message = max(1, begun.chunk_bytes // rows.row_bytes)
+        self._rows_per_stream = max(self._rows_per_message, STREAM_BYTES // rows.row_bytes)
+        # Rows that somebody else stored before: only sending ours shows whether they are the same.
+        self._foreign = _stored(begun.push)
+        self._failure: Exception | None = None
+
+    def send(self) -> pb.Push:
+        """Return once the service has every row, or raise. Rows may end up stored in either case."""
+        todo = [(self._row_start, self._row_start + self._rows.count)] if self._rows.count else []
+        persistence = Persistence(self._deadline, self._wire.patience.outage)
+        damaged = 0
+        while todo:
+            batch = ranges.first(todo, self._rows_per_stream)
+            sent: list[ranges.Range] = []
+            try:
+                self._push = self._wire.write_rows(self._messages(batch, sent), self._seconds()).push
+                arrived = batch
+            except grpc.RpcError as error:
+                damaged = self._judge(error, persistence, damaged)
+                arrived = self._arrived(sent)
+            if arrived:
+                damaged = 0
+                persistence.progressed()
+            todo = ranges.subtract(todo, arrived)
+        self._raise_if_failed()
+        return self._push
+
+    def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bytes]:
+        """The messages of one stream; notes in `sent` what was handed over. Runs on gRPC's thread."""
+        try:
+            for start, stop in ranges.pieces(batch, self._rows_per_message):
+                payload = self._rows.payload(start - self._row_start, stop - self._row_start)
+                sent.append((start, stop))
+                yield _encoded(self._push.push_id, start, payload)
+        except Exception as failure:
+            self._failure = failure
+            raise
+
+    def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
+        """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
+        if self._failure is not None:
+            raise self._failure
+        code, _ = status_of(error)
+        if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:
+            log.warning("%s: %s; sending it again", self._doing, error_from_rpc(error).message)
+            return damaged + 1
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise self._late() from error
+        if code is grpc.StatusCode.FAILED_PRECONDITION:
+            raise PushFailed(error_from_rpc(error).message) from error
+        if not interrupted(error):
+            raise error_from_rpc(error) from error
+        persistence.pause_or_raise(error, self._doing)
+        return damaged
+
+    def _arrived(self, sent: list[ranges.Range]) -> list[ranges.Range]:
+        """What of this stream the service has, as it says itself."""
+        request = pb.GetPushRequest(push_id=self._push.push_id)
+        self._push = self._wire.ask(
+            lambda stub: stub.GetPush, request, doing=self._doing, timeout=self._seconds()
+        )
+        self._raise_if_failed()
+        ours = ranges.subtract(ranges.normalised(sent), self._foreign)
+        arrived = ranges.intersect(ours, _stored(self._push))
+        log.info("%s: going on, %d rows of the broken stream had arrived", self._doing, ranges.total(arrived))
+        return arrived
+
+    def _seconds(self) -> float:
+        if not self._deadline.remaining:
+            raise self._late()
+        return self._deadline.remaining
+
+    def _late(self) -> DeadlineExceeded:
+        return out_of_time(self._doing, self._deadline)
+
+    def _raise_if_failed(self) -> None:
+        if self._push.state in (pb.PUSH_STATE_FAILED, pb.PUSH_STATE_ABORTED):
+            raise PushFailed(f"{self._doing}: {self._push.error or 'it was aborted'}")
+
+
+def _stored(push: pb.Push) -> list[ranges.Range]:
+    return [(each.start, each.start + each.count) for each in push.stored]
+
+
+def _encoded(push_id: str, row_start: int, payload: memoryview) -> bytes:
+    return bulk.encode_write_rows(bulk.WriteRows(push_id, row_start, payload, crc32c(payload)))

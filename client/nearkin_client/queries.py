@@ -1,0 +1,68 @@
+"""Nearest-class queries, cut into requests that fit the service's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from nearkin.v1 import neighbours_pb2 as pb
+from numpy.typing import NDArray
+
+from nearkin_client import decoding
+from nearkin_client.arrays import as_rows
+from nearkin_client.errors import invalid
+from nearkin_client.patience import Deadline
+from nearkin_client.values import NearestClasses, ServerInfo
+from nearkin_client.wire import Wire
+
+MOST_QUERIES = 4096
+"""Queries per request where the service states no limit, so that answers stay small as well."""
+
+Query = pb.ClassIds | pb.Vectors
+
+
+def class_batches(classes: Sequence[int] | NDArray[np.integer[Any]], info: ServerInfo) -> Iterator[Query]:
+    """Class ids in requests of their own."""
+    ids = np.asarray(classes)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        invalid(
+            "classes", f"{ids.dtype.name}{list(ids.shape)}", "expected one or more class ids: integers [Q]"
+        )
+    size = _most_queries(info)
+    return (pb.ClassIds(ids=ids[lo : lo + size].tolist()) for lo in range(0, len(ids), size))
+
+
+def vector_batches(vectors: Any, info: ServerInfo) -> Iterator[Query]:
+    """Vectors in requests of their own."""
+    rows = as_rows("vectors", vectors, None)
+    if not rows.count:
+        invalid("vectors.shape", (0, *rows.shape), "expected at least one vector")
+    size = min(_most_queries(info), max(1, (info.chunk_bytes or 1 << 20) // rows.row_bytes))
+    dtype = decoding.DTYPES[rows.dtype]
+    for lo in range(0, rows.count, size):
+        hi = min(lo + size, rows.count)
+        yield pb.Vectors(count=hi - lo, dtype=dtype, payload=bytes(rows.payload(lo, hi)))
+
+
+def ask_nearest(
+    wire: Wire, request: pb.NearestRequest, batches: Iterator[Query], timeout: float | None
+) -> NearestClasses:
+    """Ask batch after batch. The first answer fixes the generation of the others."""
+    deadline = Deadline(timeout if timeout is not None else wire.patience.call)
+    answers: list[pb.NearestResponse] = []
+    for batch in batches:
+        if isinstance(batch, pb.ClassIds):
+            request.classes.CopyFrom(batch)
+        else:
+            request.vectors.CopyFrom(batch)
+        answer = wire.ask(
+            lambda stub: stub.Nearest, request, doing="asking for nearest classes", timeout=deadline.remaining
+        )
+        request.generation = answer.generation
+        answers.append(answer)
+    return decoding.nearest(answers)
+
+
+def _most_queries(info: ServerInfo) -> int:
+    return min(MOST_QUERIES, info.limits["max_nearest_queries"] or MOST_QUERIES)

@@ -1,0 +1,40 @@
+"""The events of a run, through lost connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_client import decoding
+from nearkin_client.errors import error_from_rpc, status_of
+from nearkin_client.patience import Deadline, Persistence, interrupted
+from nearkin_client.values import RunEvent
+from nearkin_client.wire import Wire
+
+_FOR_EVER = 365 * 86_400.0
+
+
+def watch(wire: Wire, run: str, timeout: float | None) -> Iterator[RunEvent]:
+    """Events as they come; after a lost connection a new `RunSnapshot` comes first."""
+    deadline = Deadline(timeout if timeout is not None else _FOR_EVER)
+    persistence = Persistence(deadline, wire.patience.outage)
+    while deadline.remaining:
+        stream = wire.watch(pb.WatchRunRequest(run=run), deadline.remaining)
+        try:
+            for message in stream:
+                persistence.progressed()
+                event = decoding.event(message)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            if status_of(error)[0] is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return
+            if not interrupted(error):
+                raise error_from_rpc(error) from error
+            persistence.pause_or_raise(error, f"watching run {run!r}")
+        else:
+            return
+        finally:
+            stream.cancel()

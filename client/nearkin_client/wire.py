@@ -1,0 +1,116 @@
+"""One connected service: its stubs, with deadline, credentials and repetition applied to every call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
+
+from nearkin_client.channel import Endpoint
+from nearkin_client.errors import Cancelled
+from nearkin_client.patience import Deadline, Patience, once, repeat_until
+
+Request_contra = TypeVar("Request_contra", contravariant=True)
+Response_co = TypeVar("Response_co", covariant=True)
+_SERVICE = "/nearkin.v1.NeighbourService/"
+
+
+class Unary(Protocol[Request_contra, Response_co]):
+    """A unary method of a stub."""
+
+    def __call__(
+        self,
+        request: Request_contra,
+        /,
+        *,
+        timeout: float | None = None,
+        metadata: tuple[tuple[str, str], ...] | None = None,
+    ) -> Response_co: ...
+
+
+class Stream(Protocol[Response_co]):
+    """What a streaming call answers with."""
+
+    def __iter__(self) -> Iterator[Response_co]: ...
+    def __next__(self) -> Response_co: ...
+    def cancel(self) -> object: ...
+
+
+class Wire:
+    """Safe to use from several threads. Control calls and bulk streams have connections of their own."""
+
+    def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
+        self.endpoint = endpoint
+        self.patience = patience
+        self._metadata = endpoint.metadata()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel = endpoint.open_channel()
+        self._bulk_channel: grpc.Channel | None = None
+        self._stub = NeighbourServiceStub(self._channel)
+
+    @property
+    def stub(self) -> NeighbourServiceStub:
+        """The generated stub, unless the client was closed."""
+        if self._closed:
+            raise Cancelled("the client is closed")
+        return self._stub
+
+    def ask(
+        self,
+        method: Callable[[NeighbourServiceStub], Unary[Request_contra, Response_co]],
+        request: Request_contra,
+        *,
+        doing: str,
+        timeout: float | None = None,
+        repeatable: bool = True,
+    ) -> Response_co:
+        """One unary call, repeated through outages if that is safe."""
+        deadline = Deadline(timeout if timeout is not None else self.patience.call)
+
+        def attempt(seconds: float) -> Response_co:
+            return method(self.stub)(request, timeout=seconds, metadata=self._metadata)
+
+        if repeatable:
+            return repeat_until(attempt, deadline, self.patience.outage, doing)
+        return once(attempt, deadline)
+
+    def write_rows(self, messages: Iterable[bytes], seconds: float) -> pb.WriteRowsResponse:
+        """One WriteRows stream of messages that are encoded already. Raises grpc.RpcError."""
+        call: Any = self._bulk().stream_unary(
+            _SERVICE + "WriteRows", response_deserializer=pb.WriteRowsResponse.FromString
+        )
+        response: pb.WriteRowsResponse = call(iter(messages), timeout=seconds, metadata=self._metadata)
+        return response
+
+    def read_table(self, request: pb.ReadTableRequest, seconds: float) -> Stream[bytes]:
+        """One ReadTable stream of messages that are not decoded. Raises grpc.RpcError while iterated."""
+        call: Any = self._bulk().unary_stream(
+            _SERVICE + "ReadTable", request_serializer=pb.ReadTableRequest.SerializeToString
+        )
+        stream: Stream[bytes] = call(request, timeout=seconds, metadata=self._metadata)
+        return stream
+
+    def watch(self, request: pb.WatchRunRequest, seconds: float | None) -> Stream[pb.RunEvent]:
+        """One WatchRun stream. Raises grpc.RpcError while iterated."""
+        return self.stub.WatchRun(request, timeout=seconds, metadata=self._metadata)
+
+    def close(self) -> None:
+        """End every call that is under way. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._channel.close()
+            if self._bulk_channel is not None:
+                self._bulk_channel.close()
+
+    def _bulk(self) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise Cancelled("the client is closed")
+            if self._bulk_channel is None:
+                self._bulk_channel = self.endpoint.open_channel()
+            return self._bulk_channel
