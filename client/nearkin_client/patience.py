@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import grpc
 
-from nearkin_client.errors import DeadlineExceeded, Unavailable, error_from_rpc, invalid, status_of
+from nearkin_client.errors import DeadlineExceeded, error_from_rpc, invalid, status_of
 
 log = logging.getLogger("nearkin.client")
 T = TypeVar("T")
@@ -89,17 +89,16 @@ class Persistence:
         self._attempts = 0
 
     def pause_or_raise(self, error: grpc.RpcError, doing: str) -> None:
-        """Sleep before another attempt, or raise `Unavailable` when it has been tried long enough."""
+        """Sleep before another attempt, or raise the error when it has been tried long enough."""
         now = time.monotonic()
         self._since = self._since or now
         longest = min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2.0**self._attempts)
         pause = longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads the ranks, keeps no secret
         trying = now - self._since
         if trying + pause > self._outage or pause >= self._deadline.remaining:
-            reason = error_from_rpc(error).message
-            raise Unavailable(
-                f"{doing}: the service cannot be reached (tried for {trying:.1f} s): {reason}"
-            ) from error
+            failed = error_from_rpc(error)
+            tried = f"the service cannot be reached (tried for {trying:.1f} s)"
+            raise type(failed)(f"{doing}: {tried}: {failed.message}") from error
         if not self._attempts:
             log.info("%s: connection lost, trying again: %s", doing, error_from_rpc(error).message)
         self._attempts += 1

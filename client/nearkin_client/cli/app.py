@@ -223,12 +223,12 @@ def _follow(events: Iterator[RunEvent]) -> None:
 @app.command(epilog="Example: nearkin compare 3 7 --run faces")
 def compare(
     base: Annotated[
-        int | None,
-        typer.Argument(metavar="[FROM]", min=1, help="The earlier generation. Default: the one before."),
+        int | None, typer.Argument(metavar="[FROM]", min=1, help="The earlier one. Default: the one before.")
     ] = None,
     generation: Annotated[
-        int | None, typer.Argument(metavar="[TO]", min=1, help="The later generation. Default: the newest.")
+        int | None, typer.Argument(metavar="[TO]", min=1, help="The later one. Default: the newest.")
     ] = None,
+    *,
     run: RunName = None,
     k: Annotated[
         int | None, typer.Option("--k", "-k", min=1, help="Neighbours compared. Default: all.")
@@ -239,7 +239,7 @@ def compare(
     json: Json = False,
     timeout: Timeout = 60.0,
 ) -> None:
-    """How far neighbours and embeddings moved between two generations."""
+    """How far neighbours and embeddings moved from one generation to another."""
     known = read_names(names)
     with _client_of_run(service, timeout, run) as client:
         found = client.compare(base, generation, k=k, most_changed=most_changed)

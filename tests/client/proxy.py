@@ -1,0 +1,74 @@
+"""A TCP proxy that cuts connections after so many bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+
+class CuttingProxy:
+    """Passes bytes on to a unix socket; cuts the connection whenever `cut_after` more bytes went up.
+
+    Attributes:
+        address: where to connect.
+        cuts_left: how many more cuts there will be.
+        bytes_up: bytes passed on to the service so far.
+    """
+
+    def __init__(self, target: str, cut_after: int, cuts: int) -> None:
+        self._target = target.removeprefix("unix://")
+        self._cut_after = cut_after
+        self.cuts_left = cuts
+        self.bytes_up = 0
+        self._since_cut = 0
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                down, _ = self._listener.accept()
+                up = socket.socket(socket.AF_UNIX)
+                try:
+                    up.connect(self._target)
+                except OSError:
+                    down.close()
+                    continue
+                threading.Thread(target=self._pass, args=(down, up, True), daemon=True).start()
+                threading.Thread(target=self._pass, args=(up, down, False), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+                if upwards and self._cut_now(len(data)):
+                    break
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cut_now(self, count: int) -> bool:
+        with self._lock:
+            self.bytes_up += count
+            self._since_cut += count
+            if self.cuts_left == 0 or self._since_cut < self._cut_after:
+                return False
+            self.cuts_left -= 1
+            self._since_cut = 0
+            return True
+
+
+@contextlib.contextmanager
+def cutting_proxy(target: str, cut_after: int, cuts: int) -> Iterator[CuttingProxy]:
+    proxy = CuttingProxy(target, cut_after, cuts)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

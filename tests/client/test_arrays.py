@@ -1,0 +1,95 @@
+"""Whatever array it is, the bytes that leave are its rows, row-major and little-endian, in the wire dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from nearkin_client import InvalidArgument
+from nearkin_client.arrays import WIRE_DTYPES, as_rows
+
+SHAPES = [(5, 7), (4, 3, 2, 5)]
+generator = np.random.default_rng(7)
+
+
+def sent(values: Any, wire_dtype: str | None = None) -> bytes:
+    rows = as_rows("embeddings", values, wire_dtype)
+    middle = rows.count // 2
+    return b"".join([rows.payload(0, middle), rows.payload(middle, rows.count)])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("wire", [None, "float32", "float16", "bfloat16"])
+def test_numpy_and_torch_send_the_same_bytes(shape: tuple[int, ...], dtype: str, wire: str | None) -> None:
+    values = generator.standard_normal(shape)
+    array = values.astype(WIRE_DTYPES.get(dtype, np.dtype("f8")))
+    tensor = torch.from_numpy(values).to(getattr(torch, dtype))
+    expected = WIRE_DTYPES[wire or (dtype if dtype in WIRE_DTYPES else "float32")]
+    assert sent(array, wire) == array.astype(expected).tobytes()
+    assert sent(tensor, wire) == sent(array, wire)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(generator.standard_normal((6, 8)).astype("f4")[:, ::2], id="strided"),
+        pytest.param(generator.standard_normal((4, 6)).astype("f4").T, id="transposed"),
+        pytest.param(generator.standard_normal((6, 4)).astype("f4")[::-1], id="reversed"),
+        pytest.param(generator.standard_normal((6, 4)).astype(">f4"), id="big-endian"),
+        pytest.param(np.asfortranarray(generator.standard_normal((6, 4)).astype("f4")), id="fortran"),
+        pytest.param(generator.standard_normal((6, 4)).tolist(), id="lists"),
+    ],
+)
+def test_layout_does_not_matter(values: Any) -> None:
+    assert sent(values) == np.ascontiguousarray(values, "<f4").tobytes()
+
+
+def test_tensors_that_need_gradients_or_are_not_contiguous() -> None:
+    maps = torch.randn(3, 4, 5, 2, requires_grad=True).permute(0, 3, 1, 2)
+    assert sent(maps) == maps.detach().contiguous().numpy().tobytes()
+    parameter = torch.nn.Parameter(torch.randn(4, 3))
+    assert sent(parameter) == parameter.detach().numpy().tobytes()
+
+
+def test_contiguous_rows_leave_from_where_they_lie() -> None:
+    array = np.ones((4, 3), np.float32)
+    payload = as_rows("embeddings", array, None).payload(1, 3)
+    array[2, 0] = 5
+    assert np.frombuffer(payload, np.float32)[3] == 5
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    values = np.array([[1.00390625, 1.01171875]], np.float32)
+    expected = values.astype(ml_dtypes.bfloat16).tobytes()
+    assert sent(values, "bfloat16") == expected == sent(torch.from_numpy(values), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("values", "wire", "field"),
+    [
+        (np.ones((3, 4), np.int32), None, "embeddings.dtype"),
+        (torch.ones(3, 4, dtype=torch.int64), None, "embeddings.dtype"),
+        (np.ones((3, 4), np.complex64), None, "embeddings.dtype"),
+        (np.array([["a", "b"]]), None, "embeddings.dtype"),
+        (np.ones(3, np.float32), None, "embeddings.shape"),
+        (np.ones((3, 4, 5), np.float32), None, "embeddings.shape"),
+        (np.ones((3, 0), np.float32), None, "embeddings.shape"),
+        (np.ones((3, 4), np.float32), "float8", "wire_dtype"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(values: Any, wire: str | None, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        as_rows("embeddings", values, wire)
+    assert caught.value.field == field
+    assert field in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_tensors() -> None:
+    tensor = torch.randn(5, 3, device="cuda", dtype=torch.bfloat16)
+    assert sent(tensor) == sent(tensor.cpu())

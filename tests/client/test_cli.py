@@ -1,0 +1,221 @@
+"""The `nearkin` command as people and scripts use it: in a process of its own, against a real service."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nearkin_client import NeighbourClient, NeighbourTable
+from nearkin_client.local import LocalService
+from nearkin_client.testing import neighbour_service
+
+COMMAND = Path(sys.executable).parent / "nearkin"
+RUN = "faces"
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[LocalService]:
+    """A service with one run of two generations."""
+    generator = np.random.default_rng(1)
+    with neighbour_service() as started:
+        with NeighbourClient(started.address, run=RUN) as client:
+            for epoch in (0, 1):
+                client.push(generator.standard_normal((20, 6)).astype(np.float32), epoch=epoch, k=4)
+                client.table(epoch=epoch, timeout=60)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def table(service: LocalService) -> NeighbourTable:
+    with NeighbourClient(service.address, run=RUN) as client:
+        return client.table()
+
+
+def nearkin(*arguments: str, service: str | None = None, status: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "NEARKIN_SERVICE"}
+    if service is not None:
+        environment["NEARKIN_SERVICE"] = service
+    done = subprocess.run(
+        [str(COMMAND), *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def answer(service: LocalService, *arguments: str) -> Any:
+    return json.loads(nearkin(*arguments, "--json", service=service.address).stdout)
+
+
+def test_runs(service: LocalService) -> None:
+    (run,) = answer(service, "runs")
+    assert (run["run"], run["generations"], run["newest"]["epoch"]) == (RUN, 2, 1)
+    told = nearkin("runs", service=service.address).stdout
+    assert RUN in told
+    assert "flat" in told
+
+
+def test_the_option_goes_before_the_environment(service: LocalService) -> None:
+    nearkin("runs", "--service", service.address, service="unix:///nowhere.sock")
+
+
+def test_generations(service: LocalService) -> None:
+    assert [each["generation"] for each in answer(service, "generations", "--run", RUN)] == [2, 1]
+    assert "float32" in nearkin("generations", service=service.address).stdout
+
+
+def test_nearest(service: LocalService, table: NeighbourTable) -> None:
+    found = answer(service, "nearest", "3", "14", "--run", RUN, "--k", "4")
+    assert found["epoch"] == 1
+    assert [row["class"] for row in found["rows"]] == [3, 14]
+    for row in found["rows"]:
+        assert [each["class"] for each in row["neighbours"]] == table.ids[row["class"]].tolist()
+        assert row["neighbours"][0]["score"] >= row["neighbours"][1]["score"]
+
+
+def test_nearest_shows_ten_or_all_there_are(service: LocalService) -> None:
+    assert len(answer(service, "nearest", "0")["rows"][0]["neighbours"]) == 10
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(f"name-{n}" for n in range(20)),
+        "class,name\n" + "\n".join(f"{n},name-{n}" for n in range(20)),
+    ],
+    ids=["lines", "csv"],
+)
+def test_nearest_with_names(
+    service: LocalService, table: NeighbourTable, tmp_path: Path, content: str
+) -> None:
+    names = tmp_path / "names.csv"
+    names.write_text(content)
+    first = int(table.ids[3, 0])
+    found = answer(service, "nearest", "3", "--names", str(names))
+    assert found["rows"][0]["name"] == "name-3"
+    assert found["rows"][0]["neighbours"][0]["name"] == f"name-{first}"
+    told = nearkin("nearest", "3", "--names", str(names), service=service.address).stdout
+    assert f"{first} name-{first}" in told
+
+
+def test_table_on_the_screen(service: LocalService, table: NeighbourTable) -> None:
+    told = nearkin("table", "--run", RUN, "--rows", "2:4", service=service.address).stdout
+    assert str(table.ids[2, 0]) in told
+    assert "generation 2 (epoch 1)" in told
+    found = answer(service, "table", "--rows", "2:4")
+    assert [row["ids"] for row in found["rows"]] == table.ids[2:4].tolist()
+    assert len(answer(service, "table", "--generation", "1")["rows"]) == 20
+
+
+def test_table_to_numpy(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
+    out = tmp_path / "table.npz"
+    nearkin("table", "--epoch", "1", "--out", str(out), service=service.address)
+    with np.load(out) as arrays:
+        np.testing.assert_array_equal(arrays["ids"], table.ids)
+        np.testing.assert_array_equal(arrays["scores"], table.scores)
+        assert (int(arrays["generation"]), int(arrays["epoch"])) == (2, 1)
+
+
+def test_table_to_csv(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    facts = answer(service, "table", "--out", str(out))
+    assert (facts["rows"], facts["generation"]) == (20, 2)
+    with out.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row["neighbour"]) for row in rows] == table.ids.ravel().tolist()
+    assert table.scores is not None
+    np.testing.assert_array_equal([np.float32(row["score"]) for row in rows], table.scores.ravel())
+
+
+def test_compare(service: LocalService) -> None:
+    found = answer(service, "compare", "1", "2", "--most-changed", "3")
+    assert (found["base_generation"], found["generation"]) == (1, 2)
+    assert len(found["most_changed"]) == 3
+    assert "neighbours kept" in nearkin("compare", service=service.address).stdout
+
+
+def test_info(service: LocalService) -> None:
+    assert {each["name"] for each in answer(service, "info")["engines"]} >= {"flat"}
+    assert "nearkin-serve" in nearkin("info", service=service.address).stdout
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_watch(service: LocalService, as_json: bool) -> None:
+    run = f"watched-{as_json}".lower()
+    arguments = [str(COMMAND), "watch", "--run", run, "--service", service.address, "--timeout", "30"]
+    with subprocess.Popen(
+        [*arguments, *(["--json"] if as_json else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        enough = threading.Timer(30, watching.kill)
+        enough.start()
+        with NeighbourClient(service.address, run=run) as client:
+            client.push(np.eye(8, dtype=np.float32), epoch=7, k=2)
+        for line in watching.stdout:
+            if as_json and json.loads(line)["event"] == "GenerationPublished":
+                assert json.loads(line)["generation"]["epoch"] == 7
+                break
+            if "published generation 1 (epoch 7)" in line:
+                break
+        else:
+            pytest.fail("it never said that the generation was published")
+        enough.cancel()
+        watching.terminate()
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nearest", "99", "--run", RUN), "99"),
+        (("nearest", "3", "--run", "Not A Run"), "run"),
+        (("nearest", "3", "--names", "/no/such/file"), "/no/such/file"),
+        (("nearest", "three"), "three"),
+        (("table", "--rows", "7"), "START:STOP"),
+        (("table", "--rows", "0:99"), "99"),
+        (("table", "--out", "table.docx"), ".npz"),
+        (("table", "--epoch", "1", "--generation", "1"), "both"),
+        (("runs", "--service", "nonsense"), "nonsense"),
+        (("no-such-command",), "no-such-command"),
+    ],
+)
+def test_mistakes_end_with_status_2(service: LocalService, arguments: tuple[str, ...], told: str) -> None:
+    done = nearkin(*arguments, service=service.address, status=2)
+    assert told in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nearest", "3", "--run", "no-such-run"), ("table", "--generation", "99"), ("compare", "7", "9")],
+)
+def test_what_the_service_refuses_ends_with_status_1(
+    service: LocalService, arguments: tuple[str, ...]
+) -> None:
+    done = nearkin(*arguments, service=service.address, status=1)
+    assert done.stderr.startswith("nearkin: ")
+
+
+def test_no_service() -> None:
+    assert "NEARKIN_SERVICE" in nearkin("runs", status=2).stderr
+    told = nearkin("runs", "--service", "unix:///nowhere/nearkin.sock", status=1).stderr
+    assert "cannot be reached" in told
+
+
+def test_every_command_teaches_by_example() -> None:
+    for command in ("runs", "generations", "nearest", "table", "watch", "compare", "info"):
+        assert f"Example: nearkin {command}" in nearkin(command, "--help").stdout

@@ -1,0 +1,155 @@
+"""Connections are cut and services restarted, and the caller notices nothing but time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from crc32c import crc32c
+from nearkin.v1 import bulk
+from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, RunSnapshot
+from nearkin_client.local import LocalService
+from nearkin_client.testing import neighbour_service
+
+from tests.client.fakes import fake_service
+from tests.client.oracle import assert_is_table, similarities
+from tests.client.proxy import cutting_proxy
+
+generator = np.random.default_rng(11)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[LocalService]:
+    """A service that tests here stop, kill and start again."""
+    with neighbour_service() as started:
+        yield started
+
+
+def test_a_push_cut_ten_times_moves_little_more_than_its_bytes(service: LocalService) -> None:
+    rows = generator.standard_normal((48, 1 << 18)).astype(np.float32)
+    with cutting_proxy(service.address, cut_after=rows.nbytes // 12, cuts=10) as proxy:
+        with NeighbourClient(proxy.address, run="cut") as client:
+            client.push(rows, epoch=0, k=4, timeout=60)
+        assert proxy.cuts_left == 0
+        assert proxy.bytes_up < 1.2 * rows.nbytes
+    with NeighbourClient(service.address, run="cut") as client:
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_a_push_goes_on_after_the_service_came_back(service: LocalService, how: str) -> None:
+    rows = generator.standard_normal((64, 1 << 16)).astype(np.float32)
+    with NeighbourClient(service.address, run=f"back-after-{how}") as client:
+        begun = client.push(rows[:1], epoch=0, num_classes=64, k=4)
+        with ThreadPoolExecutor(1) as rank:
+            pushing = rank.submit(client.push, rows, epoch=0, k=4, timeout=60)
+            if how == "kill":
+                service.kill()
+                service.start()
+            else:
+                service.restart()
+            push = pushing.result()
+        assert push.push_id == begun.push_id
+        table = client.table(epoch=0, timeout=60)
+        assert table.scores is not None
+        assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_waiting_for_a_table_survives_a_restart(service: LocalService) -> None:
+    rows = generator.standard_normal((20, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="waiting") as client:
+        client.push(rows[:10], epoch=0, num_classes=20, k=4)
+        with ThreadPoolExecutor(1) as reader:
+            waiting = reader.submit(client.table, epoch=0, timeout=60)
+            time.sleep(0.2)
+            service.restart()
+            client.push(rows[10:], epoch=0, row_start=10, num_classes=20, k=4)
+            table = waiting.result()
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_published_tables_are_the_same_after_a_restart(service: LocalService) -> None:
+    rows = generator.standard_normal((20, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="lasting") as client:
+        client.push(rows, epoch=0, k=4)
+        before = client.table(epoch=0, timeout=60)
+        service.kill()
+        service.start()
+        after = client.table(generation=before.generation)
+        assert before.ids.tobytes() == after.ids.tobytes()
+        assert client.nearest(classes=[3]).ids.tolist() == [before.ids[3].tolist()]
+
+
+def test_watching_goes_on_after_a_restart(service: LocalService) -> None:
+    rows = generator.standard_normal((20, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="watched") as client:
+        client.push(rows, epoch=0, k=4)
+        client.table(epoch=0, timeout=60)
+        events = client.watch(timeout=60)
+        assert isinstance(next(events), RunSnapshot)
+        service.restart()
+        again = next(each for each in events if isinstance(each, RunSnapshot))
+        assert again.run.newest is not None
+        assert again.run.newest.epoch == 0
+
+
+def test_a_deadline_holds_while_nobody_answers() -> None:
+    def never(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        threading.Event().wait(2)
+        yield b""
+
+    with fake_service(ReadTable=never) as address, NeighbourClient(address, run="r") as client:
+        began = time.monotonic()
+        with pytest.raises(NotReadyInTime, match="epoch 1"):
+            client.table(epoch=1, timeout=0.3)
+        assert time.monotonic() - began < 1.5
+
+
+def _answer(ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]], damaged: bool) -> Iterator[bytes]:
+    payload = ids.data.cast("B")
+    crc = crc32c(payload)
+    generation = pb.Generation(run="r", generation=1, num_classes=len(ids), k=ids.shape[1], ids_crc32c=crc)
+    yield bulk.encode_table_message(pb.TableHeader(generation=generation, row_count=len(ids), k=ids.shape[1]))
+    block = bulk.TableBlock(pb.TABLE_COLUMN_IDS, 0, len(ids), crc, payload)
+    message = bytearray(bulk.encode_table_message(block))
+    message[-1] ^= damaged
+    yield bytes(message)
+
+
+@pytest.mark.parametrize("damaged_answers", [1, 99])
+def test_a_damaged_table_is_read_again_and_never_returned(damaged_answers: int) -> None:
+    ids = np.arange(12, dtype=np.int32).reshape(4, 3)
+    answers = iter(range(100))
+
+    def read(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        return _answer(ids, damaged=next(answers) < damaged_answers)
+
+    with fake_service(ReadTable=read) as address, NeighbourClient(address, run="r") as client:
+        if damaged_answers == 1:
+            np.testing.assert_array_equal(client.table(scores=False).ids, ids)
+        else:
+            with pytest.raises(DataLoss, match="crc32c"):
+                client.table(scores=False)
+
+
+def test_a_table_that_ends_early_is_not_returned() -> None:
+    ids = np.arange(12, dtype=np.int32).reshape(4, 3)
+
+    def read(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        return iter(list(_answer(ids, damaged=False))[:1])
+
+    with (
+        fake_service(ReadTable=read) as address,
+        NeighbourClient(address, run="r") as client,
+        pytest.raises(DataLoss, match="last row"),
+    ):
+        client.table(scores=False)
