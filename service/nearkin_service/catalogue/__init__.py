@@ -1,0 +1,11 @@
+"""What exists right now: runs, their pushes and generations, who waits and who watches.
+
+Lives on the event loop and is never touched from another thread, so it needs no locks. No files, no grpc, no engines.
+"""
+
+from nearkin_service.catalogue.events import EventHub
+from nearkin_service.catalogue.pushes import Push
+from nearkin_service.catalogue.retention import Sweep, sweep
+from nearkin_service.catalogue.runs import Catalogue, Run
+
+__all__ = ["Catalogue", "EventHub", "Push", "Run", "Sweep", "sweep"]

@@ -1,0 +1,146 @@
+"""`nearkin-serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nearkin_service.config import Limits, ServiceConfig
+
+log = logging.getLogger("nearkin.service")
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+_HELP = """Builds and serves neighbour tables of class embeddings.
+
+Training workers push one row per class each epoch; the service publishes a [num_classes, k] table of each class's nearest
+classes and answers queries. Everything is kept in the data directory; a restarted service finds all of it again.
+
+Examples:
+
+  nearkin-serve --data-dir ./nearkin-data
+
+  nearkin-serve --data-dir /data --listen unix:///run/nearkin.sock --listen 127.0.0.1:50051 --http 127.0.0.1:9090
+
+Then look at it with `nearkin runs --service unix:///run/nearkin.sock`. SIGTERM and Ctrl-C stop it gently: builds and
+readers finish, nothing new is taken.
+"""
+
+
+@app.command(help=_HELP)
+def serve(  # noqa: PLR0917 - one parameter per option
+    data_dir: Annotated[Path, typer.Option(help="Where everything is kept. Made if it does not exist.")],
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="unix:///path or host:port; repeatable. Default: 127.0.0.1:50051. Port 0 takes a free one."
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="The engine for pushes that do not name one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda. cuda fails where FAISS sees no GPU; auto logs its choice.")
+    ] = "auto",
+    http: Annotated[
+        str | None, typer.Option(help="host:port of /metrics, /livez and /readyz. Default: not served.")
+    ] = None,
+    keep_embeddings: Annotated[
+        int, typer.Option(help="Embeddings of how many generations are kept, unless a push says otherwise.")
+    ] = 2,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long a stop waits for builds and readers.")
+    ] = 30.0,
+    io_threads: Annotated[int, typer.Option(help="Threads that check and store rows and read tables.")] = 4,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow --listen on addresses that other machines can reach.")
+    ] = False,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(help="Written once the service is ready: one address it listens on per line."),
+    ] = None,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")
+    ] = "info",
+) -> None:
+    _configure_log(log_level)
+    try:
+        config = ServiceConfig(
+            data_dir=data_dir,
+            listen=tuple(listen or ["127.0.0.1:50051"]),
+            engine=engine,
+            device=_device(device),
+            http=http,
+            keep_embeddings=keep_embeddings,
+            drain_seconds=drain_seconds,
+            io_threads=io_threads,
+            insecure=insecure,
+            limits=Limits(),
+        )
+        asyncio.run(_serve(config, ready_file))
+    except (ValueError, OSError) as error:
+        typer.echo(f"nearkin-serve: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _device(name: str) -> Literal["auto", "cpu", "cuda"]:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not auto, cpu or cuda")
+    return name  # type: ignore[return-value]
+
+
+def _configure_log(level: str) -> None:
+    """This process's log is ours: `nearkin` goes to stderr, everyone else's loggers stay as they are."""
+    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise typer.BadParameter(f"{level!r} is not debug, info, warning or error", param_hint="--log-level")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    nearkin = logging.getLogger("nearkin")
+    nearkin.addHandler(handler)
+    nearkin.setLevel(level.upper())
+
+
+async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
+    from nearkin_service import engines
+    from nearkin_service.server import NeighbourServer
+
+    device = engines.resolve_device(config.device)
+    server = NeighbourServer(config, engines, device)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await server.start()
+    _announce(server.addresses, server.http_address, config.data_dir, ready_file)
+    await stopping.wait()
+    log.info("stopping; up to %g s for builds and readers", config.drain_seconds)
+    await server.stop()
+    if ready_file:
+        ready_file.unlink(missing_ok=True)
+
+
+def _announce(addresses: tuple[str, ...], http: str | None, data_dir: Path, ready_file: Path | None) -> None:
+    also = f", http on {http}" if http else ""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(
+            f"nearkin-serve ready: listening on {', '.join(addresses)}{also}, data in {data_dir}\n"
+        )
+        sys.stdout.flush()
+    if ready_file:
+        aside = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        aside.write_text("".join(f"{address}\n" for address in addresses), encoding="utf-8")
+        aside.replace(ready_file)
+
+
+def main() -> None:
+    """The `nearkin-serve` command."""
+    app(prog_name="nearkin-serve")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How a service is set up: frozen, checked when made, nothing read from anywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nearkin_service.values import MAX_INT32, Retention
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one caller may ask for. Reported by GetServerInfo under the same names."""
+
+    max_message_bytes: int = 64 * MIB
+    max_num_classes: int = 200_000_000
+    max_row_bytes: int = 16 * MIB
+    max_push_bytes: int = 4 * TIB
+    max_k: int = 100_000
+    max_runs: int = 1_000
+    max_generations_per_run: int = 100_000
+    max_open_pushes: int = 64
+    max_open_pushes_per_run: int = 4
+    max_nearest_queries: int = 8_192
+    max_waiting_readers: int = 10_000
+    min_free_disk_bytes: int = 256 * MIB
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < (0 if name.startswith("min") else 1):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_row_bytes > self.max_message_bytes:
+            raise ValueError("max_row_bytes is above max_message_bytes: such a row could never be sent")
+        if self.max_num_classes > MAX_INT32:
+            raise ValueError(f"max_num_classes is {self.max_num_classes}; ids are int32")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """Everything that `nearkin-serve` can be told.
+
+    Attributes:
+        data_dir: where everything lies that must survive.
+        listen: addresses, `unix:///path` or `host:port`; port 0 picks a free one.
+        engine: what "auto" in a push means here; "auto" leaves it to the engines.
+        device: "auto", "cpu" or "cuda".
+        keep_embeddings: embeddings of how many generations are kept when a push does not say.
+        chunk_bytes: payload size per message that suits this service.
+        io_threads: threads that check and store rows and read tables.
+        searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
+        http: `host:port` of /metrics, /livez and /readyz, or None.
+        drain_seconds: how long a stop waits for builds and readers.
+        insecure: whether another address than a unix socket or loopback may be listened on.
+    """
+
+    data_dir: Path
+    listen: tuple[str, ...]
+    engine: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    keep_embeddings: int = 2
+    chunk_bytes: int = 4 * MIB
+    io_threads: int = 4
+    searcher_memory_bytes: int = 4 * GIB
+    http: str | None = None
+    drain_seconds: float = 30.0
+    insecure: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise ValueError("listen: at least one address is needed")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device: {self.device!r} is not auto, cpu or cuda")
+        for name in ("keep_embeddings", "io_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 64 * KIB <= self.chunk_bytes <= self.limits.max_message_bytes:
+            raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be in 64 KiB..max_message_bytes")
+        if self.drain_seconds < 0:
+            raise ValueError(f"drain_seconds is {self.drain_seconds}; it must not be negative")
+
+    def retention(self, asked: Retention) -> Retention:
+        """What a push asked for, with the service's defaults in place."""
+        keep = asked.keep_embeddings or self.keep_embeddings
+        return Retention(keep, asked.keep_tables, asked.keep_every)

@@ -1,0 +1,65 @@
+"""What can go wrong, one class per meaning; the wire gives each its status code.
+
+NearkinError
+├── InvalidArgumentError      the caller must change the call (also a ValueError)
+├── NotFoundError             no such run, generation or push
+├── AlreadyExistsError        it is there already, and different
+├── FailedPreconditionError   not in the state that this needs
+├── DataLossError             bytes are damaged or gone
+├── LimitExceededError        a limit of this service, by name
+├── UnimplementedError        this version cannot do that
+├── UnavailableError          draining: try again elsewhere or later
+└── NotInTimeError            what was waited for did not come before the deadline
+"""
+
+from __future__ import annotations
+
+
+class NearkinError(Exception):
+    """The message is meant for the caller: it names the field or thing, its value, and the way out."""
+
+
+class InvalidArgumentError(NearkinError, ValueError):
+    """`field` is the path of the offending field in the request."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class NotFoundError(NearkinError):
+    """No such run, generation or push."""
+
+
+class AlreadyExistsError(NearkinError):
+    """It is there already, and different from what was given."""
+
+
+class FailedPreconditionError(NearkinError):
+    """The thing is not in the state that the call needs."""
+
+
+class DataLossError(NearkinError):
+    """Bytes are damaged or gone."""
+
+
+class LimitExceededError(NearkinError):
+    """`limit` is the limit's name as `GetServerInfo` reports it."""
+
+    def __init__(self, limit: str, reason: str) -> None:
+        super().__init__(f"{limit}: {reason}")
+        self.limit = limit
+        self.reason = reason
+
+
+class UnimplementedError(NearkinError):
+    """This version of the service cannot do that."""
+
+
+class UnavailableError(NearkinError):
+    """The service is draining."""
+
+
+class NotInTimeError(NearkinError):
+    """What was waited for did not come before the call's deadline."""

@@ -1,0 +1,115 @@
+"""Addresses that a service may listen on: unix sockets and loopback freely, anything else only when told so."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+
+log = logging.getLogger("nearkin.service")
+
+_MAX_SOCKET_PATH = 107
+_SOCKET_MASK = 0o177
+
+
+def is_unix(address: str) -> bool:
+    return address.startswith("unix:")
+
+
+def socket_path(address: str) -> Path:
+    """Of `unix:///absolute/path` or `unix:path`."""
+    path = address.removeprefix("unix:")
+    return Path("/" + path.lstrip("/") if path.startswith("//") else path).absolute()
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """ValueError: not `host:port`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is neither unix:///path nor host:port (port 0: any free one)")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_address(address: str, *, insecure: bool) -> None:
+    """ValueError: malformed, or open to others although nobody said that it may be."""
+    if is_unix(address):
+        path = socket_path(address)
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise ValueError(
+                f"{address}: a socket's path has at most {_MAX_SOCKET_PATH} bytes; choose a shorter one"
+            )
+        return
+    host, _ = split_host_port(address)
+    if is_loopback(host):
+        return
+    if not insecure:
+        raise ValueError(
+            f"{address} can be reached from other machines and nothing is asked of who calls; listen on a unix socket "
+            "or 127.0.0.1, or pass --insecure if the network is trusted"
+        )
+    log.warning("%s can be reached from other machines, and anyone there may read, write and delete", address)
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Listens, and returns the address with the port that it became. ValueError: it is taken."""
+    if is_unix(address):
+        return _bind_unix(server, socket_path(address))
+    host, _ = split_host_port(address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ValueError(f"cannot listen on {address}: {error}") from error
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind_unix(server: grpc.aio.Server, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_way(path)
+    try:
+        with _umask(_SOCKET_MASK):
+            server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise ValueError(f"cannot listen on unix://{path}: {error}") from error
+    return f"unix://{path}"
+
+
+def _make_way(path: Path) -> None:
+    """Removes the socket of a service that is gone. ValueError: one is alive there, or it is something else."""
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise ValueError(f"{path} exists and is not a socket; choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            log.info("%s was left by a service that is gone; replaced", path)
+            path.unlink()
+            return
+    raise ValueError(f"another service listens on {path}; stop it or choose another path")
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """The socket is private from its first moment."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,26 @@
+"""What the service does: pushing, building, reading, searching, comparing, removing.
+
+Here catalogue (what is), store (what lies on disk) and engines (what is computed) meet; the wire calls these classes and
+knows none of the three. Everything runs on the event loop and hands slow work to threads by `Core`.
+"""
+
+from nearkin_service.operations.administering import Administering
+from nearkin_service.operations.builds import Builds
+from nearkin_service.operations.comparing import Comparing, Comparison
+from nearkin_service.operations.core import Core, Engines
+from nearkin_service.operations.pushing import Pushing
+from nearkin_service.operations.reading import Reading, TableBlocks
+from nearkin_service.operations.searching import Searching
+
+__all__ = [
+    "Administering",
+    "Builds",
+    "Comparing",
+    "Comparison",
+    "Core",
+    "Engines",
+    "Pushing",
+    "Reading",
+    "Searching",
+    "TableBlocks",
+]

@@ -1,0 +1,87 @@
+"""The catalogue as callers see it, and removing things from it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+
+from nearkin_service.catalogue.events import Subscription
+from nearkin_service.errors import InvalidArgumentError, NotFoundError
+from nearkin_service.operations.builds import Builds
+from nearkin_service.operations.core import Core
+from nearkin_service.operations.searching import Searching
+from nearkin_service.values import Generation, PushState, RunView, check_run_name
+
+log = logging.getLogger("nearkin.catalogue")
+
+_PAGE, _MOST = 100, 1_000
+
+
+class Administering:
+    """Lists, looks up, removes."""
+
+    def __init__(self, core: Core, builds: Builds, searching: Searching) -> None:
+        self._core = core
+        self._builds = builds
+        self._searching = searching
+
+    def runs(self, page_size: int, token: str) -> tuple[list[RunView], str]:
+        """A page of runs by name, and the token of the next page ("" after the last)."""
+        names = sorted(name for name in self._core.catalogue.runs if name > token)
+        page = names[: _page_size(page_size)]
+        views = [self._core.catalogue.runs[name].view() for name in page]
+        return views, page[-1] if len(page) < len(names) else ""
+
+    def run(self, name: str) -> RunView:
+        return self._core.catalogue.run(check_run_name(name)).view()
+
+    def find_run(self, name: str) -> RunView | None:
+        """The run, or None while there is none."""
+        run = self._core.catalogue.runs.get(check_run_name(name))
+        return run.view() if run else None
+
+    def generations(self, name: str, page_size: int, token: str) -> tuple[list[Generation], str]:
+        """A page of generations, newest first, and the token of the next page."""
+        run = self._core.catalogue.run(check_run_name(name))
+        if token and not (token.isascii() and token.isdecimal() and len(token) < 12):
+            raise InvalidArgumentError("page_token", f"{token[:40]!r} did not come from this service")
+        below = int(token) if token else run.last_generation + 1
+        numbers = sorted((n for n in run.generations if n < below), reverse=True)
+        page = numbers[: _page_size(page_size)]
+        return [run.generations[n] for n in page], str(page[-1]) if len(page) < len(numbers) else ""
+
+    def subscribe(self, name: str) -> AbstractContextManager[Subscription]:
+        return self._core.catalogue.events.subscribe(check_run_name(name))
+
+    async def delete_run(self, name: str) -> None:
+        """NotFoundError: no such run."""
+        run = self._core.catalogue.run(check_run_name(name))
+        async with run.lock:
+            if self._core.catalogue.runs.get(name) is not run:
+                raise NotFoundError(f"there is no run {name!r}")
+            for push in run.live_pushes:
+                while push.publishing:
+                    await self._core.catalogue.changed.wait()
+                await self._builds.end(push, PushState.ABORTED, "its run was deleted")
+            for generation in run.generations.values():
+                self._searching.forget(generation)
+            self._core.catalogue.remove_run(run)
+            await self._core.io(self._core.directory.delete_run, name)
+        log.info("run %s deleted", name)
+
+    async def delete_generation(self, name: str, number: int) -> None:
+        """NotFoundError: no such run or generation."""
+        run = self._core.catalogue.run(check_run_name(name))
+        if number < 1:
+            raise InvalidArgumentError("generation", f"{number} is not a generation's number (1, 2, ...)")
+        generation = run.generation(number)
+        self._searching.forget(generation)
+        self._core.catalogue.remove_generation(run, generation)
+        await self._core.io(self._core.directory.delete_generation, generation)
+        log.info("run %s: generation %d deleted", name, number)
+
+
+def _page_size(asked: int) -> int:
+    if asked < 0:
+        raise InvalidArgumentError("page_size", f"{asked} is negative")
+    return min(asked or _PAGE, _MOST)

@@ -1,0 +1,255 @@
+"""From a closed push to a published generation: one build at a time, runs taking turns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from nearkin_service.catalogue import Push, Run, sweep
+from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
+from nearkin_service.operations.core import Core
+from nearkin_service.operations.searching import Searching
+from nearkin_service.store import Finished
+from nearkin_service.values import BuildProgress, EmbeddingsState, Generation, PushState
+
+log = logging.getLogger("nearkin.build")
+
+_KEPT_OUTCOMES = 16
+
+
+class _Monitor:
+    """Between a building thread and the event loop."""
+
+    def __init__(self, core: Core, push: Push) -> None:
+        self._core = core
+        self._push = push
+        self._loop = asyncio.get_running_loop()
+        self._stage, self._stage_began = "", 0.0
+        self._began = time.monotonic()
+        self.cancelled = threading.Event()
+        self.stopping = False
+
+    def progress(self, stage: str, rows_done: int, rows_total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_began = stage, now
+        rate = rows_done / (now - self._stage_began) if now > self._stage_began else 0.0
+        left = (rows_total - rows_done) / rate if rate > 0 else -1.0
+        event = BuildProgress(
+            self._push.push_id, self._push.spec.epoch, stage, rows_done, rows_total, rate, left
+        )
+        self._loop.call_soon_threadsafe(self._core.catalogue.events.publish, self._push.spec.run, event)
+
+    def check(self) -> None:
+        if self.cancelled.is_set():
+            raise BuildCancelled("cancelled")
+        limit = self._push.spec.build_timeout
+        if limit is not None and time.monotonic() - self._began > limit:
+            raise BuildCancelled(f"the build took longer than its build_timeout of {limit:g} s")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+class Builds:
+    """The build queue, and how pushes end."""
+
+    def __init__(self, core: Core, searching: Searching) -> None:
+        self._core = core
+        self._searching = searching
+        self._waiting: OrderedDict[str, deque[Push]] = OrderedDict()
+        self._running: dict[str, _Monitor] = {}
+        self._queued = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread = ThreadPoolExecutor(1, "nearkin-build")
+        self._worker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    def enqueue(self, push: Push) -> None:
+        self._waiting.setdefault(push.spec.run, deque()).append(push)
+        self._core.metrics.queued_builds.inc()
+        self._idle.clear()
+        self._queued.set()
+
+    @property
+    def idle(self) -> asyncio.Event:
+        """Set while nothing is being built or waits for it."""
+        return self._idle
+
+    async def stop(self) -> None:
+        """Ends the build that runs; it starts anew with the next service on this data directory."""
+        if self._worker is not None:
+            self._worker.cancel()
+        for monitor in self._running.values():
+            monitor.stopping = True
+            monitor.cancelled.set()
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------- the queue
+
+    async def _work(self) -> None:
+        while True:
+            push = self._next()
+            if push is None:
+                self._idle.set()
+                self._queued.clear()
+                await self._queued.wait()
+            elif push.state is PushState.BUILDING:
+                await self._build(push)
+
+    def _next(self) -> Push | None:
+        """The oldest push of the run whose turn it is."""
+        if not self._waiting:
+            return None
+        run, pushes = self._waiting.popitem(last=False)
+        push = pushes.popleft()
+        if pushes:
+            self._waiting[run] = pushes
+        self._core.metrics.queued_builds.dec()
+        return push
+
+    async def _build(self, push: Push) -> None:
+        monitor = _Monitor(self._core, push)
+        self._running[push.push_id] = monitor
+        try:
+            table = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._build_table, push, monitor
+            )
+            await self._publish(push, table, monitor.seconds)
+        except BuildCancelled as why:
+            if not monitor.stopping:
+                await self.end(push, PushState.FAILED, str(why))
+        except ValueError as error:
+            await self.end(push, PushState.FAILED, str(error))
+        except Exception as error:
+            if push.live:
+                log.exception("run %s epoch %d: the build failed", push.spec.run, push.spec.epoch)
+            await self.end(push, PushState.FAILED, f"the build failed: {type(error).__name__}: {error}")
+        finally:
+            del self._running[push.push_id]
+
+    def _build_table(self, push: Push, monitor: _Monitor) -> BuiltTable:
+        spec, config = push.spec, self._core.config
+        request = BuildRequest(
+            row_shape=spec.row_shape,
+            key=spec.key,
+            k=spec.k,
+            engine=config.engine if spec.engine in ("", "auto") else spec.engine,
+            device=self._core.device,
+            absent=push.absent.ids(),
+            qaconv_candidates=spec.qaconv_candidates,
+            qaconv_weights=np.array(spec.qaconv_weights, np.float32),
+        )
+        return self._core.engines.build_table(self._core.files[push.push_id].rows.map(), request, monitor)
+
+    # -------------------------------------------------------------------------------------------- the end
+
+    async def _publish(self, push: Push, table: BuiltTable, seconds: float) -> None:
+        if push.state is not PushState.BUILDING:
+            return
+        push.publishing = True
+        core, run = self._core, self._core.catalogue.run(push.spec.run)
+        finished = Finished(
+            number=run.last_generation + 1,
+            spec=push.spec,
+            push_id=push.push_id,
+            absent=push.absent.ids(),
+            table=table,
+            build_seconds=seconds,
+            published=time.time(),
+        )
+        try:
+            generation = await core.io(core.directory.publish, finished)
+            self._searching.trust(generation)
+            core.catalogue.publish(run, push, generation)
+        finally:
+            push.publishing = False
+        self._tell(generation)
+        core.spawn(self._close_files(push))
+        core.spawn(self._tidy(run, generation))
+
+    def _tell(self, generation: Generation) -> None:
+        metrics = self._core.metrics
+        metrics.generations.inc()
+        metrics.build_seconds.labels("total").observe(generation.build_seconds)
+        for stage, seconds in generation.stage_seconds.items():
+            metrics.build_seconds.labels(stage).observe(seconds)
+        metrics.generation_time.labels(generation.run).set(generation.published)
+        log.info(
+            "run %s epoch %d: generation %d published, engine %s on %s, %.2f s",
+            generation.run,
+            generation.epoch,
+            generation.number,
+            generation.engine,
+            generation.device,
+            generation.build_seconds,
+        )
+
+    async def end(self, push: Push, state: PushState, error: str) -> None:
+        """A push comes to nothing: its rows go, its readers are told."""
+        if not push.live:
+            return
+        push.end(state, error)
+        if push.push_id in self._running:
+            self._running[push.push_id].cancelled.set()
+        if state is PushState.FAILED:
+            self._core.metrics.builds_failed.inc()
+        log.info("run %s epoch %d: push %s %s %s", push.spec.run, push.spec.epoch, push.push_id, state, error)
+        self._core.catalogue.push_changed(push)
+        await self._core.io(self._core.directory.finish_push, push.spec.run, push.push_id, state, error)
+        self._core.spawn(self._close_files(push))
+        await self._forget_old(push.spec.run)
+
+    async def _forget_old(self, run: str) -> None:
+        for push in self._core.catalogue.outlived(run, _KEPT_OUTCOMES):
+            self._core.catalogue.forget_push(push)
+            await self._core.io(self._core.directory.forget_push, run, push.push_id)
+
+    async def _close_files(self, push: Push) -> None:
+        await push.idle()
+        files = self._core.files.pop(push.push_id, None)
+        if files is not None:
+            files.close()
+
+    # ------------------------------------------------------------------------------------------- tidying
+
+    async def _tidy(self, run: Run, generation: Generation) -> None:
+        await self.sweep(run, generation)
+        await self.flush(generation)
+
+    async def flush(self, generation: Generation) -> None:
+        """Waits for the disk to have the embeddings, and says so."""
+        try:
+            state = await self._core.background(self._core.directory.flush, generation)
+        except OSError:
+            return  # removed or dropped meanwhile
+        found = self._core.catalogue.runs.get(generation.run)
+        current = found.generations.get(generation.number) if found else None
+        if current is not None and current.embeddings is EmbeddingsState.FLUSHING:
+            self._core.catalogue.replace(replace(current, embeddings=state))
+
+    async def sweep(self, run: Run, newest: Generation) -> None:
+        """Applies the newest push's retention. What is open stays readable until it is closed."""
+        policy = self._core.config.retention(newest.spec.retention)
+        due = sweep(list(run.generations.values()), policy)
+        for generation in due.remove:
+            self._core.catalogue.remove_generation(run, generation)
+            self._searching.forget(generation)
+        for generation in due.drop_embeddings:
+            self._core.catalogue.replace(replace(generation, embeddings=EmbeddingsState.DROPPED))
+            self._searching.forget(generation)
+        for generation in due.remove:
+            await self._core.background(self._core.directory.delete_generation, generation)
+        for generation in due.drop_embeddings:
+            await self._core.background(self._core.directory.drop_embeddings, generation)

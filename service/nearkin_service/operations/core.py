@@ -1,0 +1,114 @@
+"""What all operations share: the configuration, the catalogue, the data directory, and threads for slow work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.catalogue import Catalogue
+from nearkin_service.config import ServiceConfig
+from nearkin_service.engines.contract import (
+    BuildMonitor,
+    BuildRequest,
+    BuiltTable,
+    EngineDescription,
+    KeyName,
+    Searcher,
+)
+from nearkin_service.errors import NearkinError, UnavailableError
+from nearkin_service.metrics import Metrics
+from nearkin_service.store import DataDirectory, PushFiles
+
+log = logging.getLogger("nearkin.service")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Engines(Protocol):
+    """What operations need of the engines; the package `nearkin_service.engines` is one."""
+
+    def build_table(self, rows: NDArray[Any], request: BuildRequest, monitor: BuildMonitor) -> BuiltTable: ...
+
+    def open_searcher(
+        self,
+        rows: NDArray[Any],
+        row_shape: tuple[int, ...],
+        key: KeyName,
+        absent: NDArray[np.int64],
+        device: str,
+    ) -> Searcher: ...
+
+    def describe_engines(self) -> Sequence[EngineDescription]: ...
+
+
+class Core:
+    """Shared by all operations of one service."""
+
+    def __init__(
+        self, config: ServiceConfig, directory: DataDirectory, engines: Engines, device: str
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.engines = engines
+        self.device = device
+        self.catalogue = Catalogue()
+        self.metrics = Metrics()
+        self.files: dict[str, PushFiles] = {}
+        self.draining = False
+        self._io = ThreadPoolExecutor(config.io_threads, "nearkin-io")
+        self._background = ThreadPoolExecutor(1, "nearkin-background")
+        self._compute = ThreadPoolExecutor(2, "nearkin-compute")
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def io(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Short file work. Goes on to its end even if the caller is cancelled."""
+        return await self._in(self._io, call, *args, **kwargs)
+
+    async def background(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Long file work that nobody waits for, one thing after another."""
+        return await self._in(self._background, call, *args, **kwargs)
+
+    async def compute(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Searches and comparisons."""
+        return await self._in(self._compute, call, *args, **kwargs)
+
+    @staticmethod
+    async def _in(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts work that outlives the call it came from; what goes wrong unasked is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, NearkinError):
+            log.error("background work failed", exc_info=error)
+
+    async def settle(self) -> None:
+        """Until everything spawned so far is done."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+    def refuse_when_draining(self) -> None:
+        if self.draining:
+            raise UnavailableError("the service is stopping and takes nothing new; try again")
+
+    def close(self) -> None:
+        """Ends the threads and gives the data directory back."""
+        for pool in (self._io, self._background, self._compute):
+            pool.shutdown(wait=True, cancel_futures=True)
+        for files in self.files.values():
+            files.close()
+        self.directory.close()

@@ -1,0 +1,280 @@
+"""Opening pushes, storing rows, closing and dropping pushes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.catalogue import Push, Run
+from nearkin_service.errors import (
+    AlreadyExistsError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LimitExceededError,
+)
+from nearkin_service.operations.builds import Builds
+from nearkin_service.operations.core import Core
+from nearkin_service.ranges import RowRange, RowSet
+from nearkin_service.store import Arrival
+from nearkin_service.values import PushSpec, PushState, PushView
+
+log = logging.getLogger("nearkin.push")
+
+_ANNOUNCE_SECONDS = 0.2
+
+
+class Pushing:
+    """The life of a push up to its build."""
+
+    def __init__(self, core: Core, builds: Builds) -> None:
+        self._core = core
+        self._builds = builds
+        self._creating_run = asyncio.Lock()
+
+    # ------------------------------------------------------------------------------------------ beginning
+
+    async def begin(
+        self, spec: PushSpec, absent: NDArray[np.int64], *, commit_when_complete: bool
+    ) -> PushView:
+        """Opens the push of an epoch or joins it.
+
+        AlreadyExistsError: the epoch has a push or generation with other arguments. LimitExceededError: one of the
+        service's limits, or the disk's.
+        """
+        self._core.refuse_when_draining()
+        self._require_limits(spec)
+        declared = _checked_absent(absent, spec.num_classes)
+        run = await self._run(spec)
+        async with run.lock:
+            if self._core.catalogue.runs.get(run.name) is not run:
+                raise FailedPreconditionError(f"run {run.name!r} was just deleted; begin again")
+            push = run.pushes.get(spec.epoch)
+            if push is None or push.state in (PushState.FAILED, PushState.ABORTED):
+                push = await self._create(run, spec)
+            elif difference := push.spec.difference(spec):
+                raise AlreadyExistsError(
+                    f"epoch {spec.epoch} of run {run.name!r} is pushed already, and its {difference}"
+                )
+            await self._join(push, declared, commit_when_complete=commit_when_complete)
+        await self._commit_if_complete(push)
+        return push.view()
+
+    def _require_limits(self, spec: PushSpec) -> None:
+        limits = self._core.config.limits
+        asked = {
+            "max_num_classes": spec.num_classes,
+            "max_row_bytes": spec.row_bytes,
+            "max_push_bytes": spec.rows_bytes,
+            "max_k": spec.k,
+        }
+        for name, value in asked.items():
+            if value > getattr(limits, name):
+                raise LimitExceededError(name, f"{value:,} is above this service's {getattr(limits, name):,}")
+
+    async def _run(self, spec: PushSpec) -> Run:
+        async with self._creating_run:
+            catalogue = self._core.catalogue
+            if spec.run not in catalogue.runs:
+                if len(catalogue.runs) >= self._core.config.limits.max_runs:
+                    raise LimitExceededError("max_runs", f"there are {len(catalogue.runs)} runs; delete one")
+                self._require_room_for_push(None)
+                run = Run(spec.run, time.time())
+                await self._core.io(self._core.directory.create_run, run.name, run.created)
+                catalogue.add_run(run)
+            return catalogue.runs[spec.run]
+
+    def _require_room_for_push(self, run: Run | None) -> None:
+        limits, everywhere = self._core.config.limits, len(self._core.catalogue.open_pushes)
+        if everywhere >= limits.max_open_pushes:
+            raise LimitExceededError(
+                "max_open_pushes", f"{everywhere} pushes are open or being built; wait for one"
+            )
+        if run is None:
+            return
+        if len(run.live_pushes) >= limits.max_open_pushes_per_run:
+            epochs = ", ".join(str(push.spec.epoch) for push in run.live_pushes)
+            raise LimitExceededError(
+                "max_open_pushes_per_run",
+                f"epochs {epochs} of run {run.name!r} are open or being built; abort one",
+            )
+        if len(run.generations) >= limits.max_generations_per_run:
+            raise LimitExceededError(
+                "max_generations_per_run", f"run {run.name!r} has {len(run.generations)}; delete some"
+            )
+
+    async def _create(self, run: Run, spec: PushSpec) -> Push:
+        self._require_room_for_push(run)
+        core = self._core
+        promised = sum(
+            p.spec.rows_bytes + p.spec.tables_bytes - len(p.stored) * p.spec.row_bytes
+            for p in core.catalogue.open_pushes
+        )
+        await core.io(core.directory.require_space, spec, promised, core.config.limits.min_free_disk_bytes)
+        created = time.time()
+        push_id, files = await core.io(core.directory.create_push, spec, created)
+        core.files[push_id] = files
+        push = Push(push_id, spec, created)
+        core.catalogue.add_push(run, push)
+        log.info(
+            "run %s epoch %d: push %s opened, %d rows of %s %s, k %d",
+            spec.run,
+            spec.epoch,
+            push_id,
+            spec.num_classes,
+            list(spec.row_shape),
+            spec.dtype,
+            spec.k,
+        )
+        return push
+
+    async def _join(self, push: Push, declared: RowSet, *, commit_when_complete: bool) -> None:
+        if push.state is not PushState.OPEN:
+            return await self._require_declared_before(push, declared)
+        files, fresh = self._core.files[push.push_id], declared.minus(push.absent)
+        if len(fresh):
+            await self._core.io(files.note_absent, fresh)
+            push.absent = push.absent.union(fresh)
+            self._core.catalogue.rows_arrived(push)
+        if commit_when_complete and not push.commit_when_complete:
+            await self._core.io(files.note_commit_when_complete)
+            push.commit_when_complete = True
+        return None
+
+    async def _require_declared_before(self, push: Push, declared: RowSet) -> None:
+        known = push.absent
+        if push.state is PushState.PUBLISHED and len(declared):
+            generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+            known = RowSet.from_ids(await self._core.io(self._core.directory.absent, generation))
+        new = declared.minus(known).first
+        if new is not None:
+            raise AlreadyExistsError(
+                f"epoch {push.spec.epoch} of run {push.spec.run!r} is {push.state} already, and in it class {new.start} "
+                "is not absent"
+            )
+
+    # -------------------------------------------------------------------------------------------- writing
+
+    async def write(self, push_id: str, row_start: int, payload: memoryview, crc: int | None) -> PushView:
+        """Stores one message's rows, or compares them with what is stored; all of it or nothing.
+
+        DataLossError: not what was sent. InvalidArgumentError: not whole rows, not there, NaN or Inf.
+        AlreadyExistsError: a row is stored with other bytes. FailedPreconditionError: the push is over.
+        """
+        push = self._core.catalogue.push(push_id)
+        push.require_usable()
+        rows = push.spec.rows_of(row_start, payload.nbytes)
+        async with push.claim(rows):
+            push.require_usable()
+            if push.state is PushState.PUBLISHED:
+                await self._compare(push, rows, payload, crc)
+            else:
+                await self._receive(push, rows, payload, crc)
+        self._core.metrics.push_bytes.inc(payload.nbytes)
+        self._announce(push)
+        await self._commit_if_complete(push)
+        return push.view()
+
+    async def _receive(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+        """Once the push is closed every row counts as known: one that never came is absent, and ignored."""
+        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
+        arrival = Arrival(rows, payload, crc, known.within(rows.start, rows.stop), push.absent)
+        zeros = await self._core.io(self._core.files[push.push_id].receive, arrival)
+        push.arrived(rows, zeros)
+
+    async def _compare(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+        await self._core.io(self._core.directory.compare, generation, rows.start, payload, crc)
+
+    def _announce(self, push: Push) -> None:
+        """Tells watchers of arriving rows, a few times a second."""
+        now = time.monotonic()
+        if now - push.announced >= _ANNOUNCE_SECONDS:
+            push.announced = now
+            self._core.catalogue.rows_arrived(push)
+
+    # ------------------------------------------------------------------------------------------- closing
+
+    async def commit(self, push_id: str, rows_crc: int | None) -> PushView:
+        """Closes a push whose rows are all there; its build follows. See CommitPush in the protocol for the errors."""
+        push = self._core.catalogue.push(push_id)
+        push.require_usable()
+        if push.state is PushState.OPEN:
+            await self._require_complete(push)
+        if rows_crc is not None:
+            await self._require_checksum(push, rows_crc)
+        push.require_usable()
+        await self._close(push)
+        return push.view()
+
+    async def _commit_if_complete(self, push: Push) -> None:
+        if push.state is PushState.OPEN and push.commit_when_complete and not len(push.missing):
+            await self._require_complete(push)
+            await self._close(push)
+
+    async def _require_complete(self, push: Push) -> None:
+        """A zero row ends the push: its epoch can be begun again with the class declared absent."""
+        try:
+            push.require_complete()
+        except InvalidArgumentError as error:
+            await self._builds.end(push, PushState.FAILED, error.reason)
+            raise
+
+    async def _require_checksum(self, push: Push, expected: int) -> None:
+        found = await self._core.io(self._checksum, push)
+        if found != expected:
+            raise DataLossError(
+                f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the push and "
+                "send its rows again"
+            )
+
+    def _checksum(self, push: Push) -> int:
+        files = self._core.files.get(push.push_id)
+        if files is not None:
+            return files.checksum()
+        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+        rows = self._core.directory.open_rows(generation)
+        try:
+            return rows.checksum(0, push.spec.num_classes)
+        finally:
+            rows.close()
+
+    async def _close(self, push: Push) -> None:
+        if push.state is not PushState.OPEN:
+            return
+        push.state = PushState.BUILDING
+        try:
+            await self._core.io(self._core.files[push.push_id].note_committed)
+        except BaseException:
+            push.state = PushState.OPEN
+            raise
+        self._core.catalogue.push_changed(push)
+        self._builds.enqueue(push)
+
+    async def abort(self, push_id: str) -> PushView:
+        """Drops an open push or cancels its build. FailedPreconditionError: it is published already."""
+        push = self._core.catalogue.push(push_id)
+        while push.publishing and push.live:
+            await self._core.catalogue.changed.wait()
+        if push.state is PushState.PUBLISHED:
+            raise FailedPreconditionError(
+                f"epoch {push.spec.epoch} of run {push.spec.run!r} is published as generation {push.generation}; "
+                "delete that instead"
+            )
+        if push.live:
+            await self._builds.end(push, PushState.ABORTED, "")
+        return push.view()
+
+    def get(self, push_id: str) -> PushView:
+        return self._core.catalogue.push(push_id).view()
+
+
+def _checked_absent(absent: NDArray[np.int64], num_classes: int) -> RowSet:
+    outside = absent[(absent < 0) | (absent >= num_classes)]
+    if len(outside):
+        raise InvalidArgumentError("absent", f"class {int(outside[0])} is not within 0..{num_classes - 1}")
+    return RowSet.from_ids(absent)

@@ -1,0 +1,151 @@
+"""Neighbour tables: finding the right generation, waiting for it, cutting it into blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.errors import InvalidArgumentError, LimitExceededError, NotFoundError, NotInTimeError
+from nearkin_service.operations.core import Core
+from nearkin_service.ranges import RowRange
+from nearkin_service.store import IDS, SCORES, as_bytes
+from nearkin_service.values import FileChecksums, Generation, check_run_name
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of one column with the checksum of their bytes; `payload` lies in the mapped file."""
+
+    rows: RowRange
+    crc: int
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class TableBlocks:
+    """One column [N, k] of a `table`, mapped, cut where its manifest has checksums."""
+
+    table: NDArray[Any]
+    checksums: FileChecksums
+
+    def cut(self, rows: RowRange) -> Iterator[RowRange]:
+        """The ranges to send, none across a block's edge."""
+        step, start = self.checksums.block_rows, rows.start
+        while start < rows.stop:
+            stop = min((start // step + 1) * step, rows.stop)
+            yield RowRange(start, stop)
+            start = stop
+
+    def block(self, rows: RowRange) -> Block:
+        """Reads a range. A whole block carries the checksum it was published with, so damage since then shows."""
+        payload = as_bytes(np.asarray(self.table[rows.start : rows.stop]))
+        number, step = rows.start // self.checksums.block_rows, self.checksums.block_rows
+        whole = RowRange(number * step, min((number + 1) * step, len(self.table)))
+        crc = self.checksums.blocks[number] if rows == whole else crc32c.crc32c(payload)
+        return Block(rows, crc, payload)
+
+
+class Reading:
+    """What readers of tables ask for."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._waiting = 0
+
+    def generation(self, run: str, number: int) -> Generation:
+        """A generation by its number; 0: the newest. NotFoundError: no such run or generation."""
+        if number < 0:
+            raise InvalidArgumentError("generation", f"{number} is negative")
+        return self._core.catalogue.run(check_run_name(run)).generation(number)
+
+    async def since(self, run: str, epoch: int, seconds: float | None) -> Generation:
+        """The newest generation of this epoch or a later one, waited for.
+
+        A run that does not exist yet is waited for as well. FailedPreconditionError: the epoch's push came to nothing.
+        NotInTimeError: `seconds` went by. NotFoundError: the run was deleted meanwhile.
+        """
+        check_run_name(run)
+        if epoch < 0:
+            raise InvalidArgumentError("min_epoch", f"{epoch} is negative")
+        found = self._look(run, epoch)
+        if found is not None:
+            return found
+        with self._counted():
+            try:
+                async with asyncio.timeout(seconds):
+                    return await self._wait(run, epoch)
+            except TimeoutError:
+                raise NotInTimeError(self._why_not_yet(run, epoch)) from None
+
+    def _look(self, name: str, epoch: int) -> Generation | None:
+        run = self._core.catalogue.runs.get(name)
+        found = run.since(epoch) if run else None
+        if run is not None and found is None:
+            run.require_hope(epoch)
+        return found
+
+    async def _wait(self, name: str, epoch: int) -> Generation:
+        existed = name in self._core.catalogue.runs
+        while True:
+            found = self._look(name, epoch)
+            if found is not None:
+                return found
+            self._core.refuse_when_draining()
+            await self._core.catalogue.changed.wait()
+            if existed and name not in self._core.catalogue.runs:
+                raise NotFoundError(f"run {name!r} was deleted")
+            existed = name in self._core.catalogue.runs
+
+    def _counted(self) -> _Counted:
+        limit = self._core.config.limits.max_waiting_readers
+        if self._waiting >= limit:
+            raise LimitExceededError(
+                "max_waiting_readers", f"{self._waiting} readers wait already; try again"
+            )
+        return _Counted(self)
+
+    def _why_not_yet(self, name: str, epoch: int) -> str:
+        run = self._core.catalogue.runs.get(name)
+        if run is None:
+            return f"there is no run {name!r} yet"
+        push = run.pushes.get(epoch)
+        if push is None:
+            return f"epoch {epoch} of run {name!r} was not pushed in time; the newest is {_epoch(run.newest)}"
+        missing = f", {len(push.missing)} rows are missing" if len(push.missing) else ""
+        return f"epoch {epoch} of run {name!r} was not published in time: its push is {push.state}{missing}"
+
+    def add_waiting(self, change: int) -> None:
+        self._waiting += change
+        self._core.metrics.waiting_readers.set(self._waiting)
+
+    async def columns(self, generation: Generation, *, scores: bool) -> list[TableBlocks]:
+        """Ids and, if asked for, scores. NotFoundError: the generation was just removed."""
+        wanted = [(IDS, generation.ids), (SCORES, generation.scores)][: 2 if scores else 1]
+        return [
+            TableBlocks(await self._core.io(self._core.directory.map_column, generation, name), checksums)
+            for name, checksums in wanted
+        ]
+
+    async def load(self, blocks: TableBlocks, rows: RowRange) -> Block:
+        return await self._core.io(blocks.block, rows)
+
+
+class _Counted:
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+
+    def __enter__(self) -> None:
+        self._reading.add_waiting(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._reading.add_waiting(-1)
+
+
+def _epoch(generation: Generation | None) -> str:
+    return "none" if generation is None else f"epoch {generation.epoch}"

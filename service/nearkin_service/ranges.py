@@ -1,0 +1,117 @@
+"""Sets of row numbers, kept as disjoint ascending ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows start <= r < stop."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def overlaps(self, other: RowRange) -> bool:
+        """Whether any row is in both."""
+        return self.start < other.stop and other.start < self.stop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSet:
+    """An immutable set of row numbers. `starts` and `stops` are ascending and never touch each other."""
+
+    starts: Int64s
+    stops: Int64s
+
+    @staticmethod
+    def empty() -> RowSet:
+        return RowSet(np.empty(0, np.int64), np.empty(0, np.int64))
+
+    @staticmethod
+    def of(start: int, stop: int) -> RowSet:
+        """Rows start <= r < stop."""
+        return RowSet.from_arrays(np.array([start], np.int64), np.array([stop], np.int64))
+
+    @staticmethod
+    def from_ids(ids: Int64s) -> RowSet:
+        """These rows, in any order, repeated or not."""
+        return RowSet.from_arrays(ids, ids + 1)
+
+    @staticmethod
+    def from_arrays(starts: Int64s, stops: Int64s) -> RowSet:
+        """The union of the ranges, which may be empty, overlap and come in any order."""
+        filled = starts < stops
+        starts, stops = starts[filled], stops[filled]
+        order = np.argsort(starts, kind="stable")
+        starts, reach = starts[order], np.maximum.accumulate(stops[order])
+        opens = np.ones(len(starts), bool)
+        opens[1:] = starts[1:] > reach[:-1]
+        closes = np.append(opens[1:], True)[: len(starts)]
+        return RowSet(starts[opens], reach[closes])
+
+    def union(self, other: RowSet) -> RowSet:
+        return RowSet.from_arrays(
+            np.concatenate([self.starts, other.starts]), np.concatenate([self.stops, other.stops])
+        )
+
+    def complement(self, start: int, stop: int) -> RowSet:
+        """The rows of start <= r < stop that are not in this set."""
+        inside = (self.stops > start) & (self.starts < stop)
+        begins = np.concatenate([[start], np.maximum(self.stops[inside], start)])
+        ends = np.concatenate([np.minimum(self.starts[inside], stop), [stop]])
+        return RowSet.from_arrays(begins, ends)
+
+    def within(self, start: int, stop: int) -> RowSet:
+        """The rows of this set with start <= r < stop."""
+        return RowSet.from_arrays(np.maximum(self.starts, start), np.minimum(self.stops, stop))
+
+    def minus(self, other: RowSet) -> RowSet:
+        if not len(self):
+            return self
+        start, stop = int(self.starts[0]), int(self.stops[-1])
+        return self.complement(start, stop).union(other.within(start, stop)).complement(start, stop)
+
+    def contains(self, ids: Int64s) -> NDArray[np.bool_]:
+        """For each id whether it is in the set."""
+        place = np.searchsorted(self.starts, ids, side="right") - 1
+        found: NDArray[np.bool_] = place >= 0
+        found[found] = ids[found] < self.stops[place[found]]
+        return found
+
+    def ids(self) -> Int64s:
+        """Every row number, ascending."""
+        pieces = [np.arange(r.start, r.stop, dtype=np.int64) for r in self]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    @property
+    def ranges(self) -> int:
+        """How many ranges it takes."""
+        return len(self.starts)
+
+    @property
+    def first(self) -> RowRange | None:
+        """The lowest range."""
+        return next(iter(self), None)
+
+    def __iter__(self) -> Iterator[RowRange]:
+        return (RowRange(a, b) for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return int((self.stops - self.starts).sum())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RowSet):
+            return NotImplemented
+        return np.array_equal(self.starts, other.starts) and np.array_equal(self.stops, other.stops)
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,171 @@
+"""One service: everything put together, started, watched over and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from nearkin_service import listening, wire
+from nearkin_service.catalogue import Push
+from nearkin_service.config import KIB, MIB, ServiceConfig
+from nearkin_service.http import HealthServer
+from nearkin_service.operations import Builds, Core, Engines, Searching
+from nearkin_service.store import DataDirectory
+from nearkin_service.values import EmbeddingsState, PushState
+
+log = logging.getLogger("nearkin.service")
+
+_HEALTH_NAMES = ("", wire.SERVICE_NAME)
+_BEAT_SECONDS, _DEAD_SECONDS = 1.0, 15.0
+_LAST_REPLIES_SECONDS = 2.0
+
+
+class NeighbourServer:
+    """Lives in one event loop: `start`, then `stop` once."""
+
+    def __init__(self, config: ServiceConfig, engines: Engines, device: str) -> None:
+        """ValueError: the data directory is in use or of another format."""
+        for address in config.listen:
+            listening.check_address(address, insecure=config.insecure)
+        self._config = config
+        self._core = Core(config, DataDirectory(config.data_dir), engines, device)
+        self._health = health.aio.HealthServicer()
+        self._http: HealthServer | None = None
+        self._beat = time.monotonic()
+        self._ready = False
+        self.addresses: tuple[str, ...] = ()
+
+    @property
+    def http_address(self) -> str | None:
+        return self._http.address if self._http else None
+
+    async def start(self) -> None:
+        """Reads the data directory, listens, resumes builds. ValueError: an address is taken."""
+        core = self._core
+        self._searching = Searching(core)
+        self._builds = Builds(core, self._searching)
+        self._beating = asyncio.create_task(self._keep_beating())
+        if self._config.http:
+            self._http = self._serve_http(self._config.http)
+        core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
+        self._server = self._make_server()
+        self.addresses = tuple(listening.bind(self._server, address) for address in self._config.listen)
+        await self._server.start()
+        self._builds.start()
+        self._resume()
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._ready = True
+
+    def _make_server(self) -> grpc.aio.Server:
+        core = self._core
+        server = grpc.aio.server(options=_options(self._config))
+        behaviours = wire.behaviours(core, self._builds, self._searching)
+        server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _count_error(self, method: str, code: str) -> None:
+        self._core.metrics.errors.labels(method, code).inc()
+
+    def _resume(self) -> None:
+        """Goes on where the service before stopped: open pushes, builds, flushing, sweeping."""
+        core = self._core
+        for push in core.catalogue.open_pushes:
+            core.files[push.push_id] = core.directory.open_push(push.spec, push.push_id)
+            if push.state is PushState.BUILDING:
+                self._builds.enqueue(push)
+            log.info(
+                "run %s epoch %d: push %s goes on, %s",
+                push.spec.run,
+                push.spec.epoch,
+                push.push_id,
+                _how_far(push),
+            )
+        for run in core.catalogue.runs.values():
+            for generation in run.generations.values():
+                if generation.embeddings is EmbeddingsState.FLUSHING:
+                    core.spawn(self._builds.flush(generation))
+            if run.newest is not None:
+                core.spawn(self._builds.sweep(run, run.newest))
+                core.metrics.generation_time.labels(run.name).set(run.newest.published)
+
+    # --------------------------------------------------------------------------------------------- health
+
+    def _serve_http(self, address: str) -> HealthServer:
+        core = self._core
+        core.metrics.open_pushes.set_function(lambda: len(core.catalogue.open_pushes))
+        core.metrics.runs.set_function(lambda: len(core.catalogue.runs))
+        core.metrics.quarantined.set_function(lambda: core.directory.quarantined)
+        core.metrics.disk_free.set_function(core.directory.free_bytes)
+        try:
+            return HealthServer(address, core.metrics.registry, live=self._trouble, ready=self._not_ready)
+        except OSError as error:
+            raise ValueError(f"--http {address}: {error.strerror}") from error
+
+    async def _keep_beating(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def _trouble(self) -> str:
+        silent = time.monotonic() - self._beat
+        return f"the event loop has not moved for {silent:.0f} s" if silent > _DEAD_SECONDS else ""
+
+    def _not_ready(self) -> str:
+        return "" if self._ready else "starting or draining"
+
+    # ------------------------------------------------------------------------------------------- stopping
+
+    async def stop(self) -> None:
+        """Takes nothing new, lets builds and readers finish within `drain_seconds`, then ends."""
+        self._ready = False
+        core, deadline = self._core, time.monotonic() + self._config.drain_seconds
+        core.draining = True
+        await self._health.enter_graceful_shutdown()
+        core.catalogue.changed.fire()
+        core.catalogue.events.close()
+        await _within(deadline, self._builds.idle.wait)
+        await self._server.stop(max(deadline - time.monotonic(), _LAST_REPLIES_SECONDS))
+        await self._builds.stop()
+        await _within(deadline, core.settle)
+        self._beating.cancel()
+        if self._http:
+            await asyncio.to_thread(self._http.close)
+        await asyncio.to_thread(core.close)
+        for address in self.addresses:
+            if listening.is_unix(address):
+                listening.socket_path(address).unlink(missing_ok=True)
+
+
+async def _within(deadline: float, wait: Callable[[], object]) -> None:
+    """Waits, but not past the deadline."""
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0.1)):
+            await wait()  # type: ignore[misc]
+    except TimeoutError:
+        log.warning("drain time is over; what is left goes on with the next start")
+
+
+def _how_far(push: Push) -> str:
+    missing = len(push.missing)
+    return f"{missing} rows are missing" if missing else f"{push.state}"
+
+
+def _options(config: ServiceConfig) -> list[tuple[str, int]]:
+    """Large frames and buffers: bulk messages dominate, and header bytes never pay for small ones."""
+    return [
+        ("grpc.max_receive_message_length", config.limits.max_message_bytes + 64 * KIB),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.max_frame_size", 16 * MIB - 1),
+        ("grpc.http2.write_buffer_size", 4 * MIB),
+        ("grpc.so_reuseport", 0),
+    ]

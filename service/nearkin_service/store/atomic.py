@@ -1,0 +1,62 @@
+"""Small files that are either the old one or the new one, never half: written aside, flushed, renamed.
+
+A document is JSON, `{"body": …, "crc32c": …}`, the checksum being that of the body's canonical form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import crc32c
+
+from nearkin_service.errors import DataLossError
+
+
+def write_document(path: Path, body: dict[str, Any]) -> None:
+    """Replaces the document at `path`; it is on disk when this returns."""
+    data = json.dumps({"body": body, "crc32c": crc32c.crc32c(_canonical(body))}, indent=1, allow_nan=False)
+    aside = path.with_name(f".{path.name}.aside")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(data + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    fsync_directory(path.parent)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The body. DataLossError: the file is not what was written. FileNotFoundError: there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        body: dict[str, Any] = document["body"]
+        stored = document["crc32c"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataLossError(f"{path.name} is not a document: {error}") from error
+    if not isinstance(body, dict) or crc32c.crc32c(_canonical(body)) != stored:
+        raise DataLossError(f"{path.name} does not match its checksum")
+    return body
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes a file's bytes durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

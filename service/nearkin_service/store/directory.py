@@ -1,0 +1,242 @@
+"""One data directory, opened by one service."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.errors import DataLossError, LimitExceededError, NotFoundError
+from nearkin_service.ranges import RowSet
+from nearkin_service.store import generation_files as gens
+from nearkin_service.store import push_files
+from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
+from nearkin_service.store.push_files import PushFiles, compare_rows
+from nearkin_service.store.rows import RowsFile, as_rows, check_payload
+from nearkin_service.values import (
+    EmbeddingsState,
+    Generation,
+    PushSpec,
+    PushState,
+    RecoveredPush,
+    RecoveredRun,
+)
+
+log = logging.getLogger("nearkin.store")
+
+_RUN = "run.json"
+_KEPT_OUTCOMES = 16
+
+
+class DataDirectory:
+    """Everything on disk. ValueError: the directory is in use, or of another format."""
+
+    def __init__(self, root: Path) -> None:
+        self._lock = DirectoryLock(root)
+        self._layout = Layout(root)
+        self._layout.prepare()
+        self.quarantined = 0
+
+    def close(self) -> None:
+        self._lock.release()
+
+    # ------------------------------------------------------------------------------------------ start-up
+
+    def recover(self) -> list[RecoveredRun]:
+        """What a restarted service finds. Damaged things go to the quarantine; the rest is served."""
+        names = sorted(path.name for path in self._layout.runs.iterdir() if path.is_dir())
+        return [run for run in map(self._recover_run, names) if run is not None]
+
+    def _recover_run(self, run: str) -> RecoveredRun | None:
+        try:
+            about = read_document(self._layout.run(run) / _RUN)
+        except (OSError, ValueError, DataLossError) as error:
+            if isinstance(error, FileNotFoundError) and not any(self._layout.runs.joinpath(run).iterdir()):
+                self._layout.discard(self._layout.runs / run)
+                return None
+            anew = self._describe_anew(run, error)
+            if anew is None:
+                return None
+            about = anew
+        generations = self._recover_generations(run)
+        published = {generation.push_id for generation in generations}
+        return RecoveredRun(
+            name=run,
+            created=float(about["created"]),
+            last_generation=max([int(about["last_generation"]), *self._numbers(run)]),
+            generations=tuple(generations),
+            pushes=tuple(self._recover_pushes(run, published)),
+        )
+
+    def _describe_anew(self, run: str, error: Exception) -> dict[str, Any] | None:
+        """A run whose own description is gone is still made of its generations."""
+        try:
+            numbers = self._numbers(run)
+        except ValueError:
+            self._set_aside(self._layout.runs / run, f"run-{run[:64]}", error)
+            return None
+        log.error("run %s: %s; described anew from its generations", run, error)
+        about = {"created": time.time(), "last_generation": max(numbers, default=0)}
+        write_document(self._layout.run(run) / _RUN, about)
+        return about
+
+    def _numbers(self, run: str) -> list[int]:
+        directory = self._layout.generations(run)
+        if not directory.exists():
+            return []
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+    def _recover_generations(self, run: str) -> list[Generation]:
+        directory = self._layout.generations(run)
+        if not directory.exists():
+            return []
+        for left in directory.glob(".aside-*"):
+            self._layout.discard(left)
+        numbers = self._numbers(run)
+        return [g for g in (self._recover_generation(run, number) for number in numbers) if g is not None]
+
+    def _recover_generation(self, run: str, number: int) -> Generation | None:
+        path = self._layout.generation(run, number)
+        try:
+            generation = gens.load(path)
+            if (generation.run, generation.number) != (run, number):
+                raise DataLossError(f"it says it is generation {generation.number} of run {generation.run!r}")
+        except DataLossError as error:
+            self._note_number(run, number)
+            self._set_aside(path, f"{run}-{number}", error)
+            return None
+        return generation
+
+    def _recover_pushes(self, run: str, published: set[str]) -> list[RecoveredPush]:
+        directory = self._layout.pushes(run)
+        found = [self._recover_push(run, path, published) for path in directory.glob("*")]
+        pushes = sorted((push for push in found if push is not None), key=lambda push: push.created)
+        over = [push for push in pushes if push.state in (PushState.FAILED, PushState.ABORTED)]
+        for push in over[:-_KEPT_OUTCOMES]:
+            self.forget_push(run, push.push_id)
+            pushes.remove(push)
+        return pushes
+
+    def _recover_push(self, run: str, path: Path, published: set[str]) -> RecoveredPush | None:
+        if path.name in published or not (path / push_files.PUSH).exists():
+            self._layout.discard(path)
+            return None
+        try:
+            push = push_files.recover(path)
+            if (push.spec.run, push.push_id) != (run, path.name):
+                raise DataLossError(f"it says it is push {push.push_id} of run {push.spec.run!r}")
+        except (DataLossError, OSError, ValueError, KeyError, TypeError) as error:
+            self._set_aside(path, f"{run}-push-{path.name[:24]}", error)
+            return None
+        return push
+
+    def _set_aside(self, path: Path, name: str, error: Exception) -> None:
+        goal = self._layout.set_aside(path, name)
+        self.quarantined += 1
+        log.error(
+            "%s is damaged (%s): moved to %s and not served; everything else is",
+            path.relative_to(self._layout.root),
+            error,
+            goal.relative_to(self._layout.root),
+        )
+
+    # -------------------------------------------------------------------------------------- runs, pushes
+
+    def create_run(self, run: str, created: float) -> None:
+        path = self._layout.run(run)
+        for directory in (path, self._layout.pushes(run), self._layout.generations(run)):
+            directory.mkdir(exist_ok=True)
+        write_document(path / _RUN, {"created": created, "last_generation": 0})
+        fsync_directory(self._layout.runs)
+
+    def delete_run(self, run: str) -> None:
+        self._layout.discard(self._layout.run(run))
+
+    def require_space(self, spec: PushSpec, promised_bytes: int, min_free_bytes: int) -> None:
+        """LimitExceededError: rows and tables would not leave the disk its reserve."""
+        needed = spec.rows_bytes + spec.tables_bytes + promised_bytes
+        free = shutil.disk_usage(self._layout.root).free
+        if free - needed < min_free_bytes:
+            raise LimitExceededError(
+                "min_free_disk_bytes",
+                f"this push needs {needed:,} bytes (with what open pushes still expect); the data directory's disk has "
+                f"{free:,} free, of which {min_free_bytes:,} are kept",
+            )
+
+    def create_push(self, spec: PushSpec, created: float) -> tuple[str, PushFiles]:
+        push_id = new_push_id()
+        return push_id, PushFiles.create(self._layout.push(spec.run, push_id), push_id, spec, created)
+
+    def open_push(self, spec: PushSpec, push_id: str) -> PushFiles:
+        return PushFiles(self._layout.push(spec.run, push_id), spec)
+
+    def finish_push(self, run: str, push_id: str, state: PushState, error: str) -> None:
+        push_files.finish(self._layout.push(run, push_id), state, error)
+
+    def forget_push(self, run: str, push_id: str) -> None:
+        self._layout.discard(self._layout.push(run, push_id))
+
+    # -------------------------------------------------------------------------------------- generations
+
+    def publish(self, finished: gens.Finished) -> Generation:
+        """Puts a generation on disk, then says so; its push's own directory goes."""
+        run = finished.spec.run
+        push_directory = self._layout.push(run, finished.push_id)
+        generation = gens.publish(self._layout.generations(run), finished, push_directory)
+        self._note_number(run, finished.number)
+        self._layout.discard(push_directory)
+        return generation
+
+    def _note_number(self, run: str, number: int) -> None:
+        path = self._layout.run(run) / _RUN
+        about = read_document(path)
+        write_document(path, about | {"last_generation": max(number, about["last_generation"])})
+
+    def delete_generation(self, generation: Generation) -> None:
+        self._layout.discard(self._layout.generation(generation.run, generation.number))
+
+    def flush(self, generation: Generation) -> EmbeddingsState:
+        return gens.flush(self._layout.generation(generation.run, generation.number))
+
+    def drop_embeddings(self, generation: Generation) -> EmbeddingsState:
+        return gens.drop_embeddings(self._layout.generation(generation.run, generation.number))
+
+    def verify_rows(self, generation: Generation) -> EmbeddingsState:
+        return gens.verify_rows(self._layout.generation(generation.run, generation.number), generation)
+
+    def open_rows(self, generation: Generation) -> RowsFile:
+        return gens.open_rows(self._layout.generation(generation.run, generation.number), generation)
+
+    def absent(self, generation: Generation) -> NDArray[np.int64]:
+        return gens.read_absent(self._layout.generation(generation.run, generation.number), generation)
+
+    def compare(self, generation: Generation, start: int, payload: memoryview, crc: int | None) -> None:
+        """Compares rows sent again with a published generation's. AlreadyExistsError: they differ."""
+        check_payload(payload, crc, start)
+        rows = as_rows(payload, generation.spec)
+        absent = RowSet.from_ids(self.absent(generation))
+        file = self.open_rows(generation)
+        try:
+            compare_rows(file, rows, start, RowSet.of(start, start + len(rows)), absent)
+        finally:
+            file.close()
+
+    def map_column(self, generation: Generation, name: str) -> NDArray[Any]:
+        """[N, k] of the table, mapped read-only. NotFoundError: the generation was just removed."""
+        try:
+            return gens.map_column(
+                self._layout.generation(generation.run, generation.number), generation, name
+            )
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"generation {generation.number} of run {generation.run!r} was removed"
+            ) from None
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self._layout.root).free

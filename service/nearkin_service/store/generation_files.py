@@ -1,0 +1,255 @@
+"""The files of one generation: `manifest.json`, `ids.bin`, `scores.bin`, `absent.bin`, and with them the embeddings
+`rows.bin`, their `journal` (its checksums) and `embeddings.json` (whether they are safe, dropped or lost).
+
+A generation is written aside, flushed, and put in its place by one rename: it is there with everything, or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
+from nearkin_service.errors import DataLossError, FailedPreconditionError
+from nearkin_service.store import journal
+from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
+from nearkin_service.store.journal import Kind
+from nearkin_service.store.layout import FORMAT_VERSION, boot_id
+from nearkin_service.store.push_files import JOURNAL, ROWS
+from nearkin_service.store.rows import RowsFile, as_bytes
+from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec
+
+log = logging.getLogger("nearkin.store")
+
+MANIFEST, IDS, SCORES, ABSENT, EMBEDDINGS = (
+    "manifest.json",
+    "ids.bin",
+    "scores.bin",
+    "absent.bin",
+    "embeddings.json",
+)
+_BLOCK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A build's result with all that a manifest says of it."""
+
+    number: int
+    spec: PushSpec
+    push_id: str
+    absent: NDArray[np.int64]
+    table: BuiltTable
+    build_seconds: float
+    published: float
+
+
+def publish(generations: Path, finished: Finished, push_directory: Path) -> Generation:
+    """Puts a generation in its place; it is on disk when this returns, except for the embeddings' last bytes."""
+    aside = generations / f".aside-{secrets.token_hex(8)}"
+    aside.mkdir(parents=True)
+    try:
+        generation = _write_tables(aside, finished)
+        for name in (ROWS, JOURNAL):
+            os.link(push_directory / name, aside / name)
+        fsync_file(aside / JOURNAL)
+        _write_embeddings_state(aside, EmbeddingsState.FLUSHING)
+        write_document(aside / MANIFEST, _to_manifest(generation))
+        aside.rename(generations / str(finished.number))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    fsync_directory(generations)
+    return generation
+
+
+def _write_tables(directory: Path, finished: Finished) -> Generation:
+    table = finished.table
+    _write_durably(directory / ABSENT, np.ascontiguousarray(finished.absent, "<i8"))
+    return Generation(
+        number=finished.number,
+        spec=finished.spec,
+        push_id=finished.push_id,
+        engine=table.engine,
+        device=table.device,
+        exact=table.exact,
+        recomputed_rows=table.recomputed_rows,
+        absent_count=len(finished.absent),
+        published=finished.published,
+        build_seconds=finished.build_seconds,
+        stage_seconds=dict(table.stage_seconds),
+        versions=dict(table.versions),
+        recall=table.recall,
+        ids=_write_column(directory / IDS, np.ascontiguousarray(table.ids, "<i4")),
+        scores=_write_column(directory / SCORES, np.ascontiguousarray(table.scores, "<f4")),
+    )
+
+
+def _write_column(path: Path, column_Nk: NDArray[Any]) -> FileChecksums:
+    _write_durably(path, column_Nk)
+    return _checksums(column_Nk)
+
+
+def _write_durably(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        if array.size:
+            file.write(as_bytes(array))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksums(column_Nk: NDArray[Any]) -> FileChecksums:
+    block_rows = max(1, _BLOCK_BYTES // column_Nk.strides[0])
+    blocks: list[int] = []
+    whole = 0
+    for at in range(0, len(column_Nk), block_rows):
+        data = as_bytes(column_Nk[at : at + block_rows])
+        blocks.append(crc32c.crc32c(data))
+        whole = crc32c.crc32c(data, whole)
+    return FileChecksums(block_rows, whole, tuple(blocks))
+
+
+def _to_manifest(generation: Generation) -> dict[str, Any]:
+    body = {f.name: getattr(generation, f.name) for f in fields(generation) if f.name != "embeddings"}
+    body["spec"] = generation.spec.to_document()
+    for name in ("ids", "scores", "recall"):
+        body[name] = asdict(body[name]) if body[name] is not None else None
+    body["ids"]["blocks"] = list(generation.ids.blocks)
+    body["scores"]["blocks"] = list(generation.scores.blocks)
+    return {"format": FORMAT_VERSION, "generation": body}
+
+
+def _from_manifest(body: Mapping[str, Any]) -> Generation:
+    try:
+        found = dict(body["generation"])
+        found["spec"] = PushSpec.from_document(found["spec"])
+        for name in ("ids", "scores"):
+            found[name] = FileChecksums(**found[name] | {"blocks": tuple(found[name]["blocks"])})
+        found["recall"] = None if found["recall"] is None else MeasuredRecall(**found["recall"])
+        return Generation(**found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataLossError(f"{MANIFEST} cannot be read: {error}") from error
+
+
+def load(directory: Path) -> Generation:
+    """Reads a generation back and verifies its tables. DataLossError: something of it is damaged or missing."""
+    try:
+        generation = _from_manifest(read_document(directory / MANIFEST))
+        for name, expected in ((IDS, generation.ids), (SCORES, generation.scores)):
+            _verify_column(directory / name, generation, expected)
+        read_absent(directory, generation)
+        return replace(generation, embeddings=_recover_embeddings(directory, generation))
+    except OSError as error:
+        raise DataLossError(
+            f"{directory.name}: {error.strerror}: {Path(str(error.filename)).name}"
+        ) from error
+
+
+def _verify_column(path: Path, generation: Generation, expected: FileChecksums) -> None:
+    spec = generation.spec
+    if path.stat().st_size != spec.num_classes * spec.k * 4:
+        raise DataLossError(
+            f"{path.name} has {path.stat().st_size} bytes, not {spec.num_classes * spec.k * 4}"
+        )
+    if _checksums(np.memmap(path, "<i4", mode="r", shape=(spec.num_classes, spec.k))) != expected:
+        raise DataLossError(f"{path.name} does not match its checksum")
+
+
+def read_absent(directory: Path, generation: Generation) -> NDArray[np.int64]:
+    """Ids of the classes that had no embedding, ascending."""
+    absent: NDArray[np.int64] = np.fromfile(directory / ABSENT, "<i8")
+    if len(absent) != generation.absent_count:
+        raise DataLossError(f"{ABSENT} holds {len(absent)} ids, not {generation.absent_count}")
+    return absent
+
+
+def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsState:
+    about = read_document(directory / EMBEDDINGS)
+    state = EmbeddingsState(about["state"])
+    if state in (EmbeddingsState.DROPPED, EmbeddingsState.LOST):
+        return state
+    if not (directory / ROWS).exists() or (directory / ROWS).stat().st_size != generation.spec.rows_bytes:
+        return lose(directory, generation, "rows.bin is missing or short")
+    if state is EmbeddingsState.FLUSHING and about["boot"] != boot_id():
+        return verify_rows(directory, generation)
+    return state
+
+
+def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
+    """Compares the embeddings with the checksums of their arrival; records and returns what they turned out to be."""
+    records, _ = journal.read(directory / JOURNAL)
+    arrived = journal.row_set(records, Kind.ROWS)
+    absent = journal.row_set(records, Kind.ABSENT)
+    if len(arrived.union(absent)) != generation.spec.num_classes:
+        return lose(directory, generation, "the journal does not speak of every row")
+    rows = RowsFile(directory / ROWS, generation.spec)
+    try:
+        for record in records:
+            if record.kind is Kind.ROWS and not rows.matches(record):
+                return lose(directory, generation, f"a row at or after {record.start} was damaged")
+    finally:
+        rows.close()
+    return generation.embeddings
+
+
+def lose(directory: Path, generation: Generation, why: str) -> EmbeddingsState:
+    """Notes for good that the embeddings are not what arrived."""
+    log.error(
+        "run %s generation %d: embeddings lost (%s); the table is served, vector queries are not",
+        generation.run,
+        generation.number,
+        why,
+    )
+    _write_embeddings_state(directory, EmbeddingsState.LOST)
+    return EmbeddingsState.LOST
+
+
+def flush(directory: Path) -> EmbeddingsState:
+    """Waits until the disk has the embeddings. May take as long as the disk needs for them."""
+    fsync_file(directory / ROWS)
+    _write_embeddings_state(directory, EmbeddingsState.KEPT)
+    return EmbeddingsState.KEPT
+
+
+def drop_embeddings(directory: Path) -> EmbeddingsState:
+    """Frees the embeddings; who has them open keeps them until done."""
+    _write_embeddings_state(directory, EmbeddingsState.DROPPED)
+    for name in (ROWS, JOURNAL):
+        (directory / name).unlink(missing_ok=True)
+    return EmbeddingsState.DROPPED
+
+
+def _write_embeddings_state(directory: Path, state: EmbeddingsState) -> None:
+    write_document(directory / EMBEDDINGS, {"state": state, "boot": boot_id()})
+
+
+def open_rows(directory: Path, generation: Generation) -> RowsFile:
+    """The embeddings. DataLossError: they are lost. FailedPreconditionError: they were dropped meanwhile."""
+    if generation.embeddings is EmbeddingsState.LOST:
+        raise DataLossError(
+            f"the embeddings of generation {generation.number} of run {generation.run!r} were lost with the machine"
+        )
+    generation.require_embeddings()
+    try:
+        return RowsFile(directory / ROWS, generation.spec)
+    except FileNotFoundError:
+        raise FailedPreconditionError(
+            f"the embeddings of generation {generation.number} of run {generation.run!r} were just dropped"
+        ) from None
+
+
+def map_column(directory: Path, generation: Generation, name: str) -> NDArray[Any]:
+    """[N, k] of `ids.bin` (int32) or `scores.bin` (float32), mapped read-only."""
+    dtype = "<i4" if name == IDS else "<f4"
+    shape = (generation.spec.num_classes, generation.spec.k)
+    return np.memmap(directory / name, dtype, mode="r", shape=shape)

@@ -1,0 +1,87 @@
+"""What has happened to a push, as fixed-size records at the end of a file.
+
+One record is 32 bytes, little-endian: kind u32, crc u32, start i64, count i64, reserved u32 = 0, crc32c of the 28 bytes
+before it u32. `crc` is the CRC32C of the rows' bytes in `rows.bin` (ROWS only). A record is written after the bytes it
+speaks of, in one write: a torn or missing tail means rows that are sent again, never rows that are wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import crc32c
+import numpy as np
+
+from nearkin_service.ranges import RowSet
+
+_FIELDS = struct.Struct("<IIqqI")
+_CHECKSUM = struct.Struct("<I")
+RECORD_BYTES = _FIELDS.size + _CHECKSUM.size
+
+
+class Kind(IntEnum):
+    ROWS = 1  # these rows are in rows.bin
+    ZERO = 2  # these rows arrived and hold nothing but zeros
+    ABSENT = 3  # these classes have no embedding
+    AUTOCOMMIT = 4  # commit as soon as the last row is in
+    COMMITTED = 5  # closed: to be built
+
+
+_KINDS = frozenset(map(int, Kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    kind: Kind
+    start: int = 0
+    count: int = 0
+    crc: int = 0
+
+    def packed(self) -> bytes:
+        head = _FIELDS.pack(self.kind, self.crc, self.start, self.count, 0)
+        return head + _CHECKSUM.pack(crc32c.crc32c(head))
+
+
+def append(descriptor: int, records: Iterable[Record]) -> None:
+    """Adds records in one write to a file opened with O_APPEND."""
+    data = b"".join(record.packed() for record in records)
+    written = os.write(descriptor, data)
+    if written != len(data):
+        os.truncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise OSError(f"only {written} of {len(data)} bytes went into the journal")
+
+
+def read(path: Path) -> tuple[list[Record], int]:
+    """The records up to the first damaged one, and how many bytes they are."""
+    data = path.read_bytes()
+    records: list[Record] = []
+    for at in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
+        record = _unpack(data[at : at + RECORD_BYTES])
+        if record is None:
+            break
+        records.append(record)
+    return records, len(records) * RECORD_BYTES
+
+
+def _unpack(data: bytes) -> Record | None:
+    kind, crc, start, count, _reserved = _FIELDS.unpack_from(data)
+    (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
+    sound = checksum == crc32c.crc32c(data[: _FIELDS.size]) and kind in _KINDS and start >= 0 and count >= 0
+    return Record(Kind(kind), start, count, crc) if sound else None
+
+
+def row_set(records: Iterable[Record], kind: Kind) -> RowSet:
+    """The rows that records of one kind name."""
+    chosen = [(r.start, r.start + r.count) for r in records if r.kind is kind]
+    starts, stops = np.array(chosen, np.int64).reshape(-1, 2).T
+    return RowSet.from_arrays(starts, stops)
+
+
+def records_of(kind: Kind, rows: RowSet) -> list[Record]:
+    """One record for each range."""
+    return [Record(kind, r.start, len(r)) for r in rows]

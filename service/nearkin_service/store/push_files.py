@@ -1,0 +1,217 @@
+"""The files of one push: `push.json` (what it is of), `rows.bin`, `journal`, and `outcome.json` once it is over.
+
+Methods run on I/O threads, several at once; the caller sees to it that no two of them write the same rows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nearkin_service.errors import AlreadyExistsError
+from nearkin_service.ranges import RowRange, RowSet
+from nearkin_service.store import journal
+from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.journal import Kind, Record
+from nearkin_service.store.layout import boot_id
+from nearkin_service.store.rows import (
+    RowsFile,
+    as_bytes,
+    as_rows,
+    check_payload,
+    disk_error,
+    inspect,
+    refuse_infinite,
+)
+from nearkin_service.values import PushSpec, PushState, RecoveredPush
+
+ROWS, JOURNAL, PUSH, OUTCOME = "rows.bin", "journal", "push.json", "outcome.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One message's rows.
+
+    Attributes:
+        rows: which they are.
+        payload: their bytes.
+        crc: what the sender says of them.
+        known: those of the rows that are stored already.
+        absent: classes declared absent so far.
+    """
+
+    rows: RowRange
+    payload: memoryview
+    crc: int | None
+    known: RowSet
+    absent: RowSet
+
+
+class PushFiles:
+    """An open push on disk."""
+
+    def __init__(self, directory: Path, spec: PushSpec) -> None:
+        self.directory = directory
+        self._spec = spec
+        self.rows = RowsFile(directory / ROWS, spec, writable=True)
+        self._journal = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    @staticmethod
+    def create(directory: Path, push_id: str, spec: PushSpec, created: float) -> PushFiles:
+        """Makes the files; the push exists once its `push.json` does."""
+        try:
+            directory.mkdir(parents=True)
+            with (directory / ROWS).open("wb") as rows:
+                rows.truncate(spec.rows_bytes)
+            (directory / JOURNAL).touch()
+            body = {"push_id": push_id, "spec": spec.to_document(), "created": created, "boot": boot_id()}
+            write_document(directory / PUSH, body)
+            fsync_directory(directory.parent)
+        except OSError as error:
+            raise disk_error(error) from error
+        return PushFiles(directory, spec)
+
+    def receive(self, arrival: Arrival) -> RowSet:
+        """Checks a message's rows, compares those that are known, stores the others; all of it or nothing.
+
+        Returns:
+            The rows that hold nothing but zeros.
+        """
+        start = arrival.rows.start
+        check_payload(arrival.payload, arrival.crc, start)
+        rows_nR = as_rows(arrival.payload, self._spec)
+        infinite, zeros = inspect(rows_nR, self._spec.dtype)
+        blank = refuse_infinite(infinite, start, arrival.absent)
+        if len(blank):
+            rows_nR = rows_nR.copy()
+            rows_nR[blank] = 0
+        self.compare(rows_nR, start, arrival.known, arrival.absent)
+        self._store(rows_nR, arrival, RowSet.from_ids(zeros + start))
+        return RowSet.from_ids(zeros + start)
+
+    def compare(self, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
+        """AlreadyExistsError: a known row is stored with other bytes."""
+        compare_rows(self.rows, rows_nR, start, known, absent)
+
+    def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet) -> None:
+        start = arrival.rows.start
+        fresh = arrival.known.complement(start, arrival.rows.stop)
+        records = [
+            self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start])) for r in fresh
+        ]
+        self.note(records + journal.records_of(Kind.ZERO, zeros))
+
+    def note(self, records: list[Record], *, durable: bool = False) -> None:
+        """Adds to the journal; `durable` waits until the disk has it."""
+        try:
+            if records:
+                journal.append(self._journal, records)
+            if durable:
+                os.fsync(self._journal)
+        except OSError as error:
+            raise disk_error(error) from error
+
+    def note_absent(self, absent: RowSet) -> None:
+        self.note(journal.records_of(Kind.ABSENT, absent))
+
+    def note_commit_when_complete(self) -> None:
+        self.note([Record(Kind.AUTOCOMMIT)])
+
+    def note_committed(self) -> None:
+        self.note([Record(Kind.COMMITTED)], durable=True)
+
+    def checksum(self) -> int:
+        """CRC32C over all rows in order; what was never sent counts as zero bytes."""
+        return self.rows.checksum(0, self._spec.num_classes)
+
+    def close(self) -> None:
+        self.rows.close()
+        os.close(self._journal)
+
+
+def compare_rows(file: RowsFile, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
+    """AlreadyExistsError: a row of `known` is stored with other bytes than `rows_nR`, whose first row is `start`."""
+    for each in known:
+        found = file.compare(each.start, rows_nR[each.start - start : each.stop - start], absent)
+        if found is not None:
+            raise AlreadyExistsError(
+                f"row {found} is stored already with other bytes; an epoch's rows never change: abort the push, "
+                "or push a later epoch"
+            )
+
+
+def finish(directory: Path, state: PushState, error: str) -> None:
+    """Records how a push ended that came to nothing, and frees its rows."""
+    write_document(directory / OUTCOME, {"state": state, "error": error})
+    for name in (ROWS, JOURNAL):
+        (directory / name).unlink(missing_ok=True)
+
+
+def recover(directory: Path) -> RecoveredPush:
+    """What is left of a push after a restart. DataLossError: its description is damaged.
+
+    Rows that the machine, not just the process, may have lost are compared with their checksums.
+    """
+    about = read_document(directory / PUSH)
+    spec = PushSpec.from_document(about["spec"])
+    if (directory / OUTCOME).exists():
+        return _recover_finished(directory, about, spec)
+    records, sound_bytes = journal.read(directory / JOURNAL)
+    os.truncate(directory / JOURNAL, sound_bytes)
+    os.truncate(directory / ROWS, spec.rows_bytes)
+    if about["boot"] != boot_id():
+        records = _still_there(directory, spec, records)
+    kinds = {record.kind for record in records}
+    state = PushState.BUILDING if Kind.COMMITTED in kinds else PushState.OPEN
+    return RecoveredPush(
+        push_id=about["push_id"],
+        spec=spec,
+        created=about["created"],
+        state=state,
+        stored=journal.row_set(records, Kind.ROWS),
+        zeros=journal.row_set(records, Kind.ZERO),
+        absent=journal.row_set(records, Kind.ABSENT),
+        commit_when_complete=Kind.AUTOCOMMIT in kinds,
+    )
+
+
+def _recover_finished(directory: Path, about: dict[str, Any], spec: PushSpec) -> RecoveredPush:
+    outcome = read_document(directory / OUTCOME)
+    finish(directory, PushState(outcome["state"]), outcome["error"])
+    return RecoveredPush(
+        push_id=about["push_id"],
+        spec=spec,
+        created=about["created"],
+        state=PushState(outcome["state"]),
+        stored=RowSet.empty(),
+        zeros=RowSet.empty(),
+        absent=RowSet.empty(),
+        commit_when_complete=False,
+        error=outcome["error"],
+    )
+
+
+def _still_there(directory: Path, spec: PushSpec, records: list[Record]) -> list[Record]:
+    """The records but for rows whose bytes did not survive; a commit does not outlive a lost row."""
+    rows = RowsFile(directory / ROWS, spec)
+    try:
+        kept = [r for r in records if r.kind is not Kind.ROWS or rows.matches(r)]
+    finally:
+        rows.close()
+    if len(kept) < len(records):
+        kept = [r for r in kept if r.kind is not Kind.COMMITTED]
+    journal_path = directory / JOURNAL
+    os.truncate(journal_path, 0)
+    descriptor = os.open(journal_path, os.O_WRONLY | os.O_APPEND)
+    try:
+        journal.append(descriptor, kept)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    about = read_document(directory / PUSH)
+    write_document(directory / PUSH, about | {"boot": boot_id()})
+    return kept

@@ -1,0 +1,157 @@
+"""Rows as they came: checked once on arrival, written where they belong, compared when they come again.
+
+Dimension letters: n rows of a message, R elements of a row.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.errors import DataLossError, InvalidArgumentError, LimitExceededError
+from nearkin_service.ranges import RowSet
+from nearkin_service.store.journal import Kind, Record
+from nearkin_service.values import PushSpec
+
+_SCAN_BYTES = 8 << 20
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
+
+
+def check_payload(payload: memoryview, crc: int | None, row_start: int) -> None:
+    """DataLossError: the payload is not what its sender had."""
+    if crc is not None and crc32c.crc32c(payload) != crc:
+        raise DataLossError(
+            f"the payload of the message at row {row_start} does not match its crc32c: it was damaged on the way; "
+            "send it again"
+        )
+
+
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
+def as_rows(payload: memoryview, spec: PushSpec) -> NDArray[Any]:
+    """[n, R] in the wire dtype, without a copy."""
+    return np.frombuffer(payload, spec.numpy_dtype).reshape(-1, spec.row_elements)
+
+
+def inspect(rows_nR: NDArray[Any], dtype: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers (within the message) of the rows that hold NaN or Inf, and of those that are all zero.
+
+    One pass over sound rows; only rows that look odd are looked at again.
+    """
+    if dtype == "float32":
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            squares = np.vecdot(rows_nR, rows_nR)
+        odd = np.flatnonzero(~np.isfinite(squares))
+        small = np.flatnonzero(squares == 0)
+        infinite = odd[~np.isfinite(rows_nR[odd]).all(axis=1)]
+        return infinite, small[~rows_nR[small].any(axis=1)]
+    bits = rows_nR.view(np.uint16)
+    exponent = np.uint16(_EXPONENT[dtype])
+    infinite = np.flatnonzero(((bits & exponent) == exponent).any(axis=1))
+    return infinite, np.flatnonzero(~(bits & np.uint16(0x7FFF)).any(axis=1))
+
+
+def refuse_infinite(infinite: NDArray[np.int64], row_start: int, absent: RowSet) -> NDArray[np.int64]:
+    """Those of them that are absent, to be blanked. InvalidArgumentError: one that is not."""
+    if not len(infinite):
+        return infinite
+    wrong = infinite[~absent.contains(infinite + row_start)]
+    if len(wrong):
+        raise InvalidArgumentError(
+            "payload", f"row {row_start + int(wrong[0])} holds NaN or Inf; nothing of this message was stored"
+        )
+    return infinite
+
+
+def first_difference(
+    mine_nR: NDArray[Any], theirs_nR: NDArray[Any], start: int, absent: RowSet
+) -> int | None:
+    """The first row whose bytes differ; absent rows may."""
+    mine, theirs = mine_nR.view(np.uint8), theirs_nR.view(np.uint8)
+    if np.array_equal(mine, theirs):
+        return None
+    differing = np.flatnonzero((mine != theirs).any(axis=1)) + start
+    differing = differing[~absent.contains(differing)]
+    return int(differing[0]) if len(differing) else None
+
+
+class RowsFile:
+    """`rows.bin`: row r at byte r * row_bytes, in the wire dtype. Any number of threads."""
+
+    def __init__(self, path: Path, spec: PushSpec, *, writable: bool = False) -> None:
+        self.path = path
+        self._spec = spec
+        self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+    def write(self, start: int, data: memoryview) -> Record:
+        """Stores whole rows and returns what the journal is to say of them."""
+        try:
+            _pwrite_all(self._descriptor, data, start * self._spec.row_bytes)
+        except OSError as error:
+            raise disk_error(error) from error
+        return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, crc32c.crc32c(data))
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """[count, R]. DataLossError: the file ends before."""
+        row_bytes = self._spec.row_bytes
+        data = os.pread(self._descriptor, count * row_bytes, start * row_bytes)
+        if len(data) != count * row_bytes:
+            raise DataLossError(f"row {start + len(data) // row_bytes} is missing from rows.bin")
+        return as_rows(memoryview(data), self._spec)
+
+    def compare(self, start: int, rows_nR: NDArray[Any], absent: RowSet) -> int | None:
+        """The first row that is stored with other bytes than given."""
+        step = max(1, _SCAN_BYTES // self._spec.row_bytes)
+        for at in range(0, len(rows_nR), step):
+            theirs = rows_nR[at : at + step]
+            found = first_difference(self.read(start + at, len(theirs)), theirs, start + at, absent)
+            if found is not None:
+                return found
+        return None
+
+    def checksum(self, start: int, count: int) -> int:
+        """CRC32C of these rows, as they lie in the file."""
+        crc, step = 0, max(1, _SCAN_BYTES // self._spec.row_bytes)
+        for at in range(start, start + count, step):
+            crc = crc32c.crc32c(as_bytes(self.read(at, min(step, start + count - at))), crc)
+        return crc
+
+    def matches(self, record: Record) -> bool:
+        """Whether the rows are still those that a journal record spoke of."""
+        try:
+            return self.checksum(record.start, record.count) == record.crc
+        except (DataLossError, OSError):
+            return False
+
+    def map(self) -> NDArray[Any]:
+        """[N, R], mapped read-only."""
+        shape = (self._spec.num_classes, self._spec.row_elements)
+        return np.memmap(self.path, self._spec.numpy_dtype, mode="r", shape=shape)
+
+    def flush(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def disk_error(error: OSError) -> Exception:
+    """A full disk as the limit it is; any other error as it came."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
+    return error
+
+
+def _pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)

@@ -1,0 +1,6 @@
+"""The gRPC face: requests checked and turned into values, values into replies, errors into status codes. No faiss, no files."""
+
+from nearkin_service.wire.handlers import SERVICE_NAME, generic_handler
+from nearkin_service.wire.servicer import behaviours
+
+__all__ = ["SERVICE_NAME", "behaviours", "generic_handler"]

@@ -1,0 +1,142 @@
+"""Every method of the protocol bound to its behaviour, with the same treatment of requests and errors for all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from nearkin.v1 import bulk
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_service.errors import InvalidArgumentError, LimitExceededError, NearkinError
+from nearkin_service.wire.status import to_status
+
+log = logging.getLogger("nearkin.wire")
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["NeighbourService"]
+SERVICE_NAME = _SERVICE.full_name
+Context = grpc.aio.ServicerContext[Any, Any]
+CountError = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """What arrived in place of a request."""
+
+    reason: str
+
+
+def generic_handler(
+    behaviours: Sequence[object], count_error: CountError
+) -> grpc.GenericRpcHandler[Any, Any]:
+    """Serves nearkin.v1.NeighbourService: each method is the one of that name in one of `behaviours`.
+
+    `count_error(method, code)` is told of every call that is refused.
+    """
+    guard = _Guard(count_error)
+    handlers = {m.name: _bind(m, _find(m.name, behaviours), guard) for m in _SERVICE.methods}
+    return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+
+def _find(name: str, behaviours: Sequence[object]) -> Callable[..., Any]:
+    (found,) = [getattr(each, name) for each in behaviours if hasattr(each, name)]
+    behaviour: Callable[..., Any] = found
+    return behaviour
+
+
+def _bind(
+    method: MethodDescriptor, behaviour: Callable[..., Any], guard: _Guard
+) -> grpc.RpcMethodHandler[Any, Any]:
+    read = _reader(method)
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(guard.streamed(method.name, behaviour), read, _serialise)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(guard.streaming(method.name, behaviour), read, _serialise)
+    return grpc.unary_unary_rpc_method_handler(guard.unary(method.name, behaviour), read, _serialise)
+
+
+def _reader(method: MethodDescriptor) -> Callable[[bytes], Any]:
+    """A deserialiser that never raises: damaged requests must reach the code that can say so."""
+    decode = (
+        bulk.decode_write_rows
+        if method.name == "WriteRows"
+        else GetMessageClass(method.input_type).FromString
+    )
+
+    def read(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return Malformed(f"not a {method.input_type.full_name} message")
+
+    return read
+
+
+def _serialise(reply: Message | bytes) -> bytes:
+    """Bulk and large replies come as bytes, made on another thread."""
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
+
+
+class _Guard:
+    """Turns what behaviours raise into status codes."""
+
+    def __init__(self, count_error: CountError) -> None:
+        self._count_error = count_error
+
+    def unary(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            try:
+                return await behaviour(_sound(request), context)
+            except Exception as error:
+                await self._refuse(name, error, context)
+
+        return call
+
+    def streamed(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+            try:
+                return await behaviour((_sound(request) async for request in requests), context)
+            except Exception as error:
+                await self._refuse(name, error, context)
+
+        return call
+
+    def streaming(
+        self, name: str, behaviour: Callable[..., AsyncIterator[Any]]
+    ) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                async for reply in behaviour(_sound(request), context):
+                    yield reply
+            except Exception as error:
+                await self._refuse(name, error, context)
+
+        return call
+
+    async def _refuse(self, name: str, error: Exception, context: Context) -> NoReturn:
+        """Ours by their code, a full memory as a limit, anything else as our own mistake: logged here, opaque there."""
+        if isinstance(error, MemoryError):
+            error = LimitExceededError("memory", "the service has not enough memory for this call")
+        if not isinstance(error, NearkinError):
+            log.error("%s failed", name, exc_info=error)
+            self._count_error(name, "INTERNAL")
+            await context.abort(
+                grpc.StatusCode.INTERNAL, f"{name} failed inside the service; its log says how"
+            )
+        status = to_status(error)
+        self._count_error(name, status.code.name)
+        await context.abort(status.code, status.details, status.trailing_metadata)
+        raise asyncio.CancelledError  # abort has raised already
+
+
+def _sound(request: Any) -> Any:
+    if isinstance(request, Malformed):
+        raise InvalidArgumentError("request", request.reason)
+    return request

@@ -1,0 +1,85 @@
+"""Nearest and CompareGenerations."""
+
+# ruff: noqa: N802 - the protocol's method names
+
+from __future__ import annotations
+
+import numpy as np
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_service.engines.contract import Neighbours
+from nearkin_service.errors import InvalidArgumentError
+from nearkin_service.operations import Comparing, Comparison, Core, Reading, Searching
+from nearkin_service.values import DTYPES, Generation
+from nearkin_service.wire import convert
+from nearkin_service.wire.handlers import Context
+
+
+class NearestMethods:
+    """The RPCs that compute an answer."""
+
+    def __init__(self, core: Core, reading: Reading, searching: Searching, comparing: Comparing) -> None:
+        self._core = core
+        self._reading = reading
+        self._searching = searching
+        self._comparing = comparing
+
+    async def Nearest(self, request: pb.NearestRequest, _context: Context) -> bytes:
+        generation = self._reading.generation(request.run, request.generation)
+        match request.WhichOneof("query"):
+            case "classes":
+                found = await self._of_classes(generation, request)
+            case "vectors":
+                found = await self._of_vectors(generation, request)
+            case _:
+                raise InvalidArgumentError("query", "neither classes nor vectors are given")
+        return await self._core.compute(convert.nearest_response, generation, found)
+
+    async def _of_classes(self, generation: Generation, request: pb.NearestRequest) -> Neighbours:
+        ids = np.fromiter(request.classes.ids, np.int64, len(request.classes.ids))
+        return await self._searching.nearest_to_classes(generation, ids, request.k)
+
+    async def _of_vectors(self, generation: Generation, request: pb.NearestRequest) -> Neighbours:
+        vectors, elements = request.vectors, generation.spec.row_elements
+        dtype = DTYPES[convert.dtype_name("vectors.dtype", vectors.dtype)]
+        expected = vectors.count * elements * dtype.itemsize
+        if vectors.count < 0 or len(vectors.payload) != expected:
+            raise InvalidArgumentError(
+                "vectors.payload",
+                f"{len(vectors.payload)} bytes; {vectors.count} vectors of {list(generation.spec.row_shape)} "
+                f"{dtype.name} are {expected}",
+            )
+        vectors_QR = np.frombuffer(vectors.payload, dtype).reshape(vectors.count, elements)
+        return await self._searching.nearest_to_vectors(generation, vectors_QR, request.k)
+
+    async def CompareGenerations(
+        self, request: pb.CompareGenerationsRequest, _context: Context
+    ) -> pb.CompareGenerationsResponse:
+        if min(request.generation, request.base_generation) < 0:
+            raise InvalidArgumentError("generation", "a generation's number is negative")
+        found = await self._comparing.compare(
+            request.run, request.generation, request.base_generation, request.k, request.most_changed
+        )
+        return _comparison(found)
+
+
+def _comparison(found: Comparison) -> pb.CompareGenerationsResponse:
+    overlap, movement = found.overlap, found.movement
+    some = len(overlap) > 0
+    return pb.CompareGenerationsResponse(
+        generation=found.later.number,
+        base_generation=found.earlier.number,
+        k=found.k,
+        classes_compared=len(overlap),
+        mean_overlap=float(overlap.mean()) if some else 0.0,
+        overlap_deciles=np.quantile(overlap, np.linspace(0, 1, 11)).tolist() if some else [],
+        mean_movement=float(movement.mean()) if some and movement is not None else None,
+        most_changed=[
+            pb.ClassChange(
+                class_id=int(found.classes[i]),
+                overlap=float(overlap[i]),
+                movement=None if movement is None else float(movement[i]),
+            )
+            for i in found.most_changed
+        ],
+    )

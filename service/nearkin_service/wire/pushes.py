@@ -1,0 +1,97 @@
+"""BeginPush, WriteRows, GetPush, CommitPush, AbortPush."""
+
+# ruff: noqa: N802 - the protocol's method names
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from nearkin.v1 import bulk
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_service.config import ServiceConfig
+from nearkin_service.errors import InvalidArgumentError, UnimplementedError
+from nearkin_service.operations import Core, Pushing
+from nearkin_service.values import PushView
+from nearkin_service.wire import convert
+from nearkin_service.wire.handlers import Context
+
+_STREAM_DEPTH = 2
+"""Messages of one stream that are stored while the next one is received."""
+
+
+class PushMethods:
+    """The RPCs of a push."""
+
+    def __init__(self, core: Core, pushing: Pushing) -> None:
+        self._core = core
+        self._pushing = pushing
+        self._config: ServiceConfig = core.config
+        self._storing = asyncio.Semaphore(2 * core.config.io_threads)
+
+    async def BeginPush(self, request: pb.BeginPushRequest, _context: Context) -> pb.BeginPushResponse:
+        if request.HasField("base_generation"):
+            raise UnimplementedError(
+                "base_generation: this service takes whole epochs only; send every row and leave it out"
+            )
+        view = await self._pushing.begin(
+            convert.push_spec(request),
+            convert.absent_ids(request),
+            commit_when_complete=request.commit_when_complete,
+        )
+        return pb.BeginPushResponse(
+            push=convert.push(view),
+            chunk_bytes=self._config.chunk_bytes,
+            max_message_bytes=self._config.limits.max_message_bytes,
+        )
+
+    async def WriteRows(
+        self, messages: AsyncIterator[bulk.WriteRows], _context: Context
+    ) -> pb.WriteRowsResponse:
+        """Whatever the stream's fate, a message once handed over is stored to its end."""
+        pending: deque[asyncio.Task[PushView]] = deque()
+        push_id = ""
+        async for message in messages:
+            push_id = _same_push(message, push_id)
+            await self._storing.acquire()
+            pending.append(self._core.spawn(self._store(message)))
+            if len(pending) > _STREAM_DEPTH:
+                await asyncio.shield(pending.popleft())
+        while pending:
+            await asyncio.shield(pending.popleft())
+        if not push_id:
+            raise InvalidArgumentError("push_id", "the stream carried no message")
+        view = self._pushing.get(push_id)
+        return pb.WriteRowsResponse(
+            rows_stored=len(view.stored), complete=view.complete, push=convert.push(view)
+        )
+
+    async def _store(self, message: bulk.WriteRows) -> PushView:
+        try:
+            return await self._pushing.write(
+                message.push_id, message.row_start, message.payload, message.crc32c
+            )
+        finally:
+            self._storing.release()
+
+    async def GetPush(self, request: pb.GetPushRequest, _context: Context) -> pb.Push:
+        return convert.push(self._pushing.get(request.push_id))
+
+    async def CommitPush(self, request: pb.CommitPushRequest, _context: Context) -> pb.Push:
+        crc = request.rows_crc32c if request.HasField("rows_crc32c") else None
+        return convert.push(await self._pushing.commit(request.push_id, crc))
+
+    async def AbortPush(self, request: pb.AbortPushRequest, _context: Context) -> pb.Push:
+        return convert.push(await self._pushing.abort(request.push_id))
+
+
+def _same_push(message: bulk.WriteRows, push_id: str) -> str:
+    if message.shared_row_count:
+        raise InvalidArgumentError(
+            "shared_row_count", "no shared memory was offered; send the rows as payload"
+        )
+    if push_id and message.push_id != push_id:
+        raise InvalidArgumentError("push_id", "one stream carries the rows of one push; open another stream")
+    return message.push_id

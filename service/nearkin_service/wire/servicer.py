@@ -1,0 +1,23 @@
+"""All methods of nearkin.v1.NeighbourService, one object for each concern."""
+
+from __future__ import annotations
+
+from nearkin_service.operations import Administering, Builds, Comparing, Core, Pushing, Reading, Searching
+from nearkin_service.wire.catalogue import CatalogueMethods
+from nearkin_service.wire.nearest import NearestMethods
+from nearkin_service.wire.pushes import PushMethods
+from nearkin_service.wire.tables import TableMethods
+from nearkin_service.wire.watch import WatchMethods
+
+
+def behaviours(core: Core, builds: Builds, searching: Searching) -> tuple[object, ...]:
+    """Objects whose methods carry the names of the protocol's; every one of those is in exactly one of them."""
+    reading = Reading(core)
+    administering = Administering(core, builds, searching)
+    return (
+        PushMethods(core, Pushing(core, builds)),
+        TableMethods(core, reading),
+        NearestMethods(core, reading, searching, Comparing(core)),
+        CatalogueMethods(core, administering, reading),
+        WatchMethods(administering),
+    )

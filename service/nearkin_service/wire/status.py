@@ -1,0 +1,57 @@
+"""Errors as gRPC status: the code, the message, and a `google.rpc` detail where one helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from nearkin_service import errors
+
+CODES: Mapping[type[errors.NearkinError], grpc.StatusCode] = {
+    errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DataLossError: grpc.StatusCode.DATA_LOSS,
+    errors.LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.NotInTimeError: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_MOST_MESSAGE = 2_000
+_RETRY_SECONDS = 1
+
+
+def to_status(error: errors.NearkinError) -> grpc.Status:
+    """What the caller is to see."""
+    code = CODES[type(error)]
+    message = str(error)[:_MOST_MESSAGE]
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in _details(error):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return rpc_status.to_status(status)
+
+
+def _details(error: errors.NearkinError) -> list[Message]:
+    match error:
+        case errors.InvalidArgumentError(field=field, reason=reason):
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=field, description=reason[:_MOST_MESSAGE]
+            )
+            return [error_details_pb2.BadRequest(field_violations=[violation])]
+        case errors.LimitExceededError(limit=limit, reason=reason):
+            quota = error_details_pb2.QuotaFailure.Violation(
+                subject=limit, description=reason[:_MOST_MESSAGE]
+            )
+            return [error_details_pb2.QuotaFailure(violations=[quota])]
+        case errors.UnavailableError():
+            return [error_details_pb2.RetryInfo(retry_delay=Duration(seconds=_RETRY_SECONDS))]
+    return []

@@ -1,0 +1,59 @@
+"""ReadTable."""
+
+# ruff: noqa: N802 - the protocol's method names
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from nearkin.v1 import bulk
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_service.operations import Core, Reading, TableBlocks
+from nearkin_service.ranges import RowRange
+from nearkin_service.values import Generation
+from nearkin_service.wire import convert
+from nearkin_service.wire.handlers import Context
+
+_COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
+_MARGIN_SECONDS = 0.05
+"""A wait ends this much before the call's deadline, so that the caller learns why it was in vain."""
+
+
+class TableMethods:
+    """The RPC that streams tables."""
+
+    def __init__(self, core: Core, reading: Reading) -> None:
+        self._core = core
+        self._reading = reading
+
+    async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncIterator[bytes]:
+        generation = await self._generation(request, context)
+        rows = generation.rows_of(request.row_start, request.row_count)
+        columns = await self._reading.columns(generation, scores=request.with_scores)
+        header = pb.TableHeader(
+            generation=convert.generation(generation),
+            row_start=rows.start,
+            row_count=len(rows),
+            k=generation.spec.k,
+            with_scores=request.with_scores,
+        )
+        yield bulk.encode_table_message(header)
+        for column, blocks in zip(_COLUMNS, columns, strict=False):
+            for piece in blocks.cut(rows):
+                data = await self._core.io(_encoded, blocks, piece, column)
+                self._core.metrics.table_bytes.inc(len(data))
+                yield data
+        self._core.metrics.table_reads.inc()
+
+    async def _generation(self, request: pb.ReadTableRequest, context: Context) -> Generation:
+        if request.WhichOneof("which") != "min_epoch":
+            return self._reading.generation(request.run, request.generation)
+        left = context.time_remaining()
+        seconds = None if left is None else left - min(_MARGIN_SECONDS, left / 4)
+        return await self._reading.since(request.run, request.min_epoch, seconds)
+
+
+def _encoded(blocks: TableBlocks, rows: RowRange, column: pb.TableColumn.ValueType) -> bytes:
+    block = blocks.block(rows)
+    return bulk.encode_table_message(bulk.TableBlock(column, rows.start, len(rows), block.crc, block.payload))
