@@ -1,1 +1,29 @@
 """Engines: neighbour tables and nearest-class queries on normalised keys. FAISS lives here; gRPC does not."""
+
+from nearkin_service.engines.choice import build_table, describe_engines, open_searcher
+from nearkin_service.engines.contract import (
+    BuildCancelled,
+    BuildMonitor,
+    BuildRequest,
+    BuiltTable,
+    EngineDescription,
+    MeasuredRecall,
+    Neighbours,
+    Searcher,
+)
+from nearkin_service.engines.devices import resolve_device
+
+__all__ = [
+    "BuildCancelled",
+    "BuildMonitor",
+    "BuildRequest",
+    "BuiltTable",
+    "EngineDescription",
+    "MeasuredRecall",
+    "Neighbours",
+    "Searcher",
+    "build_table",
+    "describe_engines",
+    "open_searcher",
+    "resolve_device",
+]

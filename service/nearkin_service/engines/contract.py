@@ -104,7 +104,10 @@ class Searcher(Protocol):
         """The k nearest classes of each class, never itself; rows of absent classes are -1 / -inf."""
 
     def nearest_to_vectors(self, vectors_QR: NDArray[Any], k: int) -> Neighbours:
-        """The k nearest classes of each vector, laid out like a row. ValueError names a NaN, Inf or zero vector."""
+        """The k nearest classes of each vector, laid out like a row.
+
+        ValueError names the first vector with NaN or Inf or without direction.
+        """
 
 
 @dataclass(frozen=True, slots=True)

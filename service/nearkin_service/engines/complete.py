@@ -1,0 +1,111 @@
+"""From a matrix product's candidates to the exact k nearest, ties included.
+
+A product in float32 returns the best candidates by *almost* the true score, and any subset of those that tie.
+Here candidates are scored canonically; a row is settled when the worst score that was returned, plus the
+product's error, cannot reach the row's k-th place. What is not settled is computed again against every key,
+in float64.
+
+Dimension letters: Q queries, C candidates of a query, M keys, D elements of a key, k neighbours, B keys of a
+block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.canonical import (
+    EMPTY,
+    LANES,
+    STEPS,
+    best,
+    in_steps,
+    lane_sum,
+    pair_steps,
+    ranks,
+    steps_of,
+)
+from nearkin_service.engines.contract import BuildMonitor
+
+LEAST_BAND = 1e-6
+_BAND_OVER_SEEN = 8.0  # the error of scores that were not seen, over the largest one seen
+_EXACT_BYTES = 96 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Keys [Q, D] to find neighbours of, and the position of each one's own key among the keys (-1: none)."""
+
+    keys: NDArray[np.float32]
+    own: NDArray[np.int64]
+
+
+def complete(
+    queries: Queries,
+    keys_MD: NDArray[np.float32],
+    found_QC: tuple[NDArray[np.float32], NDArray[np.int64]],
+    k: int,
+    monitor: BuildMonitor,
+) -> tuple[NDArray[np.int64], int]:
+    """The exact ranks int64 [Q, k] from a float32 search, and how many rows had to be redone.
+
+    `found_QC` is the search's scores, descending, and their positions among the keys.
+    """
+    approximate_QC, positions_QC = found_QC
+    steps_QC = pair_steps(queries.keys, keys_MD, positions_QC)
+    packed_QC = ranks(steps_QC, np.where(positions_QC == queries.own[:, None], -1, positions_QC))
+    best_Qk = best(packed_QC, k)
+    if positions_QC.shape[1] >= len(keys_MD):
+        return best_Qk, 0
+    seen_error = np.abs(steps_QC / STEPS - approximate_QC).max(initial=0.0, where=positions_QC >= 0)
+    band = max(LEAST_BAND, _BAND_OVER_SEEN * float(seen_error))
+    reach_Q = approximate_QC[:, -1] + band
+    open_rows = np.flatnonzero(~(steps_of(best_Qk[:, -1]) / STEPS > reach_Q))
+    if len(open_rows):
+        remaining = Queries(queries.keys[open_rows], queries.own[open_rows])
+        best_Qk[open_rows] = exact_ranks(remaining, keys_MD, k, monitor)
+    return best_Qk, len(open_rows)
+
+
+def exact_ranks(
+    queries: Queries, keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
+) -> NDArray[np.int64]:
+    """The k best ranks of each query against every key, in float64 and bounded memory."""
+    size = max(keys_MD.shape[1], LANES)
+    block = int(min(4096, max(16, _EXACT_BYTES // (8 * size))))
+    rows = int(min(512, max(16, _EXACT_BYTES // (8 * size))))
+    result_Qk = np.full((len(queries.own), k), EMPTY)
+    for top in range(0, len(result_Qk), rows):
+        part = Queries(queries.keys[top : top + rows], queries.own[top : top + rows])
+        for left in range(0, len(keys_MD), block):
+            monitor.check()
+            packed_QB = _block_ranks(part, keys_MD[left : left + block], left)
+            merged = np.concatenate([result_Qk[top : top + rows], packed_QB], axis=1)
+            result_Qk[top : top + rows] = np.partition(merged, k - 1, axis=1)[:, :k]
+    result_Qk.sort(axis=1)
+    return result_Qk
+
+
+def _block_ranks(queries: Queries, keys_BD: NDArray[np.float32], left: int) -> NDArray[np.int64]:
+    """Ranks of all pairs of a block. A float64 product may round the other way only next to a half step."""
+    scores_QB = np.clip(queries.keys.astype(np.float64) @ keys_BD.astype(np.float64).T, -1.0, 1.0)
+    steps_QB = in_steps(scores_QB)
+    doubt = 4 * keys_BD.shape[1] * 2.0**-53 * STEPS
+    rows, columns = np.nonzero(np.abs(scores_QB * STEPS - steps_QB) > 0.5 - doubt)
+    for start in range(0, len(rows), 1024):
+        some = slice(start, start + 1024)
+        steps_QB[rows[some], columns[some]] = _steps_of_pairs(
+            queries.keys[rows[some]], keys_BD[columns[some]]
+        )
+    positions_B = np.arange(left, left + len(keys_BD))
+    packed_QB = ranks(steps_QB, positions_B[None, :])
+    inside = np.flatnonzero((queries.own >= left) & (queries.own < left + len(keys_BD)))
+    packed_QB[inside, queries.own[inside] - left] = EMPTY
+    return packed_QB
+
+
+def _steps_of_pairs(first_PD: NDArray[Any], second_PD: NDArray[Any]) -> NDArray[np.int64]:
+    return in_steps(lane_sum(np.multiply(first_PD, second_PD, dtype=np.float64)))

@@ -1,0 +1,89 @@
+"""Rows as they were pushed become keys: what is compared, L2-normalised, float32.
+
+A key depends on the values of its row alone, never on the row's place: equal rows get equal keys.
+
+Dimension letters: N classes, M present classes (M <= N), R elements of a row, D elements of a key,
+B rows of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.contract import BuildMonitor, KeyName
+from nearkin_service.engines.pacing import Pace
+
+_BLOCK_ELEMENTS = 1 << 18  # 2 MiB in float64: stays in cache
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRows:
+    """Rows as pushed, [N, R] in wire dtype, and what makes keys of them.
+
+    Attributes:
+        rows: [N, R]; those of absent classes hold undefined bytes.
+        row_shape: `(D,)` or `(C, H, W)`; its product is R.
+        key: what is compared. Key "qaconv" finds its candidates by the pooled key.
+        absent: ids of classes without an embedding.
+    """
+
+    rows: NDArray[Any]
+    row_shape: tuple[int, ...]
+    key: KeyName
+    absent: NDArray[np.int64]
+
+    @property
+    def key_size(self) -> int:
+        """Elements of one key."""
+        return math.prod(self.row_shape) if self.key == "flat" else self.row_shape[0]
+
+    def present(self) -> NDArray[np.int64]:
+        """The ids of classes that have an embedding, ascending."""
+        mask = np.ones(len(self.rows), bool)
+        mask[self.absent] = False
+        return np.flatnonzero(mask)
+
+    def keys_of(
+        self, block_BR: NDArray[Any], names: NDArray[np.int64], what: str = "class"
+    ) -> NDArray[np.float32]:
+        """The keys of some rows, float32 [B, D]; `what` and `names` tell in errors whose row is at fault.
+
+        Norms are taken in float64, so that rows of 1e30 and of 1e-40 are as good as any.
+
+        Raises:
+            ValueError: a row holds NaN or Inf or has no direction.
+        """
+        values = np.ascontiguousarray(block_BR).astype(np.float64)
+        if self.key != "flat":
+            values = values.reshape(len(values), self.row_shape[0], -1).mean(axis=2)
+        norms = np.sqrt((values * values).sum(axis=1))
+        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        if len(bad):
+            raise ValueError(f"{what} {names[bad[0]]}: {self._fault(float(norms[bad[0]]))}")
+        values /= norms[:, None]
+        return values.astype(np.float32)
+
+    def _fault(self, norm: float) -> str:
+        if norm != 0:
+            return "its row holds NaN or Inf; send finite values or declare the class absent"
+        subject = "row" if self.key == "flat" else "mean over its locations"
+        return f"its {subject} is zero and has no direction; declare the class absent"
+
+
+def fill_keys(
+    keys_MD: NDArray[np.float32], source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
+) -> None:
+    """Write the keys of the present classes into `keys_MD`, block by block."""
+    pace = Pace(monitor, "keys", len(present))
+    step = max(1, _BLOCK_ELEMENTS // max(1, source.rows.shape[1]))
+    whole = len(present) == len(source.rows)
+    for start in range(0, len(present), step):
+        ids = present[start : start + step]
+        block_BR = source.rows[start : start + step] if whole else source.rows[ids]
+        keys_MD[start : start + len(ids)] = source.keys_of(block_BR, ids)
+        pace.done(start + len(ids))

@@ -1,0 +1,59 @@
+"""How long a block of work should be, and when to speak about it."""
+
+from __future__ import annotations
+
+import time
+
+from nearkin_service.engines.contract import BuildMonitor
+
+_BLOCK_SECONDS = 0.3  # a cancelled build stops within a second, a block's start-up costs stay small
+_BETWEEN_REPORTS = 0.3
+
+
+class Silence:
+    """A monitor that nobody listens to; for queries and tests."""
+
+    def progress(self, stage: str, rows_done: int, rows_total: int) -> None:
+        """Nobody asks."""
+
+    def check(self) -> None:
+        """Nobody cancels."""
+
+
+class Pace:
+    """Asks the monitor after every block whether to go on, and reports a few times a second."""
+
+    def __init__(self, monitor: BuildMonitor, stage: str, rows_total: int) -> None:
+        self._monitor = monitor
+        self._stage = stage
+        self._total = rows_total
+        self._reported = time.monotonic()
+        monitor.check()
+        monitor.progress(stage, 0, rows_total)
+
+    def done(self, rows: int) -> None:
+        """So many rows of this stage are done. Raises `BuildCancelled` if the build must stop."""
+        self._monitor.check()
+        now = time.monotonic()
+        if rows >= self._total or now - self._reported >= _BETWEEN_REPORTS:
+            self._reported = now
+            self._monitor.progress(self._stage, rows, self._total)
+
+
+class BlockSize:
+    """Rows of the next block, from how long the last one took."""
+
+    def __init__(self, first: int, most: int) -> None:
+        self.rows = max(1, min(first, most))
+        self._most = max(1, most)
+        self._began = time.monotonic()
+
+    def start(self) -> None:
+        """A block begins."""
+        self._began = time.monotonic()
+
+    def finish(self) -> None:
+        """A block ended: aim at the wanted duration, at most doubling or halving."""
+        took = max(time.monotonic() - self._began, 1e-6)
+        wanted = int(self.rows * min(2.0, max(0.5, _BLOCK_SECONDS / took)))
+        self.rows = max(1, min(wanted, self._most))
