@@ -47,13 +47,13 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     array = values.detach() if tensor else np.asarray(values)
     name = str(array.dtype).removeprefix("torch.") if tensor else array.dtype.name
     if name not in _TAKEN:
-        invalid(f"{field}.dtype", name, f"expected one of {', '.join(_TAKEN)}")
+        invalid(f"{field}.dtype", name, f"is not one of {', '.join(_TAKEN)}")
     shape = tuple(int(size) for size in array.shape)
     if len(shape) not in (2, 4) or 0 in shape[1:]:
-        invalid(f"{field}.shape", shape, "expected [n, D] or [n, C, H, W], with no empty dimension in a row")
+        invalid(f"{field}.shape", shape, "is neither [n, D] nor [n, C, H, W] with rows that are not empty")
     target = wire_dtype or (name if name in WIRE_DTYPES else "float32")
     if target not in WIRE_DTYPES:
-        invalid("wire_dtype", wire_dtype, f"expected one of {', '.join(WIRE_DTYPES)}")
+        invalid("wire_dtype", wire_dtype, f"is not one of {', '.join(WIRE_DTYPES)}")
     return (_TensorRows if tensor else _ArrayRows)(array, shape[0], shape[1:], target)
 
 

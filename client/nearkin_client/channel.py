@@ -72,7 +72,7 @@ def _normalised(address: str) -> str:
         return f"unix://{address}"
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not host or not port.isdigit():
-        invalid("address", address, "expected unix:///path/to.sock or host:port")
+        invalid("address", address, "is not unix:///path/to.sock or host:port")
     return address
 
 

@@ -72,9 +72,9 @@ class NeighbourClient:
         patience: Patience | None = None,
     ) -> None:
         if run is not None and not _RUN_NAME.fullmatch(run):
-            invalid("run", run, "expected [a-z0-9][a-z0-9._-]{0,63}")
+            invalid("run", run, "does not match [a-z0-9][a-z0-9._-]{0,63}")
         if shared_memory not in ("auto", True, False):
-            invalid("shared_memory", shared_memory, 'expected "auto", True or False')
+            invalid("shared_memory", shared_memory, 'is not "auto", True or False')
         if shared_memory is True:
             raise Unimplemented('shared memory is not implemented yet; use "auto"', field="shared_memory")
         self._run = run
@@ -225,7 +225,7 @@ class NeighbourClient:
         if rows is not None:
             start, stop = rows
             if not 0 <= start < stop:
-                invalid("rows", rows, "expected (start, stop) with 0 <= start < stop")
+                invalid("rows", rows, "is not (start, stop) with 0 <= start < stop")
             request.row_start, request.row_count = start, stop - start
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.table)
         which = f"generation {generation}" if epoch is None else f"epoch {epoch}"
@@ -263,9 +263,11 @@ class NeighbourClient:
             request.k = _positive("k", k)
         if generation is not None:
             request.generation = _positive("generation", generation)
-        info = self._limits(timeout)
-        batches = class_batches(classes, info) if classes is not None else vector_batches(vectors, info)
-        return ask_nearest(self._wire, request, batches, timeout)
+        service = self._limits(timeout)
+        query = (
+            class_batches(classes, k, service) if classes is not None else vector_batches(vectors, k, service)
+        )
+        return ask_nearest(self._wire, request, query, timeout)
 
     # -------------------------------------------------------------------------------------- catalogue
 
@@ -421,5 +423,5 @@ def _push_id(push: Push | str) -> str:
 
 def _positive(field: str, number: int) -> int:
     if number < 1:
-        invalid(field, number, "must be 1 or greater")
+        invalid(field, number, "is not 1 or greater")
     return int(number)

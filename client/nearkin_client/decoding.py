@@ -25,7 +25,7 @@ KEYS: dict[str, pb.Key.ValueType] = {"flat": pb.KEY_FLAT, "pooled": pb.KEY_POOLE
 def chosen(field: str, name: str, options: dict[str, Any]) -> Any:
     """The enum number of a name, or an error that lists the names."""
     if name not in options:
-        invalid(field, name, f"expected one of {', '.join(options)}")
+        invalid(field, name, f"is not one of {', '.join(options)}")
     return options[name]
 
 

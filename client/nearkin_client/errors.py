@@ -160,4 +160,4 @@ def _blamed_field(call: grpc.RpcError) -> str | None:
 
 def invalid(field: str, value: object, problem: str) -> NoReturn:
     """Raise `InvalidArgument` for one argument, worded as the service words it."""
-    raise InvalidArgument(f"{field}: got {value!r}; {problem}", field=field)
+    raise InvalidArgument(f"{field}: {value!r} {problem}", field=field)

@@ -37,7 +37,7 @@ class Patience:
     def __post_init__(self) -> None:
         for each in fields(self):
             if not getattr(self, each.name) > 0:
-                invalid(each.name, getattr(self, each.name), "seconds, greater than 0")
+                invalid(each.name, getattr(self, each.name), "is not a number of seconds greater than 0")
 
 
 class Deadline:
@@ -45,7 +45,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         if not seconds > 0:
-            invalid("timeout", seconds, "seconds, greater than 0")
+            invalid("timeout", seconds, "is not a number of seconds greater than 0")
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 

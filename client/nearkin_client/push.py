@@ -14,7 +14,14 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.decoding import DTYPES, KEYS, chosen
-from nearkin_client.errors import DeadlineExceeded, PushFailed, error_from_rpc, invalid, status_of
+from nearkin_client.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    PushFailed,
+    error_from_rpc,
+    invalid,
+    status_of,
+)
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
 from nearkin_client.wire import Wire
 
@@ -42,12 +49,15 @@ def begin_request(
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
     if epoch < 0:
-        invalid("epoch", epoch, "must be 0 or greater")
+        invalid("epoch", epoch, "is negative")
     if not 1 <= k <= classes - 1:
-        invalid("k", k, f"must be between 1 and num_classes - 1 = {classes - 1}")
+        invalid("k", k, f"is not in 1..num_classes - 1 = {classes - 1}")
     if not 0 <= row_start <= row_start + rows.count <= classes:
         stop = row_start + rows.count
-        invalid("row_start", row_start, f"rows {row_start}..{stop - 1} do not fit num_classes={classes}")
+        span = f"{row_start}..{stop - 1}"
+        raise InvalidArgument(f"row_start: rows {span} are not within 0..{classes - 1}", field="row_start")
+    if key != "flat" and len(rows.shape) != 3:
+        invalid("key", key, f"compares feature maps [C, H, W]; these rows are {list(rows.shape)}")
     return pb.BeginPushRequest(
         run=run,
         epoch=epoch,
@@ -64,10 +74,11 @@ def begin_request(
 
 def _num_classes(count: int, row_start: int, num_classes: int | None) -> int:
     if num_classes is None and row_start:
-        invalid("num_classes", None, f"say how many classes there are when rows start at {row_start}")
+        problem = f"say how many there are, as these rows start at {row_start}"
+        raise InvalidArgument(f"num_classes: {problem}", field="num_classes")
     classes = count if num_classes is None else num_classes
     if classes < 2:
-        invalid("num_classes", classes, "must be 2 or greater")
+        invalid("num_classes", classes, "is not 2 or greater")
     return classes
 
 
@@ -76,10 +87,10 @@ def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
     if not ids.size:
         return ()
     if ids.dtype.kind not in "iu":
-        invalid("absent", ids.dtype.name, "expected class ids, which are integers")
+        invalid("absent", ids.dtype.name, "is not the dtype of class ids, which are integers")
     if ids[0] < 0 or ids[-1] >= classes:
         wrong = ids[0] if ids[0] < 0 else ids[-1]
-        invalid("absent", int(wrong), f"class ids must be between 0 and num_classes - 1 = {classes - 1}")
+        invalid("absent", int(wrong), f"is not within 0..{classes - 1}")
     found: list[int] = ids.tolist()
     return found
 

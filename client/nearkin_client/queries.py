@@ -16,29 +16,35 @@ from nearkin_client.patience import Deadline
 from nearkin_client.values import NearestClasses, ServerInfo
 from nearkin_client.wire import Wire
 
-MOST_QUERIES = 4096
-"""Queries per request where the service states no limit, so that answers stay small as well."""
+MOST_QUERIES = 1024
+"""Queries per request, whatever the service allows, so that answers stay small as well."""
+MOST_ANSWERS = 1 << 20
+"""Queries times neighbours per request."""
 
 Query = pb.ClassIds | pb.Vectors
 
 
-def class_batches(classes: Sequence[int] | NDArray[np.integer[Any]], info: ServerInfo) -> Iterator[Query]:
+def class_batches(
+    classes: Sequence[int] | NDArray[np.integer[Any]], k: int | None, info: ServerInfo
+) -> Iterator[Query]:
     """Class ids in requests of their own."""
     ids = np.asarray(classes)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         invalid(
-            "classes", f"{ids.dtype.name}{list(ids.shape)}", "expected one or more class ids: integers [Q]"
+            "classes",
+            f"{ids.dtype.name}{list(ids.shape)}",
+            "is not one or more class ids: integers [Q]",
         )
-    size = _most_queries(info)
+    size = _most_queries(k, info)
     return (pb.ClassIds(ids=ids[lo : lo + size].tolist()) for lo in range(0, len(ids), size))
 
 
-def vector_batches(vectors: Any, info: ServerInfo) -> Iterator[Query]:
+def vector_batches(vectors: Any, k: int | None, info: ServerInfo) -> Iterator[Query]:
     """Vectors in requests of their own."""
     rows = as_rows("vectors", vectors, None)
     if not rows.count:
-        invalid("vectors.shape", (0, *rows.shape), "expected at least one vector")
-    size = min(_most_queries(info), max(1, (info.chunk_bytes or 1 << 20) // rows.row_bytes))
+        invalid("vectors.shape", (0, *rows.shape), "holds no vector")
+    size = min(_most_queries(k, info), max(1, (info.chunk_bytes or 1 << 20) // rows.row_bytes))
     dtype = decoding.DTYPES[rows.dtype]
     for lo in range(0, rows.count, size):
         hi = min(lo + size, rows.count)
@@ -64,5 +70,6 @@ def ask_nearest(
     return decoding.nearest(answers)
 
 
-def _most_queries(info: ServerInfo) -> int:
-    return min(MOST_QUERIES, info.limits["max_nearest_queries"] or MOST_QUERIES)
+def _most_queries(k: int | None, info: ServerInfo) -> int:
+    allowed = info.limits["max_nearest_queries"] or MOST_QUERIES
+    return min(MOST_QUERIES, allowed, max(1, MOST_ANSWERS // (k or 1)))

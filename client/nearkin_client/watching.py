@@ -11,17 +11,23 @@ from nearkin_client import decoding
 from nearkin_client.errors import error_from_rpc, status_of
 from nearkin_client.patience import Deadline, Persistence, interrupted
 from nearkin_client.values import RunEvent
-from nearkin_client.wire import Wire
+from nearkin_client.wire import Stream, Wire
 
 _FOR_EVER = 365 * 86_400.0
 
 
 def watch(wire: Wire, run: str, timeout: float | None) -> Iterator[RunEvent]:
-    """Events as they come; after a lost connection a new `RunSnapshot` comes first."""
+    """Events as they come, from now on; after a lost connection a new `RunSnapshot` comes first."""
     deadline = Deadline(timeout if timeout is not None else _FOR_EVER)
+    request = pb.WatchRunRequest(run=run)
+    return _events(wire, request, deadline, wire.watch(request, deadline.remaining))
+
+
+def _events(
+    wire: Wire, request: pb.WatchRunRequest, deadline: Deadline, stream: Stream[pb.RunEvent]
+) -> Iterator[RunEvent]:
     persistence = Persistence(deadline, wire.patience.outage)
-    while deadline.remaining:
-        stream = wire.watch(pb.WatchRunRequest(run=run), deadline.remaining)
+    while True:
         try:
             for message in stream:
                 persistence.progressed()
@@ -33,8 +39,9 @@ def watch(wire: Wire, run: str, timeout: float | None) -> Iterator[RunEvent]:
                 return
             if not interrupted(error):
                 raise error_from_rpc(error) from error
-            persistence.pause_or_raise(error, f"watching run {run!r}")
+            persistence.pause_or_raise(error, f"watching run {request.run!r}")
         else:
             return
         finally:
             stream.cancel()
+        stream = wire.watch(request, deadline.remaining)

@@ -25,6 +25,7 @@ from nearkin_client.arrays import WIRE_DTYPES
 from nearkin_client.local import LocalService
 
 from tests.client.oracle import assert_is_table, similarities
+from tests.client.ranks import push_and_fetch
 
 generator = np.random.default_rng(3)
 
@@ -122,21 +123,11 @@ def test_ranks_in_threads_push_in_any_order_and_twice(nearkin: NeighbourClient) 
     assert [each.epoch for each in nearkin.generations()] == [4]
 
 
-def _rank(address: str, run: str, rank: int, answers: Any) -> None:
-    rows = np.random.default_rng(1).standard_normal((60, 8)).astype(np.float32)
-    lo = rank * 20
-    with NeighbourClient(address, run=run) as client:
-        client.push(rows[lo : lo + 20], epoch=1, row_start=lo, num_classes=60, k=5)
-        table = client.table(epoch=1, timeout=30)
-        assert table.scores is not None
-        answers.put((table.ids.tobytes(), table.scores.tobytes(), table.generation))
-
-
 def test_ranks_in_processes_all_get_the_same_bytes(nearkin_server: LocalService) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(nearkin_server.address, "processes", rank, answers))
+        context.Process(target=push_and_fetch, args=(nearkin_server.address, "processes", rank, answers))
         for rank in (2, 0, 1)
     ]
     for rank in ranks:

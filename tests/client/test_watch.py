@@ -47,8 +47,10 @@ def test_the_first_event_is_the_state_of_the_run(nearkin: NeighbourClient) -> No
 
 
 def test_a_build_tells_how_far_it_is(nearkin: NeighbourClient) -> None:
-    events = nearkin.watch(timeout=60)
     rows = generator.standard_normal((4000, 256)).astype(np.float32)
+    nearkin.push(rows[:1], epoch=0, num_classes=4000, k=50)
+    events = nearkin.watch(timeout=60)
+    assert isinstance(next(events), RunSnapshot)
     nearkin.push(rows, epoch=0, k=50)
     seen = []
     for event in events:
