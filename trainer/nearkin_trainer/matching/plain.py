@@ -30,12 +30,12 @@ def location_maxima_plain(request: Request) -> Tensor:
         visible_UQ = take_rows(visible_UQ, touched.ids, sparse=sparse).flatten(1)
     class_units_UCQ = units(rows_UCQ.flatten(2).to(request.dtype), visible_UQ)
     probe_units_BCP = units(request.probes.to(request.dtype), request.probe_visibility)
-    return torch.stack(
-        [
-            _one_probe(probe_CP, class_units_UCQ, slots_M)
-            for probe_CP, slots_M in zip(probe_units_BCP, touched.slots, strict=True)
-        ]
-    )
+    maxima = [
+        _one_probe(probe_CP, class_units_UCQ, slots_M)
+        for probe_CP, slots_M in zip(probe_units_BCP, touched.slots, strict=True)
+    ]
+    places = probe_units_BCP.shape[2] + class_units_UCQ.shape[2]
+    return torch.stack(maxima) if maxima else probe_units_BCP.new_zeros(*touched.slots.shape, places)
 
 
 def units(maps_XCL: Tensor, visibility_XL: Tensor | None) -> Tensor:

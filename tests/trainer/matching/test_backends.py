@@ -1,0 +1,239 @@
+"""Every backend against float64: no further from it than plain PyTorch in the same dtype, give or take."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nearkin_trainer.matching import location_maxima
+from nearkin_trainer.matching.operation import BACKENDS
+from torch import Tensor
+
+from tests.trainer.matching.oracle import Answer, Case, exact, gradients_of, random_case
+
+FAST = [name for name in BACKENDS if name != "plain"]
+SLACK = 2e-6  # what float32 may add to the plain backend's error, relative to the largest value
+SHAPES = {
+    "square": ((64, 7, 7), (7, 7), (4, 5, 9)),
+    "odd": ((33, 5, 3), (2, 3), (3, 4, 5)),
+    "one channel": ((1, 2, 2), (2, 2), (2, 3, 4)),
+    "one location": ((40, 1, 1), (1, 1), (3, 3, 6)),
+    "one probe": ((17, 4, 4), (4, 4), (1, 6, 3)),
+    "tall": ((24, 24, 8), (16, 8), (2, 2, 3)),
+    "bigger class maps": ((20, 2, 2), (9, 9), (3, 3, 4)),
+    "1,024 locations": ((8, 2, 3), (32, 32), (2, 2, 3)),
+    "crowded": ((16, 3, 3), (3, 3), (9, 12, 2)),
+}
+
+
+def answer(case: Case, backend: str, **options: bool) -> Answer:
+    inputs = {name: value.detach().clone().requires_grad_() for name, value in case.inputs().items()}
+    maxima = location_maxima(candidates=case.candidates, backend=backend, **inputs, **options)  # type: ignore[arg-type]
+    return Answer(maxima.detach(), gradients_of(maxima, case, inputs))
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    scale = max(float(truth.abs().max()), 1e-2) if truth.numel() else 1.0
+    return float((found.double() - truth).abs().max()) / scale if truth.numel() else 0.0
+
+
+def assert_as_good_as_plain(case: Case, backend: str) -> None:
+    truth, plain, found = exact(case), answer(case, "plain"), answer(case, backend)
+    assert found.maxima.dtype == plain.maxima.dtype
+    assert error(found.maxima, truth.maxima) <= 2 * error(plain.maxima, truth.maxima) + SLACK
+    for name, expected in truth.gradients.items():
+        allowed = 2 * error(plain.gradients[name], expected) + SLACK
+        assert error(found.gradients[name], expected) <= allowed, name
+
+
+@pytest.mark.parametrize("visible", [False, True], ids=["all visible", "visibility"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_maxima_and_gradients(backend: str, shape: str, visible: bool) -> None:
+    assert_as_good_as_plain(random_case(*SHAPES[shape], visible=visible), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_maps_are_multiplied_in_float32(backend: str, dtype: torch.dtype) -> None:
+    case = random_case((48, 4, 4), (4, 4), (3, 4, 6))
+    assert_as_good_as_plain(dataclasses.replace(case, classes=case.classes.to(dtype)), backend)
+    assert_as_good_as_plain(dataclasses.replace(case, probes=case.probes.to(dtype)), backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=25, deadline=None)
+@given(
+    channels=st.integers(1, 70),
+    maps=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    counts=st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 7)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    backend: str,
+    channels: int,
+    maps: tuple[int, int, int, int],
+    counts: tuple[int, int, int],
+    seed: int,
+) -> None:
+    case = random_case((channels, maps[0], maps[1]), (maps[2], maps[3]), counts, seed=seed)
+    assert_as_good_as_plain(case, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_maxima_that_bfloat16_cannot_tell_apart(backend: str) -> None:
+    # All locations nearly alike: sims differ in the fifth digit, bfloat16 products in the third.
+    case = random_case((64, 5, 5), (5, 5), (3, 4, 6))
+    close = torch.randn(64)[None, :, None, None]
+    case = dataclasses.replace(case, probes=close + 0.01 * case.probes, classes=close + 0.01 * case.classes)
+    assert_as_good_as_plain(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_of_equal_locations_gets_the_gradient(backend: str) -> None:
+    probes, classes = torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    weights = torch.zeros(1, 1, 8)
+    weights[0, 0, 3] = 1.0  # the last probe location's best class location
+    visibility = torch.ones(1, 2, 2)
+    case = Case(probes, classes, torch.zeros(1, 1, dtype=torch.int64), weights, visibility, visibility)
+    gradients = answer(case, backend).gradients
+    assert gradients["class_visibility"].flatten().tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
+    assert gradients["probe_visibility"].flatten().tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_spreads_to_what_it_touches_and_no_further(backend: str, value: float) -> None:
+    case = random_case((6, 2, 2), (2, 2), (2, 2, 3))
+    ids = torch.tensor([[0, 1], [1, 2]])
+    classes = case.classes.clone()
+    classes[1, 4, 0, 1] = value
+    found = location_maxima(case.probes, classes, ids, backend)
+    assert found[0, 1, :4].isnan().all()
+    assert found[0, 1, 4:].isnan().tolist() == [False, True, False, False]
+    clean = location_maxima(case.probes, case.classes, ids, backend)
+    torch.testing.assert_close(found[0, 0], clean[0, 0])
+    torch.testing.assert_close(found[1, 1], clean[1, 1])
+    torch.testing.assert_close(found[0, 1, 4:][[0, 2, 3]], clean[0, 1, 4:][[0, 2, 3]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_locations_score_zero_and_pass_finite_gradients(backend: str) -> None:
+    case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
+    case.probes[0, :, 0, 0] = 0
+    case.classes[:, :, 1, 1] = 0
+    found = answer(case, backend)
+    assert found.maxima.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in found.gradients.values())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_class_gradient_is_sparse_over_touched_rows(backend: str, sparse: bool) -> None:
+    case = random_case((5, 2, 2), (2, 2), (2, 3, 50))
+    classes = case.classes.requires_grad_()
+    ids = torch.tensor([[7, 7, -1], [49, 0, 7]])
+    total = location_maxima(case.probes, classes, ids, backend, sparse_gradient=sparse).sum()
+    (gradient,) = torch.autograd.grad(total, [classes])
+    assert gradient.is_sparse == sparse
+    touched = gradient.coalesce().indices()[0] if sparse else gradient.flatten(1).any(dim=1).nonzero()[:, 0]
+    assert touched.tolist() == [0, 7, 49]
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 4), (0, 3, 4)], ids=["no candidates", "no probes"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend: str, counts: tuple[int, int, int]) -> None:
+    found = answer(random_case((5, 2, 2), (2, 3), counts), backend)
+    assert found.maxima.shape == (*counts[:2], 10)
+    assert not any(gradient.any() for gradient in found.gradients.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nobody_has_a_candidate(backend: str) -> None:
+    case = dataclasses.replace(
+        random_case((5, 2, 2), (2, 3), (2, 3, 4)), candidates=torch.full((2, 3), -1, dtype=torch.int64)
+    )
+    found = answer(case, backend)
+    assert not found.maxima.any()
+    assert not any(gradient.any() for gradient in found.gradients.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps_that_are_not_contiguous(backend: str) -> None:
+    case = random_case((16, 4, 4), (4, 4), (3, 4, 6))
+    strided = dataclasses.replace(
+        case,
+        probes=case.probes.to(memory_format=torch.channels_last),
+        classes=case.classes.to(memory_format=torch.channels_last),
+    )
+    one, other = answer(case, backend), answer(strided, backend)
+    torch.testing.assert_close(one.maxima, other.maxima)
+    for name, gradient in one.gradients.items():
+        torch.testing.assert_close(gradient, other.gradients[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_input_gives_the_same_bits(backend: str) -> None:
+    case = random_case((32, 5, 5), (5, 5), (6, 7, 9))
+    one, other = answer(case, backend), answer(case, backend)
+    assert torch.equal(one.maxima, other.maxima)
+    assert all(torch.equal(one.gradients[name], other.gradients[name]) for name in one.gradients)
+
+
+def test_plain_gradients_by_finite_differences() -> None:
+    case = random_case((3, 2, 2), (1, 3), (2, 2, 3), visible=True)
+    inputs = {name: value.double().requires_grad_() for name, value in case.inputs().items()}
+
+    def maxima(*values: Tensor) -> Tensor:
+        named = dict(zip(inputs, values, strict=True))
+        return location_maxima(
+            candidates=case.candidates,
+            backend="plain",
+            sparse_gradient=False,
+            **named,
+        )
+
+    assert torch.autograd.gradcheck(maxima, tuple(inputs.values()))
+
+
+def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    from nearkin_trainer.matching import operation
+
+    operation._log_once.cache_clear()
+    case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
+    with caplog.at_level(logging.INFO, logger="nearkin"):
+        location_maxima(case.probes, case.classes, case.candidates)
+        location_maxima(case.probes.double(), case.classes.double(), case.candidates)
+        location_maxima(case.probes, case.classes, case.candidates)
+    assert [record.getMessage() for record in caplog.records] == [
+        "location_maxima: backend cpu (tensors are on the cpu)",
+        "location_maxima: backend plain ('cpu' computes in float32, not in float64)",
+    ]
+
+
+def test_errors_name_what_is_wrong() -> None:
+    probes, classes, ids = (
+        torch.ones(2, 3, 2, 2),
+        torch.ones(4, 3, 2, 2),
+        torch.zeros(2, 1, dtype=torch.int64),
+    )
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"probes": probes[0]}, r"probes must be maps .* not \[3, 2, 2\]"),
+        ({"classes": classes.int()}, "classes must be floating point, not torch.int32"),
+        ({"classes": classes[:, :2]}, "probes have 3 channels and classes 2"),
+        ({"candidates": ids[:1]}, r"candidates must be \[2, M\]"),
+        ({"candidates": ids.float()}, "candidates must be int64"),
+        ({"candidates": ids + 4}, r"candidates must lie in \[-1, 3\], found 4"),
+        ({"candidates": ids - 2}, "found -2"),
+        ({"probe_visibility": torch.ones(2, 4)}, r"probe_visibility must be \[2, 2, 2\]"),
+        ({"backend": "fast"}, "backend must be 'auto' or one of plain, cpu"),
+        ({"probes": probes.double(), "backend": "cpu"}, "backend 'cpu' computes in float32"),
+    ]
+    for change, message in wrong:
+        arguments = {"probes": probes, "classes": classes, "candidates": ids, **change}
+        with pytest.raises(ValueError, match=message):
+            location_maxima(**arguments)  # type: ignore[arg-type]
