@@ -1,0 +1,60 @@
+"""`nearkin-train`, and `torchrun -m nearkin_trainer`: one command, alone or as one of several processes."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+from nearkin_client.errors import NearkinError
+from rich.console import Console
+from rich.logging import RichHandler
+
+from nearkin_trainer.config import TrainConfig
+from nearkin_trainer.distributed import cores
+
+MODULE = "nearkin_trainer"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0 done, 1 the service failed, 2 something to correct."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    console = Console(stderr=True, highlight=False)
+    try:
+        config = tyro.cli(TrainConfig, prog="nearkin-train", args=given)
+        if config.processes > 1 and "RANK" not in os.environ:
+            return start_processes(config.processes, given)
+        log_to(console, logging.INFO if rank == 0 else logging.WARNING)
+        from nearkin_trainer.train import train
+
+        train(config)
+    except (ValueError, NearkinError) as error:
+        who = f" (process {rank})" if rank else ""
+        console.print(f"nearkin-train{who}: {error}", style="red", markup=False, soft_wrap=True)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def start_processes(count: int, arguments: Sequence[str]) -> int:
+    """Runs this command in `count` processes, as `torchrun --standalone` would; they end together."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", MODULE, *arguments])
+    except ChildFailedError as error:
+        return max(1, next(iter(error.failures.values())).exitcode)  # the process itself has said why
+    return 0
+
+
+def log_to(console: Console, level: int) -> None:
+    """Shows what nearkin's own loggers say; other libraries' loggers and the root logger stay as they are."""
+    handler = RichHandler(
+        console=console, show_path=False, show_level=False, log_time_format="[%H:%M:%S]", markup=False
+    )
+    handler.setLevel(level)
+    logger = logging.getLogger("nearkin")
+    logger.addHandler(handler)
+    logger.setLevel(level)

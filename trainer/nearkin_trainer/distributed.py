@@ -1,0 +1,265 @@
+"""The processes of one training job: who I am, and the few exchanges between us.
+
+The same code runs as 1 process or as N: with a world of one every function here returns its input. Exchanges
+move dense tensors only; sparse collectives differ between backends and versions.
+
+Legend: R processes (world size), n rows of this process, m rows of the longest process.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+logger = logging.getLogger("nearkin.trainer.distributed")
+
+_BUCKET_ELEMENTS = 8 * 2**20
+_MAX_TEXT_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others, as torchrun describes it in the environment."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size or not 0 <= self.local_rank < self.local_size <= self.size:
+            raise ValueError(
+                f"RANK={self.rank}, WORLD_SIZE={self.size}, LOCAL_RANK={self.local_rank}, "
+                f"LOCAL_WORLD_SIZE={self.local_size} contradict each other; start the processes with torchrun"
+            )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and the progress of the whole job."""
+        return self.rank == 0
+
+    @property
+    def leads_node(self) -> bool:
+        """Whether this process does what is done once per machine."""
+        return self.local_rank == 0
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether the job runs on more than one machine."""
+        return self.local_size < self.size
+
+    def share(self, count: int) -> slice:
+        """This rank's contiguous share of `count` things; shares differ by at most one in length."""
+        base, extra = divmod(count, self.size)
+        start = self.rank * base + min(self.rank, extra)
+        return slice(start, start + base + (self.rank < extra))
+
+
+@contextlib.contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Joins the other processes of the job and leaves them at the end.
+
+    Args:
+        device: `auto` (CUDA when there is one), `cpu` or `cuda`.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none, or the environment contradicts itself.
+    """
+    rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    local_rank = _from_environment("LOCAL_RANK", rank)
+    local_size = _from_environment("LOCAL_WORLD_SIZE", size)
+    chosen = choose_device(device, local_rank)
+    threads = limit_threads(local_size)
+    if size == 1:
+        logger.info("one process on %s, %d threads", chosen, threads)
+        yield World(device=chosen)
+        return
+    World(rank, size, local_rank, local_size)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size)
+    try:
+        group = _node_group(rank, size, local_rank, local_size)
+        logger.info("process %d of %d on %s (%s), %d threads", rank, size, chosen, backend, threads)
+        yield World(rank, size, local_rank, local_size, chosen, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process: one GPU per local rank, or the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name!r}: this machine has no usable CUDA device; use device='cpu' or 'auto'"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "start at most that many processes here, or use device='cpu'"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def limit_threads(local_size: int) -> int:
+    """Divides this machine's cores among its processes: more threads than cores slow all of them."""
+    threads = max(1, cores() // local_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this platform
+        return os.cpu_count() or 1
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{name}={text!r} in the environment is not a number; unset it or start with torchrun"
+        ) from None
+
+
+def _node_group(rank: int, size: int, local_rank: int, local_size: int) -> dist.ProcessGroup | None:
+    """The processes of this machine. Every process takes part in making every machine's group."""
+    mine = None
+    first = rank - local_rank
+    for start in range(0, size, local_size):
+        ranks = list(range(start, min(start + local_size, size)))
+        group = dist.new_group(ranks, backend="gloo")
+        mine = group if start == first else mine
+    return mine
+
+
+def barrier(world: World) -> None:
+    """Waits for every process."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def tell_node(world: World, text: str | None) -> str:
+    """What the machine's first process says, on every process of that machine. The others pass None."""
+    if world.local_size == 1:
+        assert text is not None
+        return text
+    return _broadcast_text(
+        text, source=world.rank - world.local_rank, group=world.node_group, device=torch.device("cpu")
+    )
+
+
+def tell_all(world: World, text: str | None) -> str:
+    """What rank 0 says, on every process. The others pass None."""
+    if world.size == 1:
+        assert text is not None
+        return text
+    return _broadcast_text(text, source=0, group=None, device=world.device)
+
+
+def _broadcast_text(
+    text: str | None, source: int, group: dist.ProcessGroup | None, device: torch.device
+) -> str:
+    buffer = torch.zeros(_MAX_TEXT_BYTES, dtype=torch.uint8)
+    if text is not None:
+        encoded = text.encode()[: _MAX_TEXT_BYTES - 1]
+        buffer[: len(encoded)] = (
+            torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else buffer[:0]
+        )
+    buffer = buffer.to(device)
+    dist.broadcast(buffer, src=source, group=group)
+    return bytes(buffer.cpu().numpy()).rstrip(b"\0").decode(errors="replace")
+
+
+def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor, in place; the same bits everywhere."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's rows, in rank order, on every process.
+
+    Args:
+        world: the job.
+        rows: `[n, ...]`; n may differ between processes, the rest may not.
+
+    Returns:
+        R tensors `[n_r, ...]`.
+    """
+    if world.size == 1:
+        return [rows]
+    counts = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    counts[world.rank] = rows.shape[0]
+    lengths = [int(n) for n in sum_over_ranks(world, counts)]
+    padded = torch.zeros((max(lengths), *rows.shape[1:]), dtype=rows.dtype, device=world.device)
+    padded[: rows.shape[0]] = rows
+    received = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(received, padded)
+    return [part[:n].to(rows.device) for part, n in zip(received, lengths, strict=True)]
+
+
+def broadcast_module(world: World, module: nn.Module) -> None:
+    """Gives every process rank 0's parameters and buffers."""
+    if world.size == 1:
+        return
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def average_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces each dense gradient by its mean over the processes.
+
+    A parameter without a gradient on one process (its loss term did not occur) counts as zero there.
+    """
+    if world.size == 1:
+        return
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat)
+        flat /= world.size
+        parts = torch.split(flat, [g.numel() for g in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def average_buffers(world: World, module: nn.Module) -> None:
+    """Replaces running statistics by their mean, so that every process evaluates and saves the same model."""
+    if world.size == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(world.size)
+
+
+def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,125 @@
+"""The network: a backbone, the class-embedding table, and the QAConv head that scores one against the other.
+
+Legend: B images, C channels, H x W feature map, k neighbours.
+"""
+
+import contextlib
+import importlib
+
+import torch
+from torch import nn
+
+from nearkin_trainer.backbone import CompactResNet, choose_precision, map_shape
+from nearkin_trainer.classes import ClassEmbeddings, Keeping
+from nearkin_trainer.config import ImageConfig, ModelConfig
+from nearkin_trainer.losses import WeightedLosses
+from nearkin_trainer.matching import QAConv, SparseQAConv
+
+
+class Model(nn.Module):
+    """What is trained and saved.
+
+    Args:
+        backbone: images to feature maps.
+        sparse: scores of feature maps against few classes; owns the head and the class table.
+        precision: what the backbone computes in; its output is float32 again.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, sparse: SparseQAConv, precision: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sparse = sparse
+        self.precision = precision
+
+    @property
+    def classes(self) -> ClassEmbeddings:
+        """The class-embedding table."""
+        table = self.sparse.classes
+        assert isinstance(table, ClassEmbeddings)
+        return table
+
+    @property
+    def head(self) -> QAConv:
+        """The head, shared by class scores, in-batch scores and evaluation."""
+        return self.sparse.head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features float32 `[B, C, H, W]` of images `[B, 3, height, width]` in -1..1."""
+        images = images.contiguous(memory_format=memory_format(images.device))
+        half = self.precision != torch.float32
+        with torch.autocast(images.device.type, self.precision) if half else contextlib.nullcontext():
+            features: torch.Tensor = self.backbone(images)
+        return features.float()
+
+    def losses(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        neighbours: torch.Tensor,
+        weighted: WeightedLosses,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum and its parts, of features `[B, C, H, W]` and their labels' neighbours `[B, k]`."""
+        sparse = self.sparse(features, labels, neighbours) if weighted.needs_sparse else None
+        pairs = self.head.pairwise(features, features) if weighted.needs_pairs else None
+        return weighted(sparse, pairs, labels)
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """Everything that has an ordinary gradient: all but the class table."""
+        return [p for name, p in self.named_parameters() if not name.startswith("sparse.classes.")]
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How feature maps lie in memory: channels last is what GPU convolutions want."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def build_model(
+    config: ModelConfig,
+    image: ImageConfig,
+    num_classes: int,
+    *,
+    keeping: Keeping,
+    device: torch.device,
+    backbone: nn.Module | None = None,
+) -> Model:
+    """A new model on `device`.
+
+    Args:
+        config: the network.
+        image: the size of its input.
+        num_classes: rows of the class table.
+        keeping: how the rows are kept, `learnable` or `memory`.
+        device: where it lives.
+        backbone: used instead of the configured one.
+
+    Raises:
+        ValueError: the backbone cannot be imported or does not return feature maps.
+    """
+    backbone = (backbone or make_backbone(config)).to(device=device)
+    backbone = backbone.to(memory_format=memory_format(device))  # type: ignore[call-overload]
+    channels, height, width = map_shape(backbone, image.height, image.width)
+    classes = ClassEmbeddings(num_classes, channels, height, width, keeping)
+    sparse = SparseQAConv(num_classes, channels, height, width, classes=classes, backend=config.matching)
+    return Model(backbone, sparse.to(device), choose_precision(config.precision, device))
+
+
+def make_backbone(config: ModelConfig) -> nn.Module:
+    """The configured backbone, new.
+
+    Raises:
+        ValueError: it cannot be imported, or is not an `nn.Module`.
+    """
+    if config.backbone == "compact":
+        return CompactResNet(config.channels, config.width, config.blocks)
+    module_name, _, function_name = config.backbone.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model.backbone={config.backbone!r} cannot be imported: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(  # noqa: TRY004 - a wrong option
+            f"model.backbone={config.backbone!r} returned a {type(made).__name__}, not an nn.Module"
+        )
+    return made

@@ -1,0 +1,94 @@
+"""Putting a training job together: processes, data, model, service.
+
+join the processes ─▶ read the data ─▶ make the model ─▶ connect to the service ─▶ run the epochs (job.py)
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nearkin_client import NeighbourClient
+from nearkin_client.local import LocalService
+from torch import nn
+
+from nearkin_trainer.checkpoint import seed_everything
+from nearkin_trainer.config import TrainConfig
+from nearkin_trainer.data import read_data
+from nearkin_trainer.distributed import World, join_world, tell_all
+from nearkin_trainer.job import CHECKPOINT, Job, Parts
+from nearkin_trainer.model import build_model
+from nearkin_trainer.neighbours import Neighbours
+from nearkin_trainer.report import Report
+
+logger = logging.getLogger("nearkin.trainer.train")
+
+
+def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, Any]:
+    """Trains, and returns what `metrics.json` holds. Every process of the job calls this.
+
+    Args:
+        config: everything that can be set.
+        backbone: any module from images to feature maps, instead of the configured one; the same on every
+            process.
+
+    Raises:
+        ValueError: something in the configuration or the data is wrong; the message names it and the way out.
+        nearkin_client.errors.NearkinError: the service refused or could not be reached.
+    """
+    with join_world(config.device) as world:
+        start = _choose_start(config, world)
+        data = read_data(config.data, validation_share=config.image.validation_share)
+        seed_everything(config.seed)
+        model = build_model(
+            config.model,
+            config.image,
+            len(data.classes),
+            keeping=config.embedding.keeping,
+            device=world.device,
+            backbone=backbone,
+        )
+        with (
+            _service_address(config, world) as address,
+            NeighbourClient(address, run=config.run_name) as client,
+            Report(config.out, speaks=world.leads, tensorboard=config.tensorboard) as report,
+        ):
+            neighbours = Neighbours(world, client, config.neighbour, len(data.classes))
+            return Job(Parts(config, world, data, model, neighbours, report)).run(start)
+
+
+def _choose_start(config: TrainConfig, world: World) -> Path | None:
+    """The checkpoint to continue from, or None; all processes come to the same answer."""
+    path = config.out / CHECKPOINT
+    exists = tell_all(world, str(path.exists()) if world.leads else None) == "True"
+    if exists and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"out={config.out} holds a checkpoint: continue with --resume, or replace it with --overwrite"
+        )
+    if world.leads:
+        config.out.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            path.unlink(missing_ok=True)
+        if config.resume and not exists:
+            logger.info("resume: no checkpoint in %s yet, starting from the beginning", config.out)
+    return path if exists and config.resume else None
+
+
+@contextlib.contextmanager
+def _service_address(config: TrainConfig, world: World) -> Iterator[str]:
+    """The address of the named service, or of one that the job's first process starts for it."""
+    named = config.service or os.environ.get("NEARKIN_SERVICE")
+    if named:
+        yield named
+    elif world.spans_nodes:
+        raise ValueError(
+            "a job on several machines needs a service that all of them reach: "
+            "name it with --service or NEARKIN_SERVICE"
+        )
+    elif world.leads:
+        with LocalService(config.out / "service", log_path=config.out / "service.log") as service:
+            yield tell_all(world, service.address)
+    else:
+        yield tell_all(world, None)
