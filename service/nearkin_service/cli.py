@@ -21,17 +21,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 _HELP = """Builds and serves neighbour tables of class embeddings.
 
-Training workers push one row per class each epoch; the service publishes a [num_classes, k] table of each class's nearest
-classes and answers queries. Everything is kept in the data directory; a restarted service finds all of it again.
+Training workers push one row per class each epoch; the service publishes a [num_classes, k] table of each
+class's nearest classes and answers queries. Everything is kept in the data directory; a restarted service
+finds all of it again.
 
 Examples:
 
   nearkin-serve --data-dir ./nearkin-data
 
-  nearkin-serve --data-dir /data --listen unix:///run/nearkin.sock --listen 127.0.0.1:50051 --http 127.0.0.1:9090
+  nearkin-serve --data-dir /data --listen unix:///run/nearkin.sock --listen 127.0.0.1:50051
 
-Then look at it with `nearkin runs --service unix:///run/nearkin.sock`. SIGTERM and Ctrl-C stop it gently: builds and
-readers finish, nothing new is taken.
+  nearkin-serve --data-dir /data --http 127.0.0.1:9090 --device cpu
+
+Then look at it with `nearkin runs --service unix:///run/nearkin.sock`. SIGTERM and Ctrl-C stop it gently:
+builds and readers finish, nothing new is taken.
 """
 
 

@@ -1,4 +1,4 @@
-"""Addresses that a service may listen on: unix sockets and loopback freely, anything else only when told so."""
+"""Addresses to listen on: unix sockets and loopback freely, anything else only when told so."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def check_address(address: str, *, insecure: bool) -> None:
         return
     if not insecure:
         raise ValueError(
-            f"{address} can be reached from other machines and nothing is asked of who calls; listen on a unix socket "
-            "or 127.0.0.1, or pass --insecure if the network is trusted"
+            f"{address} can be reached from other machines and nothing is asked of who calls; listen on a "
+            "unix socket or 127.0.0.1, or pass --insecure if the network is trusted"
         )
     log.warning("%s can be reached from other machines, and anyone there may read, write and delete", address)
 
@@ -90,7 +90,7 @@ def _bind_unix(server: grpc.aio.Server, path: Path) -> str:
 
 
 def _make_way(path: Path) -> None:
-    """Removes the socket of a service that is gone. ValueError: one is alive there, or it is something else."""
+    """Removes the socket of a service that is gone. ValueError: one is alive, or it is no socket."""
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):

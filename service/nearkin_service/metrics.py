@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus. One registry per service, so that several can live in one process."""
+"""What the service counts, for Prometheus. One registry per service: several can live in one process."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class NeighbourServer:
         for address in config.listen:
             listening.check_address(address, insecure=config.insecure)
         self._config = config
-        self._core = Core(config, DataDirectory(config.data_dir), engines, device)
+        self.core = Core(config, DataDirectory(config.data_dir), engines, device)
         self._health = health.aio.HealthServicer()
         self._http: HealthServer | None = None
         self._beat = time.monotonic()
@@ -47,7 +47,7 @@ class NeighbourServer:
 
     async def start(self) -> None:
         """Reads the data directory, listens, resumes builds. ValueError: an address is taken."""
-        core = self._core
+        core = self.core
         self._searching = Searching(core)
         self._builds = Builds(core, self._searching)
         self._beating = asyncio.create_task(self._keep_beating())
@@ -64,7 +64,7 @@ class NeighbourServer:
         self._ready = True
 
     def _make_server(self) -> grpc.aio.Server:
-        core = self._core
+        core = self.core
         server = grpc.aio.server(options=_options(self._config))
         behaviours = wire.behaviours(core, self._builds, self._searching)
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
@@ -74,11 +74,11 @@ class NeighbourServer:
         return server
 
     def _count_error(self, method: str, code: str) -> None:
-        self._core.metrics.errors.labels(method, code).inc()
+        self.core.metrics.errors.labels(method, code).inc()
 
     def _resume(self) -> None:
         """Goes on where the service before stopped: open pushes, builds, flushing, sweeping."""
-        core = self._core
+        core = self.core
         for push in core.catalogue.open_pushes:
             core.files[push.push_id] = core.directory.open_push(push.spec, push.push_id)
             if push.state is PushState.BUILDING:
@@ -101,7 +101,7 @@ class NeighbourServer:
     # --------------------------------------------------------------------------------------------- health
 
     def _serve_http(self, address: str) -> HealthServer:
-        core = self._core
+        core = self.core
         core.metrics.open_pushes.set_function(lambda: len(core.catalogue.open_pushes))
         core.metrics.runs.set_function(lambda: len(core.catalogue.runs))
         core.metrics.quarantined.set_function(lambda: core.directory.quarantined)
@@ -128,7 +128,7 @@ class NeighbourServer:
     async def stop(self) -> None:
         """Takes nothing new, lets builds and readers finish within `drain_seconds`, then ends."""
         self._ready = False
-        core, deadline = self._core, time.monotonic() + self._config.drain_seconds
+        core, deadline = self.core, time.monotonic() + self._config.drain_seconds
         core.draining = True
         await self._health.enter_graceful_shutdown()
         core.catalogue.changed.fire()

@@ -1,4 +1,4 @@
-"""The frozen values that wire, catalogue, store and builds hand to each other. Each is checked when it is made."""
+"""The frozen values that wire, catalogue, store and builds hand to each other; checked when made."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ class Generation:
         return self.spec.tables_bytes + (self.spec.rows_bytes if self.has_embeddings else 0)
 
     def rows_of(self, row_start: int, row_count: int) -> RowRange:
-        """The table's rows asked for; a count of 0 goes up to the last. InvalidArgumentError: there are none such."""
+        """The rows asked for; a count of 0 goes up to the last. InvalidArgumentError: there are none such."""
         stop = row_start + row_count if row_count else self.spec.num_classes
         if row_start < 0 or row_count < 0 or not row_start < stop <= self.spec.num_classes:
             raise InvalidArgumentError(
@@ -255,8 +255,8 @@ class Generation:
         """FailedPreconditionError: they were dropped. Lost ones are the store's to report."""
         if self.embeddings is EmbeddingsState.DROPPED:
             raise FailedPreconditionError(
-                f"the embeddings of generation {self.number} of run {self.run!r} were dropped by its retention "
-                "(its table is still there); keep more with retention.keep_embeddings"
+                f"the embeddings of generation {self.number} of run {self.run!r} were dropped by its "
+                "retention (its table is still there); keep more with retention.keep_embeddings"
             )
 
 

@@ -6,7 +6,6 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 

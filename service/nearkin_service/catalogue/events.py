@@ -1,4 +1,4 @@
-"""Events of runs, handed to whoever watches. A watcher that falls behind loses its place, never anyone's time."""
+"""Events of runs for whoever watches. A watcher that falls behind loses its place, never anyone's time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BACKLOG = 1024
 
 
 class Subscription:
-    """One watcher's queue. After an overflow `next` returns None once: what happened in between must be looked up."""
+    """One watcher's queue. After an overflow `next` returns None once: look up what happened in between."""
 
     def __init__(self) -> None:
         self._events: deque[RunEvent] = deque()

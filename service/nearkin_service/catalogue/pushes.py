@@ -83,24 +83,27 @@ class Push:
     def require_usable(self) -> None:
         """FailedPreconditionError: it failed or was aborted."""
         if self.state in (PushState.FAILED, PushState.ABORTED):
+            was = "was " if self.state is PushState.ABORTED else ""
+            why = f": {self.error}" if self.error else ""
             raise FailedPreconditionError(
-                f"the push of epoch {self.spec.epoch} {'was ' if self.state is PushState.ABORTED else ''}{self.state}"
-                f"{': ' + self.error if self.error else ''}; begin the epoch again"
+                f"the push of epoch {self.spec.epoch} {was}{self.state}{why}; begin the epoch again"
             )
 
     def require_complete(self) -> None:
-        """FailedPreconditionError: rows are missing. InvalidArgumentError: a row that is not absent is all zero."""
-        gap = self.missing.first
+        """FailedPreconditionError: rows are missing. InvalidArgumentError: a row is zero and not absent."""
+        missing = self.missing
+        gap = missing.first
         if gap is not None:
             raise FailedPreconditionError(
-                f"{len(self.missing)} rows are missing, the first are {gap.start}..{gap.stop - 1}; send them, "
+                f"{len(missing)} rows are missing, the first are {gap.start}..{gap.stop - 1}; send them, "
                 "or declare their classes absent"
             )
         zero = self.zeros.minus(self.absent).first
         if zero is not None:
             raise InvalidArgumentError(
                 "payload",
-                f"row {zero.start} is all zero and has no direction; declare the class absent if it has no embedding",
+                f"row {zero.start} is all zero and has no direction; a class without an embedding is to be "
+                "declared absent",
             )
 
     def arrived(self, rows: RowRange, zeros: RowSet) -> None:

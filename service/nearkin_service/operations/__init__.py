@@ -1,7 +1,7 @@
 """What the service does: pushing, building, reading, searching, comparing, removing.
 
-Here catalogue (what is), store (what lies on disk) and engines (what is computed) meet; the wire calls these classes and
-knows none of the three. Everything runs on the event loop and hands slow work to threads by `Core`.
+Here catalogue (what is), store (what lies on disk) and engines (what is computed) meet; the wire calls
+these classes and knows none of the three. All of it runs on the event loop; slow work goes to threads.
 """
 
 from nearkin_service.operations.administering import Administering

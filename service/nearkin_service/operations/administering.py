@@ -62,7 +62,7 @@ class Administering:
             for push in run.live_pushes:
                 while push.publishing:
                     await self._core.catalogue.changed.wait()
-                await self._builds.end(push, PushState.ABORTED, "its run was deleted")
+                self._builds.drop(push, PushState.ABORTED, "its run was deleted")
             for generation in run.generations.values():
                 self._searching.forget(generation)
             self._core.catalogue.remove_run(run)

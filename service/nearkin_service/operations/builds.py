@@ -200,16 +200,20 @@ class Builds:
         """A push comes to nothing: its rows go, its readers are told."""
         if not push.live:
             return
-        push.end(state, error)
-        if push.push_id in self._running:
-            self._running[push.push_id].cancelled.set()
+        self.drop(push, state, error)
         if state is PushState.FAILED:
             self._core.metrics.builds_failed.inc()
         log.info("run %s epoch %d: push %s %s %s", push.spec.run, push.spec.epoch, push.push_id, state, error)
         self._core.catalogue.push_changed(push)
         await self._core.io(self._core.directory.finish_push, push.spec.run, push.push_id, state, error)
-        self._core.spawn(self._close_files(push))
         await self._forget_old(push.spec.run)
+
+    def drop(self, push: Push, state: PushState, error: str) -> None:
+        """Ends a push without a word: stops its build, closes its files once nobody writes."""
+        push.end(state, error)
+        if push.push_id in self._running:
+            self._running[push.push_id].cancelled.set()
+        self._core.spawn(self._close_files(push))
 
     async def _forget_old(self, run: str) -> None:
         for push in self._core.catalogue.outlived(run, _KEPT_OUTCOMES):

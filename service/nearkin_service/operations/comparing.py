@@ -58,8 +58,8 @@ class Comparing:
         then = found.generation(earlier) if earlier else found.before(now.number)
         if now.spec.num_classes != then.spec.num_classes:
             raise FailedPreconditionError(
-                f"generations {then.number} and {now.number} have {then.spec.num_classes} and {now.spec.num_classes} "
-                "classes; only equal numbers can be compared"
+                f"generation {then.number} has {then.spec.num_classes} classes and generation {now.number} "
+                f"has {now.spec.num_classes}; only equal numbers can be compared"
             )
         most = min(now.spec.k, then.spec.k)
         if not 0 <= k <= most:

@@ -1,4 +1,4 @@
-"""What all operations share: the configuration, the catalogue, the data directory, and threads for slow work."""
+"""What all operations share: configuration, catalogue, data directory, and threads for slow work."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ T = TypeVar("T")
 class Engines(Protocol):
     """What operations need of the engines; the package `nearkin_service.engines` is one."""
 
-    def build_table(self, rows: NDArray[Any], request: BuildRequest, monitor: BuildMonitor) -> BuiltTable: ...
+    def build_table(
+        self, rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMonitor, /
+    ) -> BuiltTable: ...
 
     def open_searcher(
         self,
-        rows: NDArray[Any],
+        rows_NR: NDArray[Any],
         row_shape: tuple[int, ...],
         key: KeyName,
         absent: NDArray[np.int64],
         device: str,
+        /,
     ) -> Searcher: ...
 
     def describe_engines(self) -> Sequence[EngineDescription]: ...
@@ -58,6 +61,7 @@ class Core:
         self.directory = directory
         self.engines = engines
         self.device = device
+        self.known_engines = tuple(engines.describe_engines())
         self.catalogue = Catalogue()
         self.metrics = Metrics()
         self.files: dict[str, PushFiles] = {}

@@ -43,11 +43,12 @@ class Pushing:
     ) -> PushView:
         """Opens the push of an epoch or joins it.
 
-        AlreadyExistsError: the epoch has a push or generation with other arguments. LimitExceededError: one of the
-        service's limits, or the disk's.
+        AlreadyExistsError: the epoch has a push or generation with other arguments. LimitExceededError: one
+        of the service's limits, or the disk's.
         """
         self._core.refuse_when_draining()
         self._require_limits(spec)
+        self._require_engine(spec.engine)
         declared = _checked_absent(absent, spec.num_classes)
         run = await self._run(spec)
         async with run.lock:
@@ -75,6 +76,18 @@ class Pushing:
         for name, value in asked.items():
             if value > getattr(limits, name):
                 raise LimitExceededError(name, f"{value:,} is above this service's {getattr(limits, name):,}")
+
+    def _require_engine(self, name: str) -> None:
+        known = {engine.name: engine for engine in self._core.known_engines}
+        if name == "auto" or (name in known and known[name].available):
+            return
+        why = (
+            f"is not available here: {known[name].reason}"
+            if name in known
+            else "is no engine of this service"
+        )
+        usable = ", ".join(["auto", *(engine.name for engine in known.values() if engine.available)])
+        raise InvalidArgumentError("engine", f"{name[:80]!r} {why}; choose one of {usable}")
 
     async def _run(self, spec: PushSpec) -> Run:
         async with self._creating_run:
@@ -153,8 +166,8 @@ class Pushing:
         new = declared.minus(known).first
         if new is not None:
             raise AlreadyExistsError(
-                f"epoch {push.spec.epoch} of run {push.spec.run!r} is {push.state} already, and in it class {new.start} "
-                "is not absent"
+                f"epoch {push.spec.epoch} of run {push.spec.run!r} is {push.state} already, and in it class "
+                f"{new.start} is not absent"
             )
 
     # -------------------------------------------------------------------------------------------- writing
@@ -200,7 +213,7 @@ class Pushing:
     # ------------------------------------------------------------------------------------------- closing
 
     async def commit(self, push_id: str, rows_crc: int | None) -> PushView:
-        """Closes a push whose rows are all there; its build follows. See CommitPush in the protocol for the errors."""
+        """Closes a push whose rows are all there; its build follows. The protocol lists the errors."""
         push = self._core.catalogue.push(push_id)
         push.require_usable()
         if push.state is PushState.OPEN:
@@ -228,8 +241,8 @@ class Pushing:
         found = await self._core.io(self._checksum, push)
         if found != expected:
             raise DataLossError(
-                f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the push and "
-                "send its rows again"
+                f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the "
+                "push and send its rows again"
             )
 
     def _checksum(self, push: Push) -> int:
@@ -262,8 +275,8 @@ class Pushing:
             await self._core.catalogue.changed.wait()
         if push.state is PushState.PUBLISHED:
             raise FailedPreconditionError(
-                f"epoch {push.spec.epoch} of run {push.spec.run!r} is published as generation {push.generation}; "
-                "delete that instead"
+                f"epoch {push.spec.epoch} of run {push.spec.run!r} is published as generation "
+                f"{push.generation}; delete that instead"
             )
         if push.live:
             await self._builds.end(push, PushState.ABORTED, "")

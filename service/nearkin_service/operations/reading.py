@@ -43,7 +43,7 @@ class TableBlocks:
             start = stop
 
     def block(self, rows: RowRange) -> Block:
-        """Reads a range. A whole block carries the checksum it was published with, so damage since then shows."""
+        """Reads a range. A whole block carries the checksum it was published with: later damage shows."""
         payload = as_bytes(np.asarray(self.table[rows.start : rows.stop]))
         number, step = rows.start // self.checksums.block_rows, self.checksums.block_rows
         whole = RowRange(number * step, min((number + 1) * step, len(self.table)))
@@ -67,8 +67,8 @@ class Reading:
     async def since(self, run: str, epoch: int, seconds: float | None) -> Generation:
         """The newest generation of this epoch or a later one, waited for.
 
-        A run that does not exist yet is waited for as well. FailedPreconditionError: the epoch's push came to nothing.
-        NotInTimeError: `seconds` went by. NotFoundError: the run was deleted meanwhile.
+        A run that does not exist yet is waited for as well. FailedPreconditionError: the epoch's push came to
+        nothing. NotInTimeError: `seconds` went by. NotFoundError: the run was deleted meanwhile.
         """
         check_run_name(run)
         if epoch < 0:

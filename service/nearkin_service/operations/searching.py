@@ -31,7 +31,7 @@ class Searching:
         self._trusted: set[str] = set()
 
     def trust(self, generation: Generation) -> None:
-        """Its rows were checked on arrival by this very process: no need to read them all again before a search."""
+        """Its rows were checked on arrival by this very process: they need not all be read again."""
         self._trusted.add(generation.push_id)
 
     def forget(self, generation: Generation) -> None:
@@ -42,7 +42,7 @@ class Searching:
     async def nearest_to_classes(
         self, generation: Generation, classes: NDArray[np.int64], k: int
     ) -> Neighbours:
-        """InvalidArgumentError: a class or k out of range. DataLossError, FailedPreconditionError: no embeddings."""
+        """InvalidArgumentError: a class or k out of range. Data loss, dropped rows: their errors."""
         total = generation.spec.num_classes
         k = self._checked_k(generation, k, total - 1)
         self._check_count(len(classes), k)
@@ -55,7 +55,7 @@ class Searching:
     async def nearest_to_vectors(
         self, generation: Generation, vectors_QR: NDArray[Any], k: int
     ) -> Neighbours:
-        """InvalidArgumentError: k out of range, or a vector with NaN or Inf or all zero (its number is named)."""
+        """InvalidArgumentError: k out of range, or a vector with NaN, Inf or nothing but zeros (named)."""
         k = self._checked_k(generation, k, generation.spec.num_classes)
         self._check_count(len(vectors_QR), k)
         searcher = await self._searcher(generation)
@@ -118,7 +118,7 @@ class Searching:
             rows.close()
 
     async def _verified(self, generation: Generation) -> Generation:
-        """The generation with what its rows turned out to be, read once by each process that did not see them come."""
+        """The generation with what its rows turned out to be; read once per process."""
         if not generation.has_embeddings:
             return generation
         state = await self._core.compute(self._core.directory.verify_rows, generation)

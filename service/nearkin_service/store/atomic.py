@@ -31,13 +31,13 @@ def read_document(path: Path) -> dict[str, Any]:
     """The body. DataLossError: the file is not what was written. FileNotFoundError: there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        body: dict[str, Any] = document["body"]
-        stored = document["crc32c"]
+        body, stored = document["body"], document["crc32c"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataLossError(f"{path.name} is not a document: {error}") from error
     if not isinstance(body, dict) or crc32c.crc32c(_canonical(body)) != stored:
         raise DataLossError(f"{path.name} does not match its checksum")
-    return body
+    sound: dict[str, Any] = body
+    return sound
 
 
 def fsync_directory(path: Path) -> None:

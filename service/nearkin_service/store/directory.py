@@ -104,14 +104,11 @@ class DataDirectory:
     def _recover_generation(self, run: str, number: int) -> Generation | None:
         path = self._layout.generation(run, number)
         try:
-            generation = gens.load(path)
-            if (generation.run, generation.number) != (run, number):
-                raise DataLossError(f"it says it is generation {generation.number} of run {generation.run!r}")
+            return gens.load(path, run, number)
         except DataLossError as error:
             self._note_number(run, number)
             self._set_aside(path, f"{run}-{number}", error)
             return None
-        return generation
 
     def _recover_pushes(self, run: str, published: set[str]) -> list[RecoveredPush]:
         directory = self._layout.pushes(run)
@@ -128,13 +125,10 @@ class DataDirectory:
             self._layout.discard(path)
             return None
         try:
-            push = push_files.recover(path)
-            if (push.spec.run, push.push_id) != (run, path.name):
-                raise DataLossError(f"it says it is push {push.push_id} of run {push.spec.run!r}")
+            return push_files.recover(path, run)
         except (DataLossError, OSError, ValueError, KeyError, TypeError) as error:
             self._set_aside(path, f"{run}-push-{path.name[:24]}", error)
             return None
-        return push
 
     def _set_aside(self, path: Path, name: str, error: Exception) -> None:
         goal = self._layout.set_aside(path, name)
@@ -165,8 +159,8 @@ class DataDirectory:
         if free - needed < min_free_bytes:
             raise LimitExceededError(
                 "min_free_disk_bytes",
-                f"this push needs {needed:,} bytes (with what open pushes still expect); the data directory's disk has "
-                f"{free:,} free, of which {min_free_bytes:,} are kept",
+                f"this push needs {needed:,} bytes (with what open pushes still expect); the data "
+                f"directory's disk has {free:,} free, of which {min_free_bytes:,} are kept",
             )
 
     def create_push(self, spec: PushSpec, created: float) -> tuple[str, PushFiles]:

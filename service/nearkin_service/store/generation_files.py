@@ -1,7 +1,10 @@
-"""The files of one generation: `manifest.json`, `ids.bin`, `scores.bin`, `absent.bin`, and with them the embeddings
-`rows.bin`, their `journal` (its checksums) and `embeddings.json` (whether they are safe, dropped or lost).
+"""The files of one generation.
 
-A generation is written aside, flushed, and put in its place by one rename: it is there with everything, or not at all.
+`manifest.json`, `ids.bin`, `scores.bin`, `absent.bin`; and the embeddings: `rows.bin`, its `journal` (the
+checksums) and `embeddings.json` (whether they are safe, dropped or lost).
+
+A generation is written aside, flushed, and put in its place by one rename: it is there whole, or not at
+all.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Finished:
 
 
 def publish(generations: Path, finished: Finished, push_directory: Path) -> Generation:
-    """Puts a generation in its place; it is on disk when this returns, except for the embeddings' last bytes."""
+    """Puts a generation in its place; all but the embeddings' last bytes is on disk when this returns."""
     aside = generations / f".aside-{secrets.token_hex(8)}"
     aside.mkdir(parents=True)
     try:
@@ -141,10 +144,12 @@ def _from_manifest(body: Mapping[str, Any]) -> Generation:
         raise DataLossError(f"{MANIFEST} cannot be read: {error}") from error
 
 
-def load(directory: Path) -> Generation:
-    """Reads a generation back and verifies its tables. DataLossError: something of it is damaged or missing."""
+def load(directory: Path, run: str, number: int) -> Generation:
+    """Reads a generation back and verifies its tables. DataLossError: something is damaged or missing."""
     try:
         generation = _from_manifest(read_document(directory / MANIFEST))
+        if (generation.run, generation.number) != (run, number):
+            raise DataLossError(f"it says it is generation {generation.number} of run {generation.run!r}")
         for name, expected in ((IDS, generation.ids), (SCORES, generation.scores)):
             _verify_column(directory / name, generation, expected)
         read_absent(directory, generation)
@@ -186,7 +191,7 @@ def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsSt
 
 
 def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
-    """Compares the embeddings with the checksums of their arrival; records and returns what they turned out to be."""
+    """Compares the embeddings with the checksums of their arrival; returns and records their state."""
     records, _ = journal.read(directory / JOURNAL)
     arrived = journal.row_set(records, Kind.ROWS)
     absent = journal.row_set(records, Kind.ABSENT)
@@ -237,7 +242,8 @@ def open_rows(directory: Path, generation: Generation) -> RowsFile:
     """The embeddings. DataLossError: they are lost. FailedPreconditionError: they were dropped meanwhile."""
     if generation.embeddings is EmbeddingsState.LOST:
         raise DataLossError(
-            f"the embeddings of generation {generation.number} of run {generation.run!r} were lost with the machine"
+            f"the embeddings of generation {generation.number} of run {generation.run!r} were damaged or "
+            "lost with the machine (its table is still there)"
         )
     generation.require_embeddings()
     try:

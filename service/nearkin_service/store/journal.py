@@ -1,8 +1,8 @@
 """What has happened to a push, as fixed-size records at the end of a file.
 
-One record is 32 bytes, little-endian: kind u32, crc u32, start i64, count i64, reserved u32 = 0, crc32c of the 28 bytes
-before it u32. `crc` is the CRC32C of the rows' bytes in `rows.bin` (ROWS only). A record is written after the bytes it
-speaks of, in one write: a torn or missing tail means rows that are sent again, never rows that are wrong.
+One record is 32 bytes, little-endian: kind u32, crc u32, start i64, count i64, reserved u32 = 0, crc32c
+of the 28 bytes before it u32. `crc` is the CRC32C of the rows' bytes in `rows.bin` (ROWS only). A record is
+written after the bytes it speaks of, in one write: a torn tail means rows sent again, never wrong rows.
 """
 
 from __future__ import annotations

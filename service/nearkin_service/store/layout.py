@@ -1,6 +1,6 @@
 """Where things lie in a data directory, and who may have it. docs/FORMAT.md draws it.
 
-Every path below is made from names that were checked before: runs by their pattern, pushes by `check_push_id`.
+Paths are made from checked names only: runs match their pattern, push ids are the service's own.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class DirectoryLock:
 
 
 def boot_id() -> str:
-    """Names this boot of the machine: pages written but not flushed are still there exactly while it stays the same."""
+    """Names this boot of the machine: what was written but not flushed is there while it stays the same."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

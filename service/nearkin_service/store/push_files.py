@@ -1,4 +1,4 @@
-"""The files of one push: `push.json` (what it is of), `rows.bin`, `journal`, and `outcome.json` once it is over.
+"""The files of one push: `push.json` (what it is of), `rows.bin`, `journal`; `outcome.json` once it failed.
 
 Methods run on I/O threads, several at once; the caller sees to it that no two of them write the same rows.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nearkin_service.errors import AlreadyExistsError
+from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
@@ -134,13 +134,13 @@ class PushFiles:
 
 
 def compare_rows(file: RowsFile, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
-    """AlreadyExistsError: a row of `known` is stored with other bytes than `rows_nR`, whose first row is `start`."""
+    """AlreadyExistsError: a row of `known` is stored with other bytes than here (from row `start`)."""
     for each in known:
         found = file.compare(each.start, rows_nR[each.start - start : each.stop - start], absent)
         if found is not None:
             raise AlreadyExistsError(
-                f"row {found} is stored already with other bytes; an epoch's rows never change: abort the push, "
-                "or push a later epoch"
+                f"row {found} is stored already with other bytes; an epoch's rows never change: abort the "
+                "push, or push a later epoch"
             )
 
 
@@ -151,13 +151,15 @@ def finish(directory: Path, state: PushState, error: str) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def recover(directory: Path) -> RecoveredPush:
+def recover(directory: Path, run: str) -> RecoveredPush:
     """What is left of a push after a restart. DataLossError: its description is damaged.
 
     Rows that the machine, not just the process, may have lost are compared with their checksums.
     """
     about = read_document(directory / PUSH)
     spec = PushSpec.from_document(about["spec"])
+    if (spec.run, about["push_id"]) != (run, directory.name):
+        raise DataLossError(f"it says it is push {about['push_id']} of run {spec.run!r}")
     if (directory / OUTCOME).exists():
         return _recover_finished(directory, about, spec)
     records, sound_bytes = journal.read(directory / JOURNAL)

@@ -27,8 +27,8 @@ def check_payload(payload: memoryview, crc: int | None, row_start: int) -> None:
     """DataLossError: the payload is not what its sender had."""
     if crc is not None and crc32c.crc32c(payload) != crc:
         raise DataLossError(
-            f"the payload of the message at row {row_start} does not match its crc32c: it was damaged on the way; "
-            "send it again"
+            f"the payload of the message at row {row_start} does not match its crc32c: it was damaged on the "
+            "way; send it again"
         )
 
 

@@ -1,4 +1,7 @@
-"""The gRPC face: requests checked and turned into values, values into replies, errors into status codes. No faiss, no files."""
+"""The gRPC face: requests become values, values become replies, errors become status codes.
+
+No faiss, no files.
+"""
 
 from nearkin_service.wire.handlers import SERVICE_NAME, generic_handler
 from nearkin_service.wire.servicer import behaviours

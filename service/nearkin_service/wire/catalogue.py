@@ -54,12 +54,11 @@ class CatalogueMethods:
         return pb.DeleteGenerationResponse()
 
     async def GetServerInfo(self, _request: pb.GetServerInfoRequest, _context: Context) -> pb.ServerInfo:
-        engines = await self._core.compute(self._core.engines.describe_engines)
         return pb.ServerInfo(
             version=version("nearkin-service"),
             engines=[
                 pb.EngineInfo(name=e.name, available=e.available, reason=e.reason, exact=e.exact)
-                for e in engines
+                for e in self._core.known_engines
             ],
             devices=[self._core.device],
             limits=pb.Limits(**asdict(self._core.config.limits)),

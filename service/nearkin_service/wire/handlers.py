@@ -1,10 +1,11 @@
-"""Every method of the protocol bound to its behaviour, with the same treatment of requests and errors for all."""
+"""Every method of the protocol bound to its behaviour; requests and errors are treated alike for all."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,9 +34,7 @@ class Malformed:
     reason: str
 
 
-def generic_handler(
-    behaviours: Sequence[object], count_error: CountError
-) -> grpc.GenericRpcHandler[Any, Any]:
+def generic_handler(behaviours: Sequence[object], count_error: CountError) -> grpc.GenericRpcHandler:
     """Serves nearkin.v1.NeighbourService: each method is the one of that name in one of `behaviours`.
 
     `count_error(method, code)` is told of every call that is refused.
@@ -109,19 +108,21 @@ class _Guard:
         return call
 
     def streaming(
-        self, name: str, behaviour: Callable[..., AsyncIterator[Any]]
-    ) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        self, name: str, behaviour: Callable[..., AsyncGenerator[Any, None]]
+    ) -> Callable[..., Awaitable[None]]:
+        async def call(request: Any, context: Context) -> None:
             try:
-                async for reply in behaviour(_sound(request), context):
-                    yield reply
+                async with aclosing(behaviour(_sound(request), context)) as replies:
+                    async for reply in replies:
+                        await context.write(reply)
             except Exception as error:
-                await self._refuse(name, error, context)
+                if not context.done():  # a reader that went away needs no answer
+                    await self._refuse(name, error, context)
 
         return call
 
     async def _refuse(self, name: str, error: Exception, context: Context) -> NoReturn:
-        """Ours by their code, a full memory as a limit, anything else as our own mistake: logged here, opaque there."""
+        """Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told."""
         if isinstance(error, MemoryError):
             error = LimitExceededError("memory", "the service has not enough memory for this call")
         if not isinstance(error, NearkinError):

@@ -36,6 +36,10 @@ class PushMethods:
             raise UnimplementedError(
                 "base_generation: this service takes whole epochs only; send every row and leave it out"
             )
+        if request.key == pb.KEY_QACONV:
+            raise UnimplementedError(
+                "key: this service compares by KEY_FLAT and KEY_POOLED, not by KEY_QACONV yet"
+            )
         view = await self._pushing.begin(
             convert.push_spec(request),
             convert.absent_ids(request),

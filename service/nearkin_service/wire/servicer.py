@@ -11,7 +11,7 @@ from nearkin_service.wire.watch import WatchMethods
 
 
 def behaviours(core: Core, builds: Builds, searching: Searching) -> tuple[object, ...]:
-    """Objects whose methods carry the names of the protocol's; every one of those is in exactly one of them."""
+    """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
     reading = Reading(core)
     administering = Administering(core, builds, searching)
     return (

@@ -8,8 +8,8 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from nearkin_service import errors
 
@@ -37,7 +37,8 @@ def to_status(error: errors.NearkinError) -> grpc.Status:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    return rpc_status.to_status(status)
+    sent: grpc.Status = rpc_status.to_status(status)
+    return sent
 
 
 def _details(error: errors.NearkinError) -> list[Message]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
@@ -27,7 +27,7 @@ class TableMethods:
         self._core = core
         self._reading = reading
 
-    async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncIterator[bytes]:
+    async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
         generation = await self._generation(request, context)
         rows = generation.rows_of(request.row_start, request.row_count)
         columns = await self._reading.columns(generation, scores=request.with_scores)
@@ -49,7 +49,7 @@ class TableMethods:
     async def _generation(self, request: pb.ReadTableRequest, context: Context) -> Generation:
         if request.WhichOneof("which") != "min_epoch":
             return self._reading.generation(request.run, request.generation)
-        left = context.time_remaining()
+        left: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
         seconds = None if left is None else left - min(_MARGIN_SECONDS, left / 4)
         return await self._reading.since(request.run, request.min_epoch, seconds)
 

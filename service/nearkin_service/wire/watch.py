@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from nearkin.v1 import neighbours_pb2 as pb
 
@@ -21,7 +21,9 @@ class WatchMethods:
     def __init__(self, administering: Administering) -> None:
         self._administering = administering
 
-    async def WatchRun(self, request: pb.WatchRunRequest, _context: Context) -> AsyncIterator[pb.RunEvent]:
+    async def WatchRun(
+        self, request: pb.WatchRunRequest, _context: Context
+    ) -> AsyncGenerator[pb.RunEvent, None]:
         """A snapshot first, as soon as the run exists; another one wherever events had to be left out."""
         with self._administering.subscribe(request.run) as subscription:
             present = self._administering.find_run(request.run)
