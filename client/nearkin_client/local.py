@@ -17,7 +17,7 @@ from typing import Self
 
 from nearkin_client import guard
 from nearkin_client.client import NeighbourClient
-from nearkin_client.errors import NearkinError, ServiceNotInstalled, Unavailable
+from nearkin_client.errors import DeadlineExceeded, NearkinError, ServiceNotInstalled, Unavailable
 from nearkin_client.patience import Patience
 
 log = logging.getLogger("nearkin.client.local")
@@ -123,20 +123,28 @@ class LocalService:
         self._pid = int(self._guard.stdout.readline() or 0)
 
     def _wait_until_ready(self) -> None:
-        patience = Patience(call=1.0, outage=0.2)
         end = time.monotonic() + self._start_seconds
-        with NeighbourClient(self.address, patience=patience) as client:
-            while self.running and time.monotonic() < end:
-                try:
-                    client.server_info()
-                except NearkinError:
-                    time.sleep(0.02)
-                else:
-                    return
-        what = "did not answer in time" if self.running else "ended while it started"
+        problem: NearkinError | None = None
+        while self.running and time.monotonic() < end:
+            problem = self._problem()
+            if problem is None:
+                return
+            if not isinstance(problem, Unavailable | DeadlineExceeded):
+                break
+            time.sleep(0.02)
+        what = f"does not answer ({problem})" if self.running else "ended while it started"
         said = self.output()
         self._end()
         raise Unavailable(f"the private service {what}; it said:\n{said}")
+
+    def _problem(self) -> NearkinError | None:
+        """Why it cannot be used, or None when it can."""
+        with NeighbourClient(self.address, patience=Patience(call=1.0, outage=0.2)) as client:
+            try:
+                client.server_info()
+            except NearkinError as error:
+                return error
+        return None
 
     def _end(self) -> None:
         if self._guard is None:

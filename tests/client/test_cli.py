@@ -104,6 +104,7 @@ def test_nearest_with_names(
     found = answer(service, "nearest", "3", "--names", str(names))
     assert found["rows"][0]["name"] == "name-3"
     assert found["rows"][0]["neighbours"][0]["name"] == f"name-{first}"
+    assert answer(service, "nearest", "name-3", "--names", str(names)) == found
     told = nearkin("nearest", "3", "--names", str(names), service=service.address).stdout
     assert f"{first} name-{first}" in told
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.live import Live
-from rich.text import Text
 
 from nearkin_client.cli import export, human, machine
-from nearkin_client.cli.names import read_names
+from nearkin_client.cli.following import follow
+from nearkin_client.cli.names import read_names, resolved
 from nearkin_client.client import NeighbourClient
 from nearkin_client.errors import InvalidArgument, NearkinError
 from nearkin_client.patience import Patience
-from nearkin_client.values import BuildProgress, RunEvent
 
 ROWS_SHOWN = 10
 NEIGHBOURS_SHOWN = 10
@@ -122,7 +120,9 @@ def generations(
 
 @app.command(epilog="Example: nearkin nearest 3 14 --run faces --k 5 --names names.csv")
 def nearest(
-    classes: Annotated[list[int], typer.Argument(metavar="CLASS", help="Class ids.")],
+    classes: Annotated[
+        list[str], typer.Argument(metavar="CLASS", help="Class ids, or names of the --names file.")
+    ],
     *,
     run: RunName = None,
     k: Annotated[
@@ -137,11 +137,12 @@ def nearest(
 ) -> None:
     """The nearest classes of the classes given."""
     known = read_names(names)
+    ids = resolved(classes, known)
     with _client_of_run(service, timeout, run) as client:
         asked = client.generation(generation)
         k = k or min(NEIGHBOURS_SHOWN, asked.num_classes - 1)
-        found = client.nearest(classes=classes, k=k, generation=asked.generation)
-    machine.emit(machine.nearest(classes, found, known)) if json else human.nearest(classes, found, known)
+        found = client.nearest(classes=ids, k=k, generation=asked.generation)
+    machine.emit(machine.nearest(ids, found, known)) if json else human.nearest(ids, found, known)
 
 
 @app.command(epilog="Example: nearkin table --run faces --epoch 3 --out table.npz")
@@ -205,19 +206,7 @@ def watch(
             for each in events:
                 machine.emit({"event": type(each).__name__} | machine.plain(each))
         else:
-            _follow(events)
-
-
-def _follow(events: Iterator[RunEvent]) -> None:
-    """On a terminal, progress stays in one line at the bottom; elsewhere every event is a line."""
-    out = human.console()
-    with Live(console=out, transient=True, refresh_per_second=8, auto_refresh=out.is_terminal) as live:
-        for each in events:
-            if out.is_terminal and isinstance(each, BuildProgress):
-                live.update(Text(human.event(each)))
-            else:
-                live.update(Text(""))
-                out.print(human.event(each))
+            follow(events, human.console())
 
 
 @app.command(epilog="Example: nearkin compare 3 7 --run faces")

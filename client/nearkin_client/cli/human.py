@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nearkin_client import values as v
 from nearkin_client.cli.names import ClassNames
@@ -20,15 +21,17 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """A plain table; headings that start with ">" are of numbers, set to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    if title:
+        out.print(f"[bold]{title}[/bold]", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold dim")
     for heading in headings:
         right = heading.startswith(">")
         table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: names are not markup
     out.print(table)
 
 
@@ -38,7 +41,6 @@ def runs(found: Sequence[v.Run]) -> None:
         console().print("no runs yet: a training job makes one with its first push")
         return
     print_table(
-        "",
         ["run", ">generations", ">epoch", ">classes", ">k", "engine", ">on disk", "under way", "published"],
         (_run_line(each) for each in found),
     )
@@ -67,7 +69,6 @@ def generations(found: Sequence[v.Generation]) -> None:
     """One line per generation."""
     numbers = [">generation", ">epoch", ">classes", "row", "dtype", ">k"]
     print_table(
-        "",
         [*numbers, "key", "engine", ">build", "exact", "embeddings", "published"],
         (
             [
@@ -100,7 +101,7 @@ def nearest(classes: Sequence[int], found: v.NearestClasses, names: ClassNames) 
         if not (ids >= 0).any():
             rows.append([label(one, names), "-", "absent: it has no neighbours", ""])
     title = f"nearest classes in generation {found.generation} (epoch {found.epoch})"
-    print_table(title, ["class", ">rank", "neighbour", ">score"], rows)
+    print_table(["class", ">rank", "neighbour", ">score"], rows, title)
 
 
 def written(path: Path, found: v.NeighbourTable) -> None:
@@ -123,7 +124,8 @@ def table(found: v.NeighbourTable, names: ClassNames, most_rows: int) -> None:
     more = f", {shown} of {found.k} neighbours" if shown < found.k else ""
     more += f", {most_rows} of {len(found)} rows" if most_rows < len(found) else ""
     title = f"generation {found.generation} (epoch {found.epoch}){more}"
-    print_table(title, [">class", *(str(rank) for rank in range(1, shown + 1))], rows)
+    headings = ["class" if names else ">class", *(str(rank) for rank in range(1, shown + 1))]
+    print_table(headings, rows, title)
 
 
 def comparison(found: v.Comparison, names: ClassNames) -> None:
@@ -135,9 +137,9 @@ def comparison(found: v.Comparison, names: ClassNames) -> None:
         out.print("by deciles        " + "  ".join(f"{each:.0%}" for each in found.overlap_deciles))
     moved = "not known: embeddings are gone" if found.mean_movement is None else f"{found.mean_movement:.4f}"
     out.print(f"mean movement     {moved} (1 - cosine)")
+    out.print()
     print_table(
-        "changed most",
-        ["class", ">kept", ">movement"],
+        ["changed most", ">kept", ">movement"],
         (
             [label(c.class_id, names), f"{c.overlap:.0%}", "-" if c.movement is None else f"{c.movement:.4f}"]
             for c in found.most_changed
@@ -150,8 +152,8 @@ def server(info: v.ServerInfo, address: str) -> None:
     out = console()
     out.print(f"[bold]nearkin-serve {info.version}[/bold] on {address}, started {ago(info.started)}")
     out.print(f"devices  {', '.join(info.devices)}")
+    out.print()
     print_table(
-        "engines",
         ["engine", "available", "exact", "about"],
         (
             [e.name, "yes" if e.available else "no", "yes" if e.exact else "no", e.reason]
@@ -159,8 +161,10 @@ def server(info: v.ServerInfo, address: str) -> None:
         ),
     )
     limits = ([name, f"{value:,}" if value else "none"] for name, value in info.limits.items())
-    print_table("limits", ["limit", ">value"], limits)
-    print_table("versions", ["package", "version"], info.versions.items())
+    out.print()
+    print_table(["limit", ">value"], limits)
+    out.print()
+    print_table(["package", "version"], info.versions.items())
 
 
 def event(happened: v.RunEvent) -> str:
@@ -187,11 +191,14 @@ def event(happened: v.RunEvent) -> str:
 
 def progress(build: v.BuildProgress) -> str:
     """How far a build is, in one line."""
+    return f"building epoch {build.epoch}: {build.stage}, {pace(build)}"
+
+
+def pace(build: v.BuildProgress) -> str:
+    """How far and how fast."""
     share = build.rows_done / build.rows_total if build.rows_total else 0.0
     left = "" if build.seconds_left is None else f", {seconds(build.seconds_left)} left"
-    return (
-        f"building epoch {build.epoch}: {build.stage} {share:.0%}, {build.rows_per_second:,.0f} rows/s{left}"
-    )
+    return f"{share:.0%}, {build.rows_per_second:,.0f} rows/s{left}"
 
 
 def label(class_id: int, names: ClassNames) -> str:

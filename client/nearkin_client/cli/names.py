@@ -25,6 +25,19 @@ def read_names(path: Path | None) -> ClassNames:
     return _by_id(rows, path)
 
 
+def resolved(given: list[str], names: ClassNames) -> list[int]:
+    """Class ids from what a person typed: an id, or a name of the file."""
+    by_name = {name: number for number, name in names.items()}
+    return [by_name[each] if each in by_name else _class_id(each, names) for each in given]
+
+
+def _class_id(text: str, names: ClassNames) -> int:
+    if not text.isdecimal():
+        known = "nor a name in the file" if names else "and names need --names FILE"
+        raise InvalidArgument(f"class: {text!r} is not a class id, {known}", field="class")
+    return int(text)
+
+
 def _by_id(rows: list[list[str]], path: Path) -> ClassNames:
     body = rows if rows[0][0].strip().isdigit() else rows[1:]
     names: dict[int, str] = {}
