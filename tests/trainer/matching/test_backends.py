@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nearkin_trainer.matching import location_maxima
-from nearkin_trainer.matching.operation import BACKENDS
 from torch import Tensor
 
 from tests.trainer.matching.oracle import Answer, Case, exact, gradients_of, random_case
 
-FAST = [name for name in BACKENDS if name != "plain"]
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(not find_spec("triton"), reason="nearkin-trainer[triton] is not installed"),
+)
+FAST = ["cpu", TRITON]
+ALL = ["plain", *FAST]
 SLACK = 2e-6  # what float32 may add to the plain backend's error, relative to the largest value
 SHAPES = {
     "square": ((64, 7, 7), (7, 7), (4, 5, 9)),
@@ -36,9 +41,18 @@ def answer(case: Case, backend: str, **options: bool) -> Answer:
     return Answer(maxima.detach(), gradients_of(maxima, case, inputs))
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    scale = max(float(truth.abs().max()), 1e-2) if truth.numel() else 1.0
-    return float((found.double() - truth).abs().max()) / scale if truth.numel() else 0.0
+def error(found: Tensor, truth: Tensor, scale: float = 1.0) -> float:
+    """The largest deviation, relative to the largest value or to `scale`."""
+    if not truth.numel():
+        return 0.0
+    return float((found.double() - truth).abs().max()) / max(float(truth.abs().max()), scale)
+
+
+def cancelled(case: Case, name: str) -> float:
+    """The size of the terms that cancel in a gradient, which has no part along its location."""
+    maps = case.inputs()[name]
+    shortest = maps.float().flatten(2).norm(dim=1).min() if maps.dim() == 4 else torch.ones(())
+    return float(case.weights.abs().max() / shortest) if case.weights.numel() else 1.0
 
 
 def assert_as_good_as_plain(case: Case, backend: str) -> None:
@@ -46,8 +60,9 @@ def assert_as_good_as_plain(case: Case, backend: str) -> None:
     assert found.maxima.dtype == plain.maxima.dtype
     assert error(found.maxima, truth.maxima) <= 2 * error(plain.maxima, truth.maxima) + SLACK
     for name, expected in truth.gradients.items():
-        allowed = 2 * error(plain.gradients[name], expected) + SLACK
-        assert error(found.gradients[name], expected) <= allowed, name
+        scale = cancelled(case, name)
+        allowed = 2 * error(plain.gradients[name], expected, scale) + SLACK
+        assert error(found.gradients[name], expected, scale) <= allowed, name
 
 
 @pytest.mark.parametrize("visible", [False, True], ids=["all visible", "visibility"])
@@ -66,11 +81,11 @@ def test_half_precision_maps_are_multiplied_in_float32(backend: str, dtype: torc
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     channels=st.integers(1, 70),
     maps=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
-    counts=st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 7)),
+    counts=st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 5)),
     seed=st.integers(0, 99),
 )
 def test_any_shape(
@@ -93,7 +108,7 @@ def test_maxima_that_bfloat16_cannot_tell_apart(backend: str) -> None:
     assert_as_good_as_plain(case, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_the_first_of_equal_locations_gets_the_gradient(backend: str) -> None:
     probes, classes = torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
     weights = torch.zeros(1, 1, 8)
@@ -106,7 +121,7 @@ def test_the_first_of_equal_locations_gets_the_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_nan_spreads_to_what_it_touches_and_no_further(backend: str, value: float) -> None:
     case = random_case((6, 2, 2), (2, 2), (2, 2, 3))
     ids = torch.tensor([[0, 1], [1, 2]])
@@ -121,7 +136,7 @@ def test_nan_spreads_to_what_it_touches_and_no_further(backend: str, value: floa
     torch.testing.assert_close(found[0, 1, 4:][[0, 2, 3]], clean[0, 1, 4:][[0, 2, 3]])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_zero_locations_score_zero_and_pass_finite_gradients(backend: str) -> None:
     case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
     case.probes[0, :, 0, 0] = 0
@@ -132,7 +147,7 @@ def test_zero_locations_score_zero_and_pass_finite_gradients(backend: str) -> No
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_the_class_gradient_is_sparse_over_touched_rows(backend: str, sparse: bool) -> None:
     case = random_case((5, 2, 2), (2, 2), (2, 3, 50))
     classes = case.classes.requires_grad_()
@@ -145,14 +160,14 @@ def test_the_class_gradient_is_sparse_over_touched_rows(backend: str, sparse: bo
 
 
 @pytest.mark.parametrize("counts", [(3, 0, 4), (0, 3, 4)], ids=["no candidates", "no probes"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_empty(backend: str, counts: tuple[int, int, int]) -> None:
     found = answer(random_case((5, 2, 2), (2, 3), counts), backend)
     assert found.maxima.shape == (*counts[:2], 10)
     assert not any(gradient.any() for gradient in found.gradients.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_nobody_has_a_candidate(backend: str) -> None:
     case = dataclasses.replace(
         random_case((5, 2, 2), (2, 3), (2, 3, 4)), candidates=torch.full((2, 3), -1, dtype=torch.int64)
@@ -162,7 +177,7 @@ def test_nobody_has_a_candidate(backend: str) -> None:
     assert not any(gradient.any() for gradient in found.gradients.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_maps_that_are_not_contiguous(backend: str) -> None:
     case = random_case((16, 4, 4), (4, 4), (3, 4, 6))
     strided = dataclasses.replace(
@@ -210,7 +225,7 @@ def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> No
         location_maxima(case.probes.double(), case.classes.double(), case.candidates)
         location_maxima(case.probes, case.classes, case.candidates)
     assert [record.getMessage() for record in caplog.records] == [
-        "location_maxima: backend cpu (tensors are on the cpu)",
+        "location_maxima: backend cpu (tensors are on cpu)",
         "location_maxima: backend plain ('cpu' computes in float32, not in float64)",
     ]
 
@@ -230,7 +245,7 @@ def test_errors_name_what_is_wrong() -> None:
         ({"candidates": ids + 4}, r"candidates must lie in \[-1, 3\], found 4"),
         ({"candidates": ids - 2}, "found -2"),
         ({"probe_visibility": torch.ones(2, 4)}, r"probe_visibility must be \[2, 2, 2\]"),
-        ({"backend": "fast"}, "backend must be 'auto' or one of plain, cpu"),
+        ({"backend": "fast"}, "backend must be 'auto' or one of plain, cpu, triton"),
         ({"probes": probes.double(), "backend": "cpu"}, "backend 'cpu' computes in float32"),
     ]
     for change, message in wrong:

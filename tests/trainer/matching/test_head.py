@@ -74,6 +74,32 @@ def test_masked_candidates_leave_no_trace_in_training() -> None:
     assert gradient.coalesce().values().isfinite().all()
 
 
+def test_slopes_are_the_evaluation_score_s_derivatives() -> None:
+    for doubled in (False, True):
+        head = head_like(shaken(Published(12, doubled=doubled).double(), 5)).eval()
+        maxima = torch.rand(1, 1, 24, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(head(maxima).sum(), [maxima])
+        torch.testing.assert_close(head.slopes(), expected.flatten())
+
+
+def test_a_monotone_head_never_scores_a_better_match_lower() -> None:
+    head = head_like(shaken(Published(12, doubled=True).double(), 6)).eval()
+    assert (head.slopes() < 0).any()
+    head.keep_monotone()
+    assert (head.slopes() >= 0).all()
+    assert (head.slopes() > 0).any()
+
+
+def test_a_head_that_scores_dissimilarity_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    head = QAConv(3, 4).double().eval()
+    head.pairwise(maps(2, 1), maps(2, 2))
+    assert not caplog.records
+    with torch.no_grad():
+        head.fc.weight.neg_()
+    head.pairwise(maps(2, 1), maps(2, 2))
+    assert "scores dissimilar maps higher" in caplog.text
+
+
 def test_nothing_to_score() -> None:
     masked = torch.zeros(2, 3, dtype=torch.bool)
     assert QAConv(3, 4)(torch.zeros(2, 3, 24), masked).isneginf().all()

@@ -8,12 +8,17 @@ Source: S. Liao and L. Shao, ECCV 2020 (equation 4) and CVPR 2022; the names bn,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from nearkin_trainer.matching.pairwise import pairwise_blocks, pairwise_maxima
+
+log = logging.getLogger("nearkin.trainer.matching")
+
+SMALLEST_GAIN = 1e-3
 
 
 class QAConv(nn.Module):
@@ -62,11 +67,34 @@ class QAConv(nn.Module):
         if self.training:
             whole: Tensor = self(pairwise_maxima(probes, gallery, backend=backend))
             return whole
+        if float(self.slopes().sum()) < 0:
+            log.warning("this QAConv head scores dissimilar maps higher: its slopes sum to less than 0")
         scores = probes.new_empty(len(probes), len(gallery), dtype=self.fc.weight.dtype)
         with torch.no_grad():
             for block in pairwise_blocks(probes, gallery, backend=backend):
                 scores[block.rows, block.columns] = self(block.maxima)
         return scores
+
+    def slopes(self) -> Tensor:
+        """What each of the 2·height·width maxima adds to the evaluation score, which is linear in them."""
+        first, last = (
+            norm.weight * torch.rsqrt(_variance(norm) + norm.eps) for norm in (self.bn, self.logit_bn)
+        )
+        weights = self.fc.weight.squeeze(0).repeat(2 * self.height * self.width // self.fc.in_features)
+        return (weights * first * last).detach()
+
+    @torch.no_grad()
+    def keep_monotone(self) -> None:
+        """Project the weights to where a better match never lowers the score; call after each optimiser step.
+
+        The published form leaves their signs free. Against learnable class maps training can then end in a
+        score of *dissimilarity*, whose loss is as low and which ranks unseen images upside down; see
+        docs/MATCHING.md.
+        """
+        self.fc.weight.clamp_(min=0.0)
+        for norm in (self.bn, self.logit_bn):
+            # Not quite 0, where all gradients through the norm would vanish.
+            norm.weight.clamp_(min=SMALLEST_GAIN)
 
     def load_published(
         self, state: Mapping[str, Tensor], *, prefix: str | None = None, gallery_first: bool = False
@@ -113,3 +141,8 @@ def _only_prefix(state: Mapping[str, Tensor]) -> str:
             f"state must hold one QAConv head (bn, fc, logit_bn), found prefixes {prefixes}; name one"
         )
     return prefixes[0]
+
+
+def _variance(norm: nn.BatchNorm1d) -> Tensor:
+    assert norm.running_var is not None
+    return norm.running_var

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from types import ModuleType
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from nearkin_trainer.matching.request import Request, checked_request
 
 log = logging.getLogger("nearkin.trainer.matching")
 
-BACKENDS = ("plain", "cpu")
+BACKENDS = ("plain", "cpu", "triton")
 
 
 def location_maxima(
@@ -33,7 +34,7 @@ def location_maxima(
         probes: [B, C, Hp, Wp], float; each location is L2-normalised inside.
         classes: [N, C, Hc, Wc], float; the class table, of which only candidates are read and normalised.
         candidates: [B, M] int64 class ids, −1 = none.
-        backend: "auto", "plain" or "cpu" (float32 products; the same maxima, much faster).
+        backend: "auto", or one of "plain", "cpu" and "triton". All give the same maxima up to rounding.
         probe_visibility: [B, Hp, Wp], optional; 1 = visible, 0 = occluded. A pair of locations is weighted
             by the product of its two visibilities before the maxima.
         class_visibility: [N, Hc, Wc], optional.
@@ -67,20 +68,26 @@ def choose_backend(name: str, request: Request) -> str:
 
 
 def _automatic(request: Request) -> tuple[str, str]:
+    name = "cpu" if request.probes.device.type == "cpu" else "triton"
     try:
-        from nearkin_trainer.matching.cpu.backend import unsupported
+        reason = _module(name).unsupported(request)
     except ImportError as missing:
-        return "plain", f"'cpu' cannot be imported: {missing}"
-    reason = unsupported(request)
-    return ("plain", f"'cpu' {reason}") if reason else ("cpu", "tensors are on the cpu")
+        reason = f"cannot be imported: {missing}"
+    if reason:
+        return "plain", f"'{name}' {reason}"
+    return name, f"tensors are on {request.probes.device}"
 
 
 def _load(name: str) -> Callable[[Request], Tensor]:
     if name == "plain":
         return location_maxima_plain
-    module = importlib.import_module(f"nearkin_trainer.matching.{name}.backend")
-    function: Callable[[Request], Tensor] = getattr(module, f"location_maxima_{name}")
+    function: Callable[[Request], Tensor] = getattr(_module(name), f"location_maxima_{name}")
     return function
+
+
+def _module(name: str) -> ModuleType:
+    """A backend's module, imported when it is first asked for: Numba and Triton take their time."""
+    return importlib.import_module(f"nearkin_trainer.matching.{name}.backend")
 
 
 @functools.cache
