@@ -85,6 +85,7 @@ class Learner:
         for group in self._optimiser.param_groups:
             group["lr"] = self._optimise.rate * factor
         self._optimiser.step()
+        self._model.head.keep_monotone()
 
     def _update_classes(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> None:
         classes = self._model.classes

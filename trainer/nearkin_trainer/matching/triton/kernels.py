@@ -11,8 +11,8 @@
     gradient of own[c, o]       = scale_o · D[o, c] − own[c, o] · T[o] / length_o²
     gradient of visibility_o    = Σ_c own[c, o] · D[o, c] / length_o
 
-Class rows are read from the table by index, never copied. Each gradient is written by one program: there are no
-atomics, and the same input gives the same bits.
+Class rows are read from the table by index, never copied. Each gradient is written by one program: there are
+no atomics, and the same input gives the same bits.
 
 C channels, P probe and Q class locations, O own and T other locations; BP, BQ, BO, BT, BC tiles of them.
 Maps are [C, locations], row-major. Offsets are int64: a table may hold more than 2^31 elements.
@@ -86,11 +86,8 @@ def maxima(
                 sims = tl.dot(left.to(DTYPE), right.to(DTYPE), sims, input_precision=PRECISION)
             sims *= p_scale[:, None] * tl.load(q_scales + q, q < Q, 0.0)[None, :]
             # NaN wins, as in torch.max; no cosine reaches infinity by itself.
-            sims = tl.where(
-                sims != sims,  # noqa: PLR0124
-                float("inf"),
-                sims,
-            )
+            nan = sims != sims  # noqa: PLR0124
+            sims = tl.where(nan, float("inf"), sims)
             sims = tl.where((p < P)[:, None] & (q < Q)[None, :], sims, float("-inf"))
             found_p, at_p = tl.max(sims, axis=1, return_indices=True)
             where_p = tl.where(found_p > best_p, at_p + tile_q * BQ, where_p)
