@@ -217,9 +217,9 @@ class RowAdam(RowOptimiser):
         first = torch.lerp(self.first[ids], values, 1 - self.beta1)
         second = torch.lerp(self.second[ids], values.square(), 1 - self.beta2)
         self.steps[ids], self.first[ids], self.second[ids] = steps, first, second
-        steps = steps.view(-1, 1, 1, 1)
-        corrected = first / (1 - self.beta1**steps)
-        deviation = (second / (1 - self.beta2**steps)).sqrt() + self.epsilon
+        steps = steps.double().view(-1, 1, 1, 1)  # 1 - 0.999 ** 1 has few digits left in float32
+        corrected = first / (1 - self.beta1**steps).float()
+        deviation = (second / (1 - self.beta2**steps).float()).sqrt() + self.epsilon
         table.index_add_(0, ids, corrected / deviation, alpha=-rate)
 
 

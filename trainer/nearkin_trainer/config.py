@@ -212,7 +212,7 @@ class TrainConfig:
         out: folder for metrics.json, checkpoint, TensorBoard files and class names.
         service: address of a running neighbour service (unix:///path or host:port); by default what
             NEARKIN_SERVICE holds, or else a private one, with its data in OUT/service.
-        run: name of the training job at the service; by default made from the name of OUT.
+        run_name: of the training job at the service; by default made from the name of OUT.
         epochs: passes over the training images.
         processes: worker processes to start on this machine (under torchrun: leave at 1).
         device: `auto` is CUDA where there is one.
@@ -225,7 +225,7 @@ class TrainConfig:
     data: Path
     out: Path
     service: str | None = None
-    run: str | None = None
+    run_name: str | None = None
     epochs: int = 20
     processes: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -248,8 +248,8 @@ class TrainConfig:
         _at_least(self, 0, "seed")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other: give one of them")
-        if self.run is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", self.run):
-            raise ValueError(f"run={self.run!r} must match [a-z0-9][a-z0-9._-]{{0,63}}")
+        if self.run_name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", self.run_name):
+            raise ValueError(f"run_name={self.run_name!r} must match [a-z0-9][a-z0-9._-]{{0,63}}")
         if self.embedding.keeping == "learnable" and not self.loss.needs_sparse:
             raise ValueError(
                 "embedding.keeping='learnable' needs loss.softmax or loss.focal above 0 (nothing else trains "
@@ -262,10 +262,10 @@ class TrainConfig:
             )
 
     @property
-    def run_name(self) -> str:
-        """The run's name at the service."""
-        if self.run is not None:
-            return self.run
+    def run(self) -> str:
+        """The run at the service."""
+        if self.run_name is not None:
+            return self.run_name
         name = re.sub(r"[^a-z0-9._-]+", "-", self.out.resolve().name.lower()).lstrip("._-")
         return name[:64] or "training"
 

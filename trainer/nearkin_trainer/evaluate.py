@@ -11,8 +11,10 @@ Legend: Q queries, G gallery images, b queries of a block, C channels, H x W fea
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -41,6 +43,11 @@ class Retrieval:
     mAP: float  # noqa: N815 - the literature's spelling
     queries: int
     left_out: int
+
+    @classmethod
+    def of_nothing(cls, left_out: int = 0) -> Self:
+        """When no query could be judged."""
+        return cls(math.nan, math.nan, math.nan, math.nan, 0, left_out)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def _summary(results: torch.Tensor) -> Retrieval:
             "%d of %d queries have no right image in the gallery and are left out", left_out, len(results)
         )
     if not len(first):
-        return Retrieval(torch.nan, torch.nan, torch.nan, torch.nan, 0, left_out)
+        return Retrieval.of_nothing(left_out)
     rank1, rank5, rank10 = (float((first < r).double().mean()) for r in (1, 5, 10))
     return Retrieval(rank1, rank5, rank10, float(precision.mean()), len(first), left_out)
 

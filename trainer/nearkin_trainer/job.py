@@ -191,8 +191,8 @@ class Job:
         self.report.numbers(epoch + 1, {**numbers, "train/images_per_second": images / seconds})
         parts = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         self.report.say(
-            f"epoch {epoch + 1}/{self.config.epochs}: {parts}; {seconds:.1f} s, "
-            f"{images / seconds:.0f} images/s, waited {stalled:.2f} s for generation {self.neighbours.generation}"
+            f"epoch {epoch + 1}/{self.config.epochs}: {parts}; {seconds:.1f} s, {images / seconds:.0f} "
+            f"images/s, waited {stalled:.2f} s for generation {self.neighbours.generation}"
         )
 
     # ------------------------------------------------------------------------------------------- end
@@ -238,7 +238,7 @@ class Job:
             "precision": str(self.model.precision).removeprefix("torch."),
             "num_classes": len(self.data.classes),
             "k": self.neighbours.k,
-            "run": self.config.run_name,
+            "run": self.config.run,
             "generation": self.neighbours.generation,
             "history": done.history,
         }

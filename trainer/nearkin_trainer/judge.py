@@ -41,6 +41,9 @@ class Judge:
 
     def features(self, model: Model) -> dict[str, Retrieval]:
         """Retrieval by QAConv scores (`qaconv`) and by the cosine of flattened maps (`cosine`)."""
+        if not len(self._query):
+            nothing = Retrieval.of_nothing()
+            return {"qaconv": nothing, "cosine": nothing}
         was_training = model.training
         model.eval()
         with torch.no_grad():
@@ -56,6 +59,8 @@ class Judge:
 
     def pixels(self) -> Retrieval:
         """Retrieval by the Euclidean distance of raw pixels."""
+        if not len(self._query):
+            return Retrieval.of_nothing()
         everything = self._take(np.arange(len(self._images))).flatten(1)
         queries, gallery = everything[self._query.images], everything[self._gallery.images]
         return self._retrieve(queries, euclidean_scores(gallery))

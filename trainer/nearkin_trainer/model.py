@@ -60,7 +60,7 @@ class Model(nn.Module):
         neighbours: torch.Tensor,
         weighted: WeightedLosses,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum and its parts, of features `[B, C, H, W]` and their labels' neighbours `[B, k]`."""
+        """The weighted sum and its parts; features `[B, C, H, W]`, labels `[B]`, neighbours `[B, k]`."""
         sparse = self.sparse(features, labels, neighbours) if weighted.needs_sparse else None
         pairs = self.head.pairwise(features, features) if weighted.needs_pairs else None
         return weighted(sparse, pairs, labels)

@@ -87,7 +87,7 @@ class Neighbours:
         found = tell_all(self._world, str(self._existing()) if self._world.leads else None)
         if found != "0":
             raise ValueError(
-                f"the service already has {found} generations of this run: choose another name with --run, "
+                f"the service already has {found} generations of this run: choose another --run-name, "
                 "continue with --resume, or replace them with --overwrite"
             )
 

@@ -205,7 +205,7 @@ class GraphSampler(ClassSampler):
 def make_sampler(
     config: BatchConfig, labels: NDArray[np.int64], num_classes: int, seed: int, world: World
 ) -> Sampler:
-    """The configured sampler of this process; batches are smaller where there are fewer classes than asked."""
+    """The configured sampler of this process; its batches are smaller where there are too few classes."""
     images = ImagesOfClasses(labels, num_classes)
     classes = min(config.classes, num_classes)
     if classes < config.classes and world.leads:

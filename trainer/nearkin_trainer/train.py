@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nearkin_client import NeighbourClient
+from nearkin_client.errors import NearkinError, Unavailable
 from nearkin_client.local import LocalService
 from torch import nn
 
@@ -52,7 +53,7 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
         )
         with (
             _service_address(config, world) as address,
-            NeighbourClient(address, run=config.run_name) as client,
+            NeighbourClient(address, run=config.run) as client,
             Report(config.out, speaks=world.leads, tensorboard=config.tensorboard) as report,
         ):
             neighbours = Neighbours(world, client, config.neighbour, len(data.classes))
@@ -88,7 +89,19 @@ def _service_address(config: TrainConfig, world: World) -> Iterator[str]:
             "name it with --service or NEARKIN_SERVICE"
         )
     elif world.leads:
-        with LocalService(config.out / "service", log_path=config.out / "service.log") as service:
+        with _private_service(config, world) as service:
             yield tell_all(world, service.address)
     else:
-        yield tell_all(world, None)
+        address = tell_all(world, None)
+        if not address:
+            raise Unavailable("the job's first process could not start a service")
+        yield address
+
+
+def _private_service(config: TrainConfig, world: World) -> LocalService:
+    service = LocalService(config.out / "service", log_path=config.out / "service.log")
+    try:
+        return service.start()
+    except NearkinError:
+        tell_all(world, "")  # the others wait for an address
+        raise

@@ -1,0 +1,91 @@
+"""Checkpoints come back as they were, or not at all."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nearkin_trainer import checkpoint
+
+
+def test_a_tree_comes_back(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "weights": torch.randn(3, 4),
+        "half": torch.randn(5).bfloat16(),
+        "flags": torch.tensor([True, False]),
+        "scalar": torch.tensor(7),
+        "state": {0: {"step": 1, "on": True}, 1: [0.1, None, "text"]},
+    }
+    checkpoint.save(tmp_path / "c.npz", tree)
+    back = checkpoint.load(tmp_path / "c.npz")
+    for name in ("weights", "half", "flags", "scalar"):
+        assert torch.equal(back[name], tree[name])
+        assert back[name].dtype == tree[name].dtype
+    assert back["state"] == tree["state"]
+
+
+def test_an_optimiser_continues(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+
+    def step(layer: torch.nn.Linear, optimiser: torch.optim.AdamW) -> None:
+        optimiser.zero_grad()
+        layer(torch.ones(1, 3)).square().sum().backward()
+        optimiser.step()
+
+    layer, optimiser = made()
+    step(layer, optimiser)
+    checkpoint.save(tmp_path / "c.npz", {"w": dict(layer.state_dict()), "o": optimiser.state_dict()})
+    step(layer, optimiser)
+    other, other_optimiser = made()
+    saved = checkpoint.load(tmp_path / "c.npz")
+    other.load_state_dict(saved["w"])
+    other_optimiser.load_state_dict(saved["o"])
+    step(other, other_optimiser)
+    assert torch.equal(layer.weight, other.weight)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c.npz", {"epoch": 1})
+    with pytest.raises(TypeError, match="cannot hold a object"):
+        checkpoint.save(tmp_path / "c.npz", {"epoch": 2, "what": object()})
+    with pytest.raises(RuntimeError):
+        _write_half(tmp_path / "c.npz")
+    assert checkpoint.load(tmp_path / "c.npz") == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["c.npz"]
+
+
+def _write_half(path: Path) -> None:
+    with checkpoint.atomic_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half an archive", b"hello"])
+def test_what_is_not_a_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.npz is not a checkpoint"):
+        checkpoint.load(tmp_path / "c.npz")
+
+
+def test_pickle_is_not_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", tree=np.array([object()]))
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoint.load(tmp_path / "c.npz")
+
+
+def test_seeding_decides_all_generators() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    checkpoint.seed_everything(1, 2, 3)
+    first = draw()
+    assert first != draw()
+    checkpoint.seed_everything(1, 2, 3)
+    assert first == draw()
+    checkpoint.seed_everything(1, 2, 4)
+    assert first != draw()

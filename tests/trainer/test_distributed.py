@@ -1,0 +1,149 @@
+"""Two real processes: what they exchange, and what they share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nearkin_trainer.classes import Rows, exchange
+from nearkin_trainer.distributed import (
+    World,
+    average_buffers,
+    average_gradients,
+    broadcast_module,
+    gather_rows,
+    join_world,
+    tell_all,
+    tell_node,
+)
+from nearkin_trainer.node import node_array, wait_for_node
+
+ROOT = Path(__file__).parents[2]
+
+
+def _together(size: int = 2) -> None:
+    """Runs every `check_` of this module in `size` processes."""
+    store = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
+            *("-m", "tests.trainer.test_distributed"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert store.returncode == 0, store.stderr[-3000:]
+    for name in CHECKS:
+        assert store.stdout.count(f"{name} passed") == size, (name, store.stdout)
+
+
+def check_text(world: World) -> None:
+    assert tell_all(world, "grüße" if world.leads else None) == "grüße"
+    assert tell_node(world, "" if world.leads_node else None) == ""
+
+
+def check_gather(world: World) -> None:
+    rows = torch.full((world.rank * 3, 2), float(world.rank))
+    parts = gather_rows(world, rows)
+    assert [len(p) for p in parts] == [r * 3 for r in range(world.size)]
+    assert all((p == r).all() for r, p in enumerate(parts))
+
+
+def check_exchange(world: World) -> None:
+    """Overlapping rows are summed; the bits are the same everywhere."""
+    mine = Rows(torch.tensor([1, 4]) + world.rank * 3, torch.full((2, 1, 1, 1), 1.0 + world.rank))
+    rows = exchange(world, mine)
+    assert rows.ids.tolist() == [1, 4, 7]
+    assert rows.values.flatten().tolist() == [1, 3, 2]
+    assert exchange(world, mine, average=True).values.flatten().tolist() == [1, 1.5, 2]
+    empty = exchange(world, Rows(mine.ids[:0], mine.values[:0]))
+    assert len(empty.ids) == 0
+
+
+def check_gradients(world: World) -> None:
+    used, unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    layers = torch.nn.Sequential(used, unused)
+    broadcast_module(world, layers)
+    weights = gather_rows(world, used.weight.detach()[None])
+    assert torch.equal(weights[0], weights[-1])
+    if world.rank == 0:
+        used(torch.ones(1, 2)).sum().backward()
+    average_gradients(world, layers.parameters())
+    assert used.weight.grad is not None
+    assert unused.bias.grad is not None
+    assert torch.equal(used.weight.grad, torch.full((2, 2), 1 / world.size))
+    assert torch.equal(unused.bias.grad, torch.zeros(1))
+
+
+def check_buffers(world: World) -> None:
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(world.rank)  # type: ignore[union-attr]
+    average_buffers(world, norm)
+    assert norm.running_mean.item() == pytest.approx((world.size - 1) / 2)  # type: ignore[union-attr]
+
+
+def check_shared_memory(world: World) -> None:
+    """What one process writes the others read, and no file is left."""
+    shared = node_array(world, (5, world.local_size), np.int32)
+    shared[:, world.local_rank] = world.local_rank + 1
+    wait_for_node(world)
+    assert (shared == np.arange(1, world.local_size + 1)).all()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/nearkin-" in line]
+    assert mapped
+    assert all(line.endswith("(deleted)") for line in mapped)
+
+
+CHECKS: dict[str, Callable[[World], None]] = {
+    name: check for name, check in list(globals().items()) if name.startswith("check_")
+}
+
+
+def test_two_processes() -> None:
+    _together(2)
+
+
+def test_one_process() -> None:
+    world = World()
+    check_text(world)
+    check_gather(world)
+    assert node_array(world, (2, 3), np.int32).shape == (2, 3)
+
+
+def test_shares_cover_everything_once() -> None:
+    for size in (1, 2, 3, 7):
+        for count in (0, 1, 5, 14):
+            shares = [
+                World(rank=r, size=size, local_rank=r, local_size=size).share(count) for r in range(size)
+            ]
+            assert [i for s in shares for i in range(s.start, s.stop)] == list(range(count))
+            assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) <= 1
+
+
+def test_a_contradicting_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK=3, WORLD_SIZE=2"), join_world("cpu"):
+        pass
+    monkeypatch.setenv("RANK", "three")
+    with pytest.raises(ValueError, match="RANK='three'"), join_world("cpu"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_by_name_needs_cuda() -> None:
+    with pytest.raises(ValueError, match="no usable CUDA device"), join_world("cuda"):
+        pass
+
+
+if __name__ == "__main__":
+    with join_world("cpu") as joined:
+        for check_name, checked in CHECKS.items():
+            checked(joined)
+            print(f"{check_name} passed", flush=True)

@@ -1,0 +1,238 @@
+"""The whole job with a real service: one process, two processes, interrupted and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nearkin_client import NeighbourClient
+from nearkin_client.local import LocalService
+from nearkin_trainer import checkpoint
+from nearkin_trainer.cli import main
+
+from tests.trainer.pictures import write_csv_set
+
+SMALL = [
+    *("--image.height", "16", "--image.width", "16", "--model.width", "4", "--model.channels", "8"),
+    *("--batch.classes", "4", "--batch.images", "2", "--batch.steps", "3", "--neighbour.k", "5"),
+    *("--model.matching", "plain", "--no-tensorboard", "--device", "cpu"),
+]
+KEYS = {
+    *("rank1", "rank5", "rank10", "mAP", "train_seconds", "images_per_second"),
+    *("refresh_stall_seconds", "epochs", "world_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv_set(tmp_path_factory.mktemp("pictures"), cameras=True)
+
+
+def _train(data: Path, out: Path, *more: str) -> dict[str, Any]:
+    assert main(["--data", str(data), "--out", str(out), *SMALL, *more]) == 0
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return metrics
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "NEARKIN_SERVICE"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def _status(arguments: list[str]) -> int:
+    """The exit status, however the command ends."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    tree = checkpoint.load(out / "checkpoint.npz")
+    optimiser = tree["learner"]["optimiser"]["state"]
+    moments = {f"moment {i}": state["exp_avg"] for i, state in optimiser.items()}
+    return {**tree["model"], **tree["learner"]["row_optimiser"], **moments}
+
+
+def _same(first: Path, second: Path) -> None:
+    one, other = _weights(first), _weights(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("keeping", ["learnable", "memory"])
+def test_one_process(data: Path, tmp_path: Path, nearkin_server: LocalService, keeping: str) -> None:
+    arguments = (
+        "--service",
+        nearkin_server.address,
+        "--run-name",
+        f"one-{keeping}",
+        "--embedding.keeping",
+        keeping,
+    )
+    metrics = _train(data, tmp_path, *arguments, "--epochs", "2", "--evaluate.baselines")
+    assert metrics.keys() >= KEYS
+    assert metrics["epochs"] == 2
+    assert metrics["world_size"] == 1
+    assert metrics["queries"] == 4
+    assert 0 <= metrics["rank1"] <= metrics["rank5"] <= metrics["rank10"] <= 1
+    assert 0 <= metrics["baseline_pixels_rank1"] <= 1
+    assert len(metrics["history"]) == 2
+    assert json.loads((tmp_path / "classes.json").read_text())[1] == "class 1"
+    with NeighbourClient(nearkin_server.address, run=f"one-{keeping}") as client:
+        generations = client.generations()
+        assert [g.epoch for g in generations] == [2, 1, 0]
+        final = checkpoint.load(tmp_path / "checkpoint.npz")["model"]["sparse.classes.weight"]
+        rows = torch.nn.functional.normalize(final.flatten(1).double(), dim=1)
+        similarity = (rows @ rows.T).fill_diagonal_(-9)
+        assert (client.table(epoch=2).ids[:, 0] == similarity.argmax(1).numpy()).all()
+
+
+def test_training_learns(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+    still = [f"--augment.{name}" for name in ("rotate", "zoom", "hue", "grey", "erase")]
+    history = _train(
+        data,
+        tmp_path,
+        *(
+            "--service",
+            nearkin_server.address,
+            "--run-name",
+            "learns",
+            "--epochs",
+            "4",
+            "--batch.steps",
+            "12",
+        ),
+        *("--optimise.rate", "0.01", "--embedding.rate", "0.03", *(x for name in still for x in (name, "0"))),
+    )["history"]
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+
+
+def test_resumed_is_as_uninterrupted(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    service = ("--service", nearkin_server.address)
+    _train(data, whole, *service, "--run-name", "whole", "--epochs", "3")
+    # The same schedule, ended after one epoch as by a power cut: its checkpoint is all that is left.
+    _train(data, parts, *service, "--run-name", "parts", "--epochs", "3")
+    _cut_after_first_epoch(data, parts, service)
+    _train(data, parts, *service, "--run-name", "parts", "--epochs", "3", "--resume")
+    _same(whole, parts)
+
+
+def _cut_after_first_epoch(data: Path, out: Path, service: tuple[str, str]) -> None:
+    """Stops a job after its first checkpoint."""
+    from nearkin_trainer.job import Job
+
+    class PowerCutError(Exception):
+        pass
+
+    save = Job._save
+
+    def save_and_fail(job: Job) -> None:
+        save(job)
+        raise PowerCutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "_save", save_and_fail)
+        with pytest.raises(PowerCutError):
+            _train(data, out, *service, "--run-name", "parts", "--epochs", "3", "--overwrite")
+    assert checkpoint.load(out / "checkpoint.npz")["progress"]["epoch"] == 1
+
+
+def test_two_processes_with_their_own_service(data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(data), "--out", str(tmp_path), *SMALL, "--epochs", "2", "--processes", "2"]
+    done = _command("-m", "nearkin_trainer", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["world_size"] == 2
+    assert len(metrics["refresh_stall_seconds_per_rank"]) == 2
+    assert metrics["generation"] == 3
+    assert (tmp_path / "service").is_dir()
+    assert "epoch 2/2" in done.stdout
+    assert done.stdout.count("epoch 2/2") == 1
+
+
+def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+    """Two processes under torchrun continue what one process has begun."""
+    _train(data, tmp_path, "--service", nearkin_server.address, "--run-name", "t", "--epochs", "1")
+    done = _command(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nearkin_trainer"),
+        *("--data", str(data), "--out", str(tmp_path), *SMALL, "--service", nearkin_server.address),
+        *("--run-name", "t", "--epochs", "2", "--resume"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 processes before, 2 now" in done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [entry["epoch"] for entry in metrics["history"]] == [0, 1]
+
+
+def test_without_validation_images_metrics_are_null(tmp_path: Path, nearkin_server: LocalService) -> None:
+    data = write_csv_set(tmp_path, train_classes=3, validation_classes=0)
+    arguments = ("--service", nearkin_server.address, "--run-name", "blind", "--epochs", "1")
+    metrics = _train(data, tmp_path / "out", *arguments)
+    assert metrics["rank1"] is None
+    assert metrics["k"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs=0 must be at least 1"),
+        (["--resume", "--overwrite"], "contradict"),
+        (["--data", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--service", "nonsense"], "is not unix:///path"),
+    ],
+)
+def test_mistakes_are_explained(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert _status(["--data", str(data), "--out", str(tmp_path / "o"), *SMALL, *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_earlier_results_are_not_overwritten_by_mistake(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = ("--service", nearkin_server.address, "--run-name", "precious")
+    _train(data, tmp_path, *service, "--epochs", "1")
+    again = ["--data", str(data), "--out", str(tmp_path), *SMALL, *service, "--epochs", "1"]
+    assert main(again) == 2
+    assert "--resume, or replace it with --overwrite" in capsys.readouterr().err
+    assert main([*again[:3], str(tmp_path / "other"), *again[4:]]) == 2
+    assert "already has 2 generations" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
+
+
+def test_resuming_with_other_classes_is_refused(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = ("--service", nearkin_server.address, "--run-name", "other")
+    _train(data, tmp_path / "out", *service, "--epochs", "1")
+    fewer = write_csv_set(tmp_path / "fewer", train_classes=8)
+    arguments = ["--data", str(fewer), "--out", str(tmp_path / "out"), *SMALL, *service, "--resume"]
+    assert main(arguments) == 2
+    assert "was made with another set of classes" in capsys.readouterr().err
+
+
+def test_images_that_do_not_fit_into_memory(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+    """Reading files again for every batch trains the same network as keeping them."""
+    service = ("--service", nearkin_server.address, "--epochs", "1")
+    _train(data, tmp_path / "kept", *service, "--run-name", "kept")
+    _train(data, tmp_path / "read", *service, "--run-name", "read", "--image.memory-gib", "0")
+    _same(tmp_path / "kept", tmp_path / "read")
+    assert np.isfinite(_weights(tmp_path / "read")["sparse.classes.weight"].numpy()).all()
