@@ -13,17 +13,20 @@ from typing import Annotated, Literal
 
 import typer
 
+from nearkin_service import token_commands
+from nearkin_service.access import TlsFiles
 from nearkin_service.config import Limits, ServiceConfig
 
 log = logging.getLogger("nearkin.service")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(token_commands.app, name="token")
 
 _HELP = """Builds and serves neighbour tables of class embeddings.
 
 Training workers push one row per class each epoch; the service publishes a [num_classes, k] table of each
 class's nearest classes and answers queries. Everything is kept in the data directory; a restarted service
-finds all of it again.
+finds all of it again. The commands below do not serve.
 
 Examples:
 
@@ -38,9 +41,12 @@ builds and readers finish, nothing new is taken.
 """
 
 
-@app.command(help=_HELP)
+@app.callback(help=_HELP, invoke_without_command=True)
 def serve(  # noqa: PLR0917 - one parameter per option
-    data_dir: Annotated[Path, typer.Option(help="Where everything is kept. Made if it does not exist.")],
+    context: typer.Context,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where everything is kept. Made if it does not exist. Required.")
+    ] = None,
     listen: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,8 +67,23 @@ def serve(  # noqa: PLR0917 - one parameter per option
         float, typer.Option(help="How long a stop waits for builds and readers.")
     ] = 30.0,
     io_threads: Annotated[int, typer.Option(help="Threads that check and store rows and read tables.")] = 4,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file of this service's certificate: host:port addresses use TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Callers must show a certificate that this CA signed (mutual TLS).")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="Who may do what, see `token`. Default: tokens.json in the data directory."),
+    ] = None,
+    require_tokens: Annotated[
+        bool, typer.Option("--require-tokens", help="Ask for a token always, on unix sockets too.")
+    ] = False,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow --listen on addresses that other machines can reach.")
+        bool,
+        typer.Option("--insecure", help="Let other machines in without asking, or without TLS."),
     ] = False,
     ready_file: Annotated[
         Path | None,
@@ -72,6 +93,10 @@ def serve(  # noqa: PLR0917 - one parameter per option
         str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")
     ] = "info",
 ) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    if data_dir is None:
+        raise typer.BadParameter("it is needed", param_hint="--data-dir")
     _configure_log(log_level)
     try:
         config = ServiceConfig(
@@ -84,6 +109,9 @@ def serve(  # noqa: PLR0917 - one parameter per option
             drain_seconds=drain_seconds,
             io_threads=io_threads,
             insecure=insecure,
+            tls=TlsFiles.given(tls_certificate, tls_key, tls_client_ca),
+            token_file=token_file,
+            require_tokens=require_tokens,
             limits=Limits(),
         )
         asyncio.run(_serve(config, ready_file))
@@ -128,16 +156,16 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
 
 
 def _announce(addresses: tuple[str, ...], http: str | None, data_dir: Path, ready_file: Path | None) -> None:
+    if ready_file:
+        aside = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        aside.write_text("".join(f"{address}\n" for address in addresses), encoding="utf-8")
+        aside.replace(ready_file)
     also = f", http on {http}" if http else ""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(
             f"nearkin-serve ready: listening on {', '.join(addresses)}{also}, data in {data_dir}\n"
         )
         sys.stdout.flush()
-    if ready_file:
-        aside = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
-        aside.write_text("".join(f"{address}\n" for address in addresses), encoding="utf-8")
-        aside.replace(ready_file)
 
 
 def main() -> None:

@@ -221,6 +221,7 @@ class Generation:
     versions: Mapping[str, str]
     ids: FileChecksums
     scores: FileChecksums
+    absent_crc32c: int
     recall: MeasuredRecall | None = None
     embeddings: EmbeddingsState = EmbeddingsState.FLUSHING
     pinned: bool = False

@@ -214,6 +214,9 @@ class Service:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT)
 
     def stop(self) -> None:
+        """Once; again does nothing."""
+        if self._loop.is_closed():
+            return
         for caller in self.callers:
             caller.channel.close()
         self._run(self.server.stop())
@@ -244,8 +247,7 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     yield start
     for service in started:
-        if service.server is not None:
-            service.stop()
+        service.stop()
 
 
 @pytest.fixture

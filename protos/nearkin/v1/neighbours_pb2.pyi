@@ -1406,7 +1406,7 @@ class RunEvent(_message.Message):
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def snapshot(self) -> Global___Run:
-        """the first event"""
+        """the first event, and wherever events had to be left out"""
 
     @_builtins.property
     def push(self) -> Global___Push:

@@ -126,6 +126,7 @@ class NeighbourServiceServicer(object):
         INVALID_ARGUMENT: a field is out of its range.
         ALREADY_EXISTS: the epoch has a push or a generation with other arguments; the message names the field.
         FAILED_PRECONDITION: `base_generation` does not exist any more, or its embeddings are gone.
+        UNIMPLEMENTED: `base_generation`, or a key, that this server does not have (see ServerInfo.features).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,7 +135,9 @@ class NeighbourServiceServicer(object):
     def WriteRows(self, request_iterator, context):
         """Stores rows of a push. Any order, many streams at once. Whatever a broken stream delivered stays stored:
         ask GetPush what has arrived and send the rest. The reply comes when every row of the stream is stored.
-        INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named).
+        INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named); nothing
+        of that message is kept. Also when these were the last rows of a push that commits by itself and one of its
+        rows is zero without being absent: the push has failed then.
         NOT_FOUND: no such push. DATA_LOSS: a payload does not match its crc32c; nothing of that message is kept.
         ALREADY_EXISTS: a row is there already with other bytes. FAILED_PRECONDITION: the push was aborted or failed.
         """
@@ -151,7 +154,7 @@ class NeighbourServiceServicer(object):
 
     def CommitPush(self, request, context):
         """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named.
+        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
         FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
         DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
         """
@@ -169,8 +172,9 @@ class NeighbourServiceServicer(object):
 
     def ReadTable(self, request, context):
         """Streams a neighbour table: one header, then blocks of `ids`, then blocks of `scores` if asked for.
-        With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one.
-        NOT_FOUND: no such run or generation. INVALID_ARGUMENT: the row range does not fit.
+        With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one; a run
+        that does not exist yet is waited for as well.
+        NOT_FOUND: no such run or generation, or the run was deleted meanwhile. INVALID_ARGUMENT: the row range does not fit.
         FAILED_PRECONDITION: the push of the awaited epoch failed or was aborted; the message says why.
         DEADLINE_EXCEEDED: not published in time.
         """
@@ -180,7 +184,8 @@ class NeighbourServiceServicer(object):
 
     def WatchRun(self, request, context):
         """Streams the state of a run and then every change: pushes, build progress, publications, removals.
-        A run that does not exist yet is waited for.
+        A run that does not exist yet is waited for. A watcher that reads too slowly misses events and gets a new
+        snapshot instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,11 +52,14 @@ class NeighbourServiceStub:
     INVALID_ARGUMENT: a field is out of its range.
     ALREADY_EXISTS: the epoch has a push or a generation with other arguments; the message names the field.
     FAILED_PRECONDITION: `base_generation` does not exist any more, or its embeddings are gone.
+    UNIMPLEMENTED: `base_generation`, or a key, that this server does not have (see ServerInfo.features).
     """
     WriteRows: _grpc.StreamUnaryMultiCallable[_neighbours_pb2.WriteRowsRequest, _neighbours_pb2.WriteRowsResponse]
     """Stores rows of a push. Any order, many streams at once. Whatever a broken stream delivered stays stored:
     ask GetPush what has arrived and send the rest. The reply comes when every row of the stream is stored.
-    INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named).
+    INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named); nothing
+    of that message is kept. Also when these were the last rows of a push that commits by itself and one of its
+    rows is zero without being absent: the push has failed then.
     NOT_FOUND: no such push. DATA_LOSS: a payload does not match its crc32c; nothing of that message is kept.
     ALREADY_EXISTS: a row is there already with other bytes. FAILED_PRECONDITION: the push was aborted or failed.
     """
@@ -64,7 +67,7 @@ class NeighbourServiceStub:
     """What has arrived of a push, and its state. NOT_FOUND: no such push."""
     CommitPush: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.CommitPushRequest, _neighbours_pb2.Push]
     """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named.
+    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
     FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
     DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
     """
@@ -74,14 +77,16 @@ class NeighbourServiceStub:
     """
     ReadTable: _grpc.UnaryStreamMultiCallable[_neighbours_pb2.ReadTableRequest, _neighbours_pb2.ReadTableResponse]
     """Streams a neighbour table: one header, then blocks of `ids`, then blocks of `scores` if asked for.
-    With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one.
-    NOT_FOUND: no such run or generation. INVALID_ARGUMENT: the row range does not fit.
+    With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one; a run
+    that does not exist yet is waited for as well.
+    NOT_FOUND: no such run or generation, or the run was deleted meanwhile. INVALID_ARGUMENT: the row range does not fit.
     FAILED_PRECONDITION: the push of the awaited epoch failed or was aborted; the message says why.
     DEADLINE_EXCEEDED: not published in time.
     """
     WatchRun: _grpc.UnaryStreamMultiCallable[_neighbours_pb2.WatchRunRequest, _neighbours_pb2.RunEvent]
     """Streams the state of a run and then every change: pushes, build progress, publications, removals.
-    A run that does not exist yet is waited for.
+    A run that does not exist yet is waited for. A watcher that reads too slowly misses events and gets a new
+    snapshot instead.
     """
     Nearest: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.NearestRequest, _neighbours_pb2.NearestResponse]
     """The nearest classes of given classes (never the class itself) or of given vectors.
@@ -118,11 +123,14 @@ class NeighbourServiceAsyncStub(NeighbourServiceStub):
     INVALID_ARGUMENT: a field is out of its range.
     ALREADY_EXISTS: the epoch has a push or a generation with other arguments; the message names the field.
     FAILED_PRECONDITION: `base_generation` does not exist any more, or its embeddings are gone.
+    UNIMPLEMENTED: `base_generation`, or a key, that this server does not have (see ServerInfo.features).
     """
     WriteRows: _aio.StreamUnaryMultiCallable[_neighbours_pb2.WriteRowsRequest, _neighbours_pb2.WriteRowsResponse]  # type: ignore[assignment]
     """Stores rows of a push. Any order, many streams at once. Whatever a broken stream delivered stays stored:
     ask GetPush what has arrived and send the rest. The reply comes when every row of the stream is stored.
-    INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named).
+    INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named); nothing
+    of that message is kept. Also when these were the last rows of a push that commits by itself and one of its
+    rows is zero without being absent: the push has failed then.
     NOT_FOUND: no such push. DATA_LOSS: a payload does not match its crc32c; nothing of that message is kept.
     ALREADY_EXISTS: a row is there already with other bytes. FAILED_PRECONDITION: the push was aborted or failed.
     """
@@ -130,7 +138,7 @@ class NeighbourServiceAsyncStub(NeighbourServiceStub):
     """What has arrived of a push, and its state. NOT_FOUND: no such push."""
     CommitPush: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.CommitPushRequest, _neighbours_pb2.Push]  # type: ignore[assignment]
     """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named.
+    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
     FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
     DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
     """
@@ -140,14 +148,16 @@ class NeighbourServiceAsyncStub(NeighbourServiceStub):
     """
     ReadTable: _aio.UnaryStreamMultiCallable[_neighbours_pb2.ReadTableRequest, _neighbours_pb2.ReadTableResponse]  # type: ignore[assignment]
     """Streams a neighbour table: one header, then blocks of `ids`, then blocks of `scores` if asked for.
-    With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one.
-    NOT_FOUND: no such run or generation. INVALID_ARGUMENT: the row range does not fit.
+    With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one; a run
+    that does not exist yet is waited for as well.
+    NOT_FOUND: no such run or generation, or the run was deleted meanwhile. INVALID_ARGUMENT: the row range does not fit.
     FAILED_PRECONDITION: the push of the awaited epoch failed or was aborted; the message says why.
     DEADLINE_EXCEEDED: not published in time.
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_neighbours_pb2.WatchRunRequest, _neighbours_pb2.RunEvent]  # type: ignore[assignment]
     """Streams the state of a run and then every change: pushes, build progress, publications, removals.
-    A run that does not exist yet is waited for.
+    A run that does not exist yet is waited for. A watcher that reads too slowly misses events and gets a new
+    snapshot instead.
     """
     Nearest: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.NearestRequest, _neighbours_pb2.NearestResponse]  # type: ignore[assignment]
     """The nearest classes of given classes (never the class itself) or of given vectors.
@@ -187,6 +197,7 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: a field is out of its range.
         ALREADY_EXISTS: the epoch has a push or a generation with other arguments; the message names the field.
         FAILED_PRECONDITION: `base_generation` does not exist any more, or its embeddings are gone.
+        UNIMPLEMENTED: `base_generation`, or a key, that this server does not have (see ServerInfo.features).
         """
 
     @_abc_1.abstractmethod
@@ -197,7 +208,9 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_neighbours_pb2.WriteRowsResponse, _abc.Awaitable[_neighbours_pb2.WriteRowsResponse]]:
         """Stores rows of a push. Any order, many streams at once. Whatever a broken stream delivered stays stored:
         ask GetPush what has arrived and send the rest. The reply comes when every row of the stream is stored.
-        INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named).
+        INVALID_ARGUMENT: rows out of range, a partial row, NaN or Inf (field and first offending row named); nothing
+        of that message is kept. Also when these were the last rows of a push that commits by itself and one of its
+        rows is zero without being absent: the push has failed then.
         NOT_FOUND: no such push. DATA_LOSS: a payload does not match its crc32c; nothing of that message is kept.
         ALREADY_EXISTS: a row is there already with other bytes. FAILED_PRECONDITION: the push was aborted or failed.
         """
@@ -217,7 +230,7 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_neighbours_pb2.Push, _abc.Awaitable[_neighbours_pb2.Push]]:
         """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named.
+        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
         FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
         DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
         """
@@ -239,8 +252,9 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_neighbours_pb2.ReadTableResponse], _abc.AsyncIterator[_neighbours_pb2.ReadTableResponse]]:
         """Streams a neighbour table: one header, then blocks of `ids`, then blocks of `scores` if asked for.
-        With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one.
-        NOT_FOUND: no such run or generation. INVALID_ARGUMENT: the row range does not fit.
+        With `min_epoch` it waits, up to the call's deadline, for a generation of that epoch or a later one; a run
+        that does not exist yet is waited for as well.
+        NOT_FOUND: no such run or generation, or the run was deleted meanwhile. INVALID_ARGUMENT: the row range does not fit.
         FAILED_PRECONDITION: the push of the awaited epoch failed or was aborted; the message says why.
         DEADLINE_EXCEEDED: not published in time.
         """
@@ -252,7 +266,8 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_neighbours_pb2.RunEvent], _abc.AsyncIterator[_neighbours_pb2.RunEvent]]:
         """Streams the state of a run and then every change: pushes, build progress, publications, removals.
-        A run that does not exist yet is waited for.
+        A run that does not exist yet is waited for. A watcher that reads too slowly misses events and gets a new
+        snapshot instead.
         """
 
     @_abc_1.abstractmethod

@@ -21,7 +21,7 @@ from nearkin_service.engines.contract import (
     KeyName,
     Searcher,
 )
-from nearkin_service.errors import NearkinError, UnavailableError
+from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
 from nearkin_service.metrics import Metrics
 from nearkin_service.store import DataDirectory, PushFiles
 
@@ -62,6 +62,7 @@ class Core:
         self.engines = engines
         self.device = device
         self.known_engines = tuple(engines.describe_engines())
+        self.require_engine(config.engine)
         self.catalogue = Catalogue()
         self.metrics = Metrics()
         self.files: dict[str, PushFiles] = {}
@@ -70,6 +71,19 @@ class Core:
         self._background = ThreadPoolExecutor(1, "nearkin-background")
         self._compute = ThreadPoolExecutor(2, "nearkin-compute")
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def require_engine(self, name: str) -> None:
+        """InvalidArgumentError: no engine of this name can be used here."""
+        known = {engine.name: engine for engine in self.known_engines}
+        if name == "auto" or (name in known and known[name].available):
+            return
+        why = (
+            f"is not available here: {known[name].reason}"
+            if name in known
+            else "is no engine of this service"
+        )
+        usable = ", ".join(["auto", *(engine.name for engine in known.values() if engine.available)])
+        raise InvalidArgumentError("engine", f"{name[:80]!r} {why}; choose one of {usable}")
 
     async def io(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Short file work. Goes on to its end even if the caller is cancelled."""

@@ -48,7 +48,7 @@ class Pushing:
         """
         self._core.refuse_when_draining()
         self._require_limits(spec)
-        self._require_engine(spec.engine)
+        self._core.require_engine(spec.engine)
         declared = _checked_absent(absent, spec.num_classes)
         run = await self._run(spec)
         async with run.lock:
@@ -76,18 +76,6 @@ class Pushing:
         for name, value in asked.items():
             if value > getattr(limits, name):
                 raise LimitExceededError(name, f"{value:,} is above this service's {getattr(limits, name):,}")
-
-    def _require_engine(self, name: str) -> None:
-        known = {engine.name: engine for engine in self._core.known_engines}
-        if name == "auto" or (name in known and known[name].available):
-            return
-        why = (
-            f"is not available here: {known[name].reason}"
-            if name in known
-            else "is no engine of this service"
-        )
-        usable = ", ".join(["auto", *(engine.name for engine in known.values() if engine.available)])
-        raise InvalidArgumentError("engine", f"{name[:80]!r} {why}; choose one of {usable}")
 
     async def _run(self, spec: PushSpec) -> Run:
         async with self._creating_run:

@@ -78,7 +78,8 @@ def publish(generations: Path, finished: Finished, push_directory: Path) -> Gene
 
 def _write_tables(directory: Path, finished: Finished) -> Generation:
     table = finished.table
-    _write_durably(directory / ABSENT, np.ascontiguousarray(finished.absent, "<i8"))
+    absent = np.ascontiguousarray(finished.absent, "<i8")
+    _write_durably(directory / ABSENT, absent)
     return Generation(
         number=finished.number,
         spec=finished.spec,
@@ -95,6 +96,7 @@ def _write_tables(directory: Path, finished: Finished) -> Generation:
         recall=table.recall,
         ids=_write_column(directory / IDS, np.ascontiguousarray(table.ids, "<i4")),
         scores=_write_column(directory / SCORES, np.ascontiguousarray(table.scores, "<f4")),
+        absent_crc32c=crc32c.crc32c(as_bytes(absent)),
     )
 
 
@@ -173,13 +175,13 @@ def _verify_column(path: Path, generation: Generation, expected: FileChecksums) 
 def read_absent(directory: Path, generation: Generation) -> NDArray[np.int64]:
     """Ids of the classes that had no embedding, ascending."""
     absent: NDArray[np.int64] = np.fromfile(directory / ABSENT, "<i8")
-    if len(absent) != generation.absent_count:
-        raise DataLossError(f"{ABSENT} holds {len(absent)} ids, not {generation.absent_count}")
+    if crc32c.crc32c(as_bytes(absent)) != generation.absent_crc32c:
+        raise DataLossError(f"{ABSENT} does not match its checksum")
     return absent
 
 
 def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsState:
-    about = read_document(directory / EMBEDDINGS)
+    about = _read_embeddings_state(directory)
     state = EmbeddingsState(about["state"])
     if state in (EmbeddingsState.DROPPED, EmbeddingsState.LOST):
         return state
@@ -190,9 +192,20 @@ def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsSt
     return state
 
 
+def _read_embeddings_state(directory: Path) -> dict[str, Any]:
+    """What was noted; if that is damaged, as if the machine had died: the rows themselves will tell."""
+    try:
+        return read_document(directory / EMBEDDINGS)
+    except (DataLossError, FileNotFoundError):
+        return {"state": EmbeddingsState.FLUSHING, "boot": ""}
+
+
 def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
     """Compares the embeddings with the checksums of their arrival; returns and records their state."""
-    records, _ = journal.read(directory / JOURNAL)
+    try:
+        records, _ = journal.read(directory / JOURNAL)
+    except FileNotFoundError:
+        return lose(directory, generation, "the journal is missing")
     arrived = journal.row_set(records, Kind.ROWS)
     absent = journal.row_set(records, Kind.ABSENT)
     if len(arrived.union(absent)) != generation.spec.num_classes:
