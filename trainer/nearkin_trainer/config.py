@@ -60,6 +60,7 @@ class ModelConfig:
         channels: C of the compact network's feature map.
         width: channels of its first stage.
         blocks: residual blocks in each of its three stages.
+        score_scale: spread of the scores that the untrained head gives; small scores learn slowly.
         precision: what convolutions compute in; `auto` is bfloat16 where the device has matrix instructions
             for it.
         matching: backend of the location-wise matching.
@@ -69,6 +70,7 @@ class ModelConfig:
     channels: int = 64
     width: int = 32
     blocks: int = 1
+    score_scale: float = 4.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     matching: str = "auto"
 
@@ -78,6 +80,26 @@ class ModelConfig:
                 f"backbone={self.backbone!r} is neither 'compact' nor of the form package.module:function"
             )
         _at_least(self, 1, "channels", "width", "blocks")
+        if not self.score_scale > 0:
+            raise ValueError(f"score_scale={self.score_scale} must be more than 0")
+
+
+@dataclass(frozen=True)
+class CosineConfig:
+    """In-batch softmax over the cosine of whole maps, beside the losses over QAConv scores.
+
+    It costs almost nothing, and shapes the features that the location-wise score compares.
+
+    Args:
+        weight: of this loss in the sum; 0 leaves it out.
+        scale: cosines are multiplied by this.
+    """
+
+    weight: float = 1.0
+    scale: float = 20.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "weight", "scale")
 
 
 @dataclass(frozen=True)
@@ -240,6 +262,7 @@ class TrainConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     neighbour: NeighbourConfig = field(default_factory=NeighbourConfig)
     loss: WeightedLosses = field(default_factory=lambda: WeightedLosses(softmax=0.5, batch_softmax=1.0))
+    cosine: CosineConfig = field(default_factory=CosineConfig)
     optimise: OptimiseConfig = field(default_factory=OptimiseConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

@@ -12,7 +12,7 @@ from nearkin_trainer.classes import ROW_OPTIMISERS, class_means, exchange
 from nearkin_trainer.config import EmbeddingConfig, OptimiseConfig, TrainConfig
 from nearkin_trainer.data import Augment
 from nearkin_trainer.distributed import World, average_gradients
-from nearkin_trainer.model import Model
+from nearkin_trainer.model import Model, cosine_loss
 
 
 class Learner:
@@ -31,7 +31,8 @@ class Learner:
     def __init__(self, config: TrainConfig, world: World, model: Model, total_steps: int) -> None:
         self.steps = 0
         self._world, self._model, self._total = world, model, total_steps
-        self._losses, self._embedding, self._optimise = config.loss, config.embedding, config.optimise
+        self._losses, self._cosine = config.loss, config.cosine
+        self._embedding, self._optimise = config.embedding, config.optimise
         self._augment = Augment(config.augment)
         self._dense = model.dense_parameters()
         self._optimiser = make_optimiser(config.optimise, model)
@@ -54,6 +55,10 @@ class Learner:
         labels, neighbours = labels.to(device), neighbours.to(device)
         features = self._model(self._augment(pixels, device))
         loss, parts = self._model.losses(features, labels, neighbours, self._losses)
+        if self._cosine.weight:
+            cosine = cosine_loss(features, labels, self._cosine.scale)
+            loss = loss + self._cosine.weight * cosine
+            parts["cosine"] = cosine.detach()
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         factor = self._optimise.factor(self.steps / self._total)

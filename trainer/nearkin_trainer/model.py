@@ -7,12 +7,13 @@ import contextlib
 import importlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nearkin_trainer.backbone import CompactResNet, choose_precision, map_shape
 from nearkin_trainer.classes import ClassEmbeddings, Keeping
 from nearkin_trainer.config import ImageConfig, ModelConfig
-from nearkin_trainer.losses import WeightedLosses
+from nearkin_trainer.losses import WeightedLosses, batch_softmax_loss
 from nearkin_trainer.matching import QAConv, SparseQAConv
 
 
@@ -62,12 +63,20 @@ class Model(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum and its parts; features `[B, C, H, W]`, labels `[B]`, neighbours `[B, k]`."""
         sparse = self.sparse(features, labels, neighbours) if weighted.needs_sparse else None
-        pairs = self.head.pairwise(features, features) if weighted.needs_pairs else None
+        pairs = None
+        if weighted.needs_pairs:
+            pairs = self.head.pairwise(features, features, backend=self.sparse.backend)
         return weighted(sparse, pairs, labels)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Everything that has an ordinary gradient: all but the class table."""
         return [p for name, p in self.named_parameters() if not name.startswith("sparse.classes.")]
+
+
+def cosine_loss(features: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    """In-batch softmax over the cosines of flattened features `[B, C, H, W]`, times `scale`."""
+    flat = F.normalize(features.flatten(1), dim=1)
+    return batch_softmax_loss(scale * (flat @ flat.T), labels)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -102,6 +111,7 @@ def build_model(
     channels, height, width = map_shape(backbone, image.height, image.width)
     classes = ClassEmbeddings(num_classes, channels, height, width, keeping)
     sparse = SparseQAConv(num_classes, channels, height, width, classes=classes, backend=config.matching)
+    nn.init.constant_(sparse.head.logit_bn.weight, config.score_scale)
     return Model(backbone, sparse.to(device), choose_precision(config.precision, device))
 
 

@@ -32,6 +32,10 @@ class AugmentConfig:
         saturation: up to this share more or less difference from grey.
         hue: turns of the colour circle, up to this much either way.
         grey: probability of losing all colour.
+        any_hue: probability of turning the colour circle by any amount.
+        gamma: exponent of brightness, up to this factor either way, as a share.
+        invert: probability of a negative.
+        blur: probability of blurring, by a random amount.
         noise: standard deviation of noise, share of the full range.
         erase: probability of each hole.
         holes: how many holes may be erased.
@@ -49,13 +53,17 @@ class AugmentConfig:
     saturation: float = 0.6
     hue: float = 0.08
     grey: float = 0.15
-    noise: float = 0.03
+    any_hue: float = 0.1
+    gamma: float = 0.5
+    invert: float = 0.05
+    blur: float = 0.3
+    noise: float = 0.02
     erase: float = 0.5
     holes: int = 2
     erase_area: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("flip", "grey", "erase", "erase_area"):
+        for name in ("flip", "grey", "any_hue", "invert", "blur", "erase", "erase_area"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
         others = (
@@ -68,6 +76,7 @@ class AugmentConfig:
             "contrast",
             "saturation",
             "hue",
+            "gamma",
             "noise",
             "holes",
         )
@@ -87,9 +96,8 @@ class Augment:
         images = to_floats(pixels, device)
         images = self._moved(images)
         images = self._recoloured(images)
-        if self.config.noise:
-            images = images + 2 * self.config.noise * torch.randn_like(images)
-        return self._erased(images.clamp(-1, 1))
+        images = self._retoned(images.clamp(-1, 1))
+        return self._erased(images)
 
     def _moved(self, images: torch.Tensor) -> torch.Tensor:
         c = self.config
@@ -112,13 +120,14 @@ class Augment:
     def _recoloured(self, images: torch.Tensor) -> torch.Tensor:
         """One 3x3 matrix and one offset per image: saturation, hue and contrast are linear in the colours."""
         c = self.config
-        if not any((c.brightness, c.contrast, c.saturation, c.hue, c.grey)):
+        if not any((c.brightness, c.contrast, c.saturation, c.hue, c.any_hue, c.grey)):
             return images
         count, device = len(images), images.device
         saturation = 1 + _either_way(count, device) * c.saturation
         saturation = torch.where(torch.rand(count, device=device) < c.grey, 0.0, saturation.clamp_min(0))
         contrast = (1 + _either_way(count, device) * c.contrast).clamp_min(0)
-        matrix = _hue_matrices(_either_way(count, device) * 2 * math.pi * c.hue)
+        turns = torch.where(torch.rand(count, device=device) < c.any_hue, 0.5, c.hue)
+        matrix = _hue_matrices(_either_way(count, device) * 2 * math.pi * turns)
         grey = torch.tensor(_LUMA, device=device).expand(3, 3)
         keep = saturation.view(-1, 1, 1)
         matrix = contrast.view(-1, 1, 1) * torch.matmul(
@@ -128,6 +137,26 @@ class Augment:
         offset = 2 * c.brightness * _either_way(count, device)[:, None] + (1 - contrast)[:, None] * middle
         flat = torch.baddbmm(offset[:, :, None].expand(-1, 3, 1), matrix, images.flatten(2))
         return flat.view_as(images)
+
+    def _retoned(self, images: torch.Tensor) -> torch.Tensor:
+        """Changes that are not linear in the colours, or that look at neighbouring pixels."""
+        c = self.config
+        count, device = len(images), images.device
+
+        def chance(probability: float) -> torch.Tensor:
+            return (torch.rand(count, device=device) < probability).view(-1, 1, 1, 1)
+
+        if c.gamma:
+            exponent = ((1 + c.gamma) ** _either_way(count, device)).view(-1, 1, 1, 1)
+            images = 2 * ((images + 1) / 2).clamp_min(1e-3) ** exponent - 1
+        if c.invert:
+            images = torch.where(chance(c.invert), -images, images)
+        if c.blur:
+            amount = torch.where(chance(c.blur), torch.rand(count, 1, 1, 1, device=device), 0.0)
+            images = images + amount * (_smoothed(images) - images)
+        if c.noise:
+            images = images + 2 * c.noise * torch.randn_like(images)
+        return images.clamp(-1, 1)
 
     def _erased(self, images: torch.Tensor) -> torch.Tensor:
         """Rectangles of one random colour each."""
@@ -149,6 +178,10 @@ class Augment:
             colour = 2 * torch.rand(count, 3, 1, 1, device=device) - 1
             images = torch.where(inside[:, None], colour, images)
         return images
+
+
+def _smoothed(images: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
 
 
 def _either_way(count: int, device: torch.device) -> torch.Tensor:
