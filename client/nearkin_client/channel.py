@@ -12,6 +12,11 @@ from nearkin_client.errors import InvalidArgument, invalid
 
 SERVICE_VARIABLE = "NEARKIN_SERVICE"
 TOKEN_VARIABLE = "NEARKIN_TOKEN"  # noqa: S105 - the name of a variable
+CA_VARIABLE = "NEARKIN_CA_CERTIFICATE"
+CERTIFICATE_VARIABLE = "NEARKIN_CLIENT_CERTIFICATE"
+KEY_VARIABLE = "NEARKIN_CLIENT_KEY"
+
+StrPath = str | os.PathLike[str]
 
 # Frames of 16 MiB and a large write buffer carry bulk bytes about four times as fast as the defaults;
 # the defaults also wait up to two minutes before they look whether a restarted service is back.
@@ -29,19 +34,67 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Certificates:
+    """TLS as a client needs it; PEM files.
+
+    Attributes:
+        ca: whom to trust to say who the service is.
+        certificate: who we are, for a service that asks (mutual TLS).
+        key: the private key of `certificate`.
+    """
+
+    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @classmethod
+    def resolve(
+        cls, ca: StrPath | None, certificate: StrPath | None, key: StrPath | None
+    ) -> Certificates | None:
+        """Fill in what was not given from the environment; None: no TLS."""
+        authority = ca or os.environ.get(CA_VARIABLE)
+        mine = certificate or os.environ.get(CERTIFICATE_VARIABLE)
+        secret = key or os.environ.get(KEY_VARIABLE)
+        if bool(mine) != bool(secret):
+            invalid("client_key", secret, "and client_certificate belong together: give both or neither")
+        if not authority:
+            if mine:
+                invalid("ca_certificate", authority, "is needed for TLS with a client certificate")
+            return None
+        return cls(Path(authority), Path(mine) if mine else None, Path(secret) if secret else None)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """InvalidArgument: a file cannot be read."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=_pem("ca_certificate", self.ca),
+            private_key=_pem("client_key", self.key),
+            certificate_chain=_pem("client_certificate", self.certificate),
+        )
+
+
+def _pem(field_name: str, path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path is not None else None
+    except OSError as error:
+        invalid(field_name, str(path), f"cannot be read: {error.strerror}")
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A service and how to be let in.
 
     Attributes:
         address: `unix:///path`, or `host:port`.
         token: sent as `authorization: Bearer <token>`, never shown.
+        tls: for `host:port`; None: no TLS. Unix sockets need none.
     """
 
     address: str
     token: str | None = field(default=None, repr=False)
+    tls: Certificates | None = None
 
     @classmethod
-    def resolve(cls, address: str | os.PathLike[str] | None, token: str | None) -> Endpoint:
+    def resolve(cls, address: StrPath | None, token: str | None, tls: Certificates | None = None) -> Endpoint:
         """Fill in what was not given from NEARKIN_SERVICE and NEARKIN_TOKEN."""
         given = os.fspath(address) if address is not None else os.environ.get(SERVICE_VARIABLE, "")
         if not given:
@@ -49,7 +102,7 @@ class Endpoint:
                 f"no service address: give unix:///path/to.sock or host:port, or set {SERVICE_VARIABLE}",
                 field="address",
             )
-        return cls(_normalised(given), token or os.environ.get(TOKEN_VARIABLE) or None)
+        return cls(_normalised(given), token or os.environ.get(TOKEN_VARIABLE) or None, tls)
 
     @property
     def is_local(self) -> bool:
@@ -57,7 +110,9 @@ class Endpoint:
         return self.address.startswith("unix:")
 
     def open_channel(self) -> grpc.Channel:
-        """A new channel with a connection of its own."""
+        """A new channel with a connection of its own. InvalidArgument: a certificate cannot be read."""
+        if self.tls is not None and not self.is_local:
+            return grpc.secure_channel(self.address, self.tls.credentials(), options=_OPTIONS)
         return grpc.insecure_channel(self.address, options=_OPTIONS)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:

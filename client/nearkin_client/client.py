@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nearkin_client import decoding
 from nearkin_client.arrays import as_rows
-from nearkin_client.channel import Endpoint
+from nearkin_client.channel import Certificates, Endpoint
 from nearkin_client.errors import InvalidArgument, Unimplemented, invalid
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender, begin_request
@@ -56,6 +56,10 @@ class NeighbourClient:
         shared_memory: move rows and tables through shared memory: where both ends can ("auto"), never
             (False), always (True, which raises where they cannot).
         token: sent with every call; by default what NEARKIN_TOKEN holds.
+        ca_certificate: PEM file of the authority that signed the service's certificate: `host:port` is
+            then spoken to over TLS. By default what NEARKIN_CA_CERTIFICATE holds.
+        client_certificate, client_key: PEM files for a service that asks who connects (mutual TLS); by
+            default what NEARKIN_CLIENT_CERTIFICATE and NEARKIN_CLIENT_KEY hold.
         patience: default deadlines.
 
     Raises:
@@ -69,6 +73,9 @@ class NeighbourClient:
         run: str | None = None,
         shared_memory: Literal["auto"] | bool = "auto",
         token: str | None = None,
+        ca_certificate: str | os.PathLike[str] | None = None,
+        client_certificate: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
         patience: Patience | None = None,
     ) -> None:
         if run is not None and not _RUN_NAME.fullmatch(run):
@@ -79,7 +86,12 @@ class NeighbourClient:
             raise Unimplemented('shared memory is not implemented yet; use "auto"', field="shared_memory")
         self._run = run
         self._info: ServerInfo | None = None
-        self._wire = Wire(Endpoint.resolve(address, token), patience or Patience())
+        self._wire = Wire(
+            Endpoint.resolve(
+                address, token, Certificates.resolve(ca_certificate, client_certificate, client_key)
+            ),
+            patience or Patience(),
+        )
 
     @property
     def address(self) -> str:

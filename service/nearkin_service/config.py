@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nearkin_service.access import TlsFiles
 from nearkin_service.values import MAX_INT32, Retention
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -53,7 +54,10 @@ class ServiceConfig:
         searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
         http: `host:port` of /metrics, /livez and /readyz, or None.
         drain_seconds: how long a stop waits for builds and readers.
-        insecure: whether another address than a unix socket or loopback may be listened on.
+        insecure: whether other machines may be let in unasked, or asked for a token in clear text.
+        tls: certificates for the addresses that are not unix sockets; None: no TLS.
+        token_file: who may do what; None: `tokens.json` in the data directory. In force once it exists.
+        require_tokens: ask for a token always, on unix sockets too.
     """
 
     data_dir: Path
@@ -67,6 +71,9 @@ class ServiceConfig:
     http: str | None = None
     drain_seconds: float = 30.0
     insecure: bool = False
+    tls: TlsFiles | None = None
+    token_file: Path | None = None
+    require_tokens: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -81,6 +88,10 @@ class ServiceConfig:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be in 64 KiB..max_message_bytes")
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must not be negative")
+
+    @property
+    def tokens(self) -> Path:
+        return self.token_file or self.data_dir / "tokens.json"
 
     def retention(self, asked: Retention) -> Retention:
         """What a push asked for, with the service's defaults in place."""

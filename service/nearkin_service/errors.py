@@ -9,6 +9,8 @@ NearkinError
 ├── LimitExceededError        a limit of this service, by name
 ├── UnimplementedError        this version cannot do that
 ├── UnavailableError          draining: try again elsewhere or later
+├── UnauthenticatedError      no token, or none that is known
+├── PermissionDeniedError     the token does not reach this far
 └── NotInTimeError            what was waited for did not come before the deadline
 """
 
@@ -59,6 +61,14 @@ class UnimplementedError(NearkinError):
 
 class UnavailableError(NearkinError):
     """The service is draining."""
+
+
+class UnauthenticatedError(NearkinError):
+    """No token, or none that is known here."""
+
+
+class PermissionDeniedError(NearkinError):
+    """The token is known and does not reach this far."""
 
 
 class NotInTimeError(NearkinError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -18,6 +21,8 @@ log = logging.getLogger("nearkin.http")
 Check = Callable[[], str]
 """Returns "" when all is well, or what is not."""
 _TEXT = "text/plain; charset=utf-8"
+_SECONDS_PER_REQUEST = 10
+_MOST_CONNECTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +32,75 @@ class Reply:
     body: bytes
 
 
+Answer = Callable[[str], Reply]
+_NO_TOKEN = Reply(401, _TEXT, b"a token of scope read that reaches all runs is needed\n")
+
+
+class _BoundedServer(ThreadingHTTPServer):
+    """A thread for each connection, but never more than a few: idle ones cannot use the process up."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: type[BaseHTTPRequestHandler],
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._tls = tls
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            request.settimeout(_SECONDS_PER_REQUEST)
+            if self._tls is not None:  # on the connection's own thread: a silent peer stalls nobody else
+                request = self._tls.wrap_socket(request, server_side=True)
+            super().process_request_thread(request, client_address)
+        except OSError as error:
+            log.debug("a connection came to nothing: %s", error)
+            self.shutdown_request(request)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection failed", exc_info=True)
+
+
 class HealthServer:
     """Serves until `close`. OSError: the address is taken."""
 
-    def __init__(self, address: str, registry: CollectorRegistry, *, live: Check, ready: Check) -> None:
-        answers = {
-            "/metrics": lambda: Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry)),
-            "/livez": lambda: _health(live()),
-            "/readyz": lambda: _health(live() or ready()),
+    def __init__(
+        self,
+        address: str,
+        registry: CollectorRegistry,
+        *,
+        live: Check,
+        ready: Check,
+        may_read: Callable[[str], bool],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`may_read(token)`: whether the metrics may be shown to who has this token ("": none)."""
+        answers: Mapping[str, Answer] = {
+            "/metrics": lambda token: (
+                Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry)) if may_read(token) else _NO_TOKEN
+            ),
+            "/livez": lambda _: _health(live()),
+            "/readyz": lambda _: _health(live() or ready()),
         }
-        self._server = ThreadingHTTPServer(split_host_port(address), _handler(answers))
-        self._server.daemon_threads = True
+        self._server = _BoundedServer(split_host_port(address), _handler(answers), tls)
         self.address = "{}:{}".format(*self._server.server_address[:2])
         self._thread = threading.Thread(target=self._server.serve_forever, name="nearkin-http", daemon=True)
         self._thread.start()
@@ -48,17 +111,26 @@ class HealthServer:
         self._thread.join()
 
 
+def _bearer(authorization: str) -> str:
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 def _health(trouble: str) -> Reply:
     return Reply(503 if trouble else 200, _TEXT, f"{trouble or 'ok'}\n".encode())
 
 
-def _handler(answers: Mapping[str, Callable[[], Reply]]) -> type[BaseHTTPRequestHandler]:
+def _handler(answers: Mapping[str, Answer]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10
+        timeout = _SECONDS_PER_REQUEST
 
         def do_GET(self) -> None:
             answer = answers.get(self.path.partition("?")[0])
-            reply = answer() if answer else Reply(404, _TEXT, b"/metrics /livez /readyz\n")
+            reply = (
+                answer(_bearer(self.headers.get("Authorization", "")))
+                if answer
+                else Reply(404, _TEXT, b"/metrics /livez /readyz\n")
+            )
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
             self.send_header("Content-Length", str(len(reply.body)))

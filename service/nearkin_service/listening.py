@@ -1,4 +1,4 @@
-"""Addresses to listen on: unix sockets and loopback freely, anything else only when told so."""
+"""Addresses to listen on: unix sockets and loopback freely, anything else only if it asks who comes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -46,7 +47,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_address(address: str, *, insecure: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """What stands between an address and a stranger."""
+
+    tls: bool = False
+    client_certificates: bool = False
+    tokens: bool = False
+    insecure: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a stranger is turned away, and a token cannot be overheard."""
+        return self.client_certificates or (self.tls and self.tokens)
+
+
+def check_address(address: str, doors: Doors) -> None:
     """ValueError: malformed, or open to others although nobody said that it may be."""
     if is_unix(address):
         path = socket_path(address)
@@ -56,23 +72,33 @@ def check_address(address: str, *, insecure: bool) -> None:
             )
         return
     host, _ = split_host_port(address)
-    if is_loopback(host):
+    if is_loopback(host) or doors.guarded:
         return
-    if not insecure:
+    lacking = (
+        "tokens would cross the network in clear text" if doors.tokens else "nothing is asked of callers"
+    )
+    if not doors.insecure:
         raise ValueError(
-            f"{address} can be reached from other machines and nothing is asked of who calls; listen on a "
-            "unix socket or 127.0.0.1, or pass --insecure if the network is trusted"
+            f"{address} can be reached from other machines and {lacking}; listen on a unix socket or "
+            "127.0.0.1, give --tls-certificate and --tls-key with tokens (`nearkin-serve token create`) or "
+            "with --tls-client-ca, or pass --insecure if the network is trusted"
         )
-    log.warning("%s can be reached from other machines, and anyone there may read, write and delete", address)
+    log.warning("%s can be reached from other machines, and %s (--insecure)", address, lacking)
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
-    """Listens, and returns the address with the port that it became. ValueError: it is taken."""
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
+    """Listens, with TLS if there are credentials and it is no unix socket.
+
+    Returns the address with the port that it became. ValueError: it is taken.
+    """
     if is_unix(address):
         return _bind_unix(server, socket_path(address))
     host, _ = split_host_port(address)
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ValueError(f"cannot listen on {address}: {error}") from error
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

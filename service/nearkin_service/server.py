@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nearkin_service import listening, wire
+from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.http import HealthServer
@@ -31,8 +33,8 @@ class NeighbourServer:
 
     def __init__(self, config: ServiceConfig, engines: Engines, device: str) -> None:
         """ValueError: the data directory is in use or of another format."""
-        for address in config.listen:
-            listening.check_address(address, insecure=config.insecure)
+        self._tokens = TokenBook(config.tokens, required=config.require_tokens)
+        _check_doors(config, self._tokens)
         self._config = config
         self.core = Core(config, DataDirectory(config.data_dir), engines, device)
         self._health = health.aio.HealthServicer()
@@ -55,7 +57,7 @@ class NeighbourServer:
             self._http = self._serve_http(self._config.http)
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         self._server = self._make_server()
-        self.addresses = tuple(listening.bind(self._server, address) for address in self._config.listen)
+        self.addresses = self._bind()
         await self._server.start()
         self._builds.start()
         self._resume()
@@ -65,13 +67,27 @@ class NeighbourServer:
 
     def _make_server(self) -> grpc.aio.Server:
         core = self.core
-        server = grpc.aio.server(options=_options(self._config))
+        server = grpc.aio.server(interceptors=[self._make_gate()], options=_options(self._config))
         behaviours = wire.behaviours(core, self._builds, self._searching)
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+        server.add_generic_rpc_handlers((wire.reflection_v1(names),))
         return server
+
+    def _bind(self) -> tuple[str, ...]:
+        tls = self._config.tls
+        credentials = tls.credentials() if tls else None
+        return tuple(listening.bind(self._server, each, credentials) for each in self._config.listen)
+
+    def _make_gate(self) -> Gate:
+        return Gate(
+            self._tokens,
+            self.core.catalogue.run_of_push,
+            wire.refuser(self._count_error),
+            unix_needs_token=self._config.require_tokens,
+        )
 
     def _count_error(self, method: str, code: str) -> None:
         self.core.metrics.errors.labels(method, code).inc()
@@ -107,9 +123,21 @@ class NeighbourServer:
         core.metrics.quarantined.set_function(lambda: core.directory.quarantined)
         core.metrics.disk_free.set_function(core.directory.free_bytes)
         try:
-            return HealthServer(address, core.metrics.registry, live=self._trouble, ready=self._not_ready)
+            return HealthServer(
+                address,
+                core.metrics.registry,
+                live=self._trouble,
+                ready=self._not_ready,
+                may_read=self._may_read,
+                tls=self._config.tls.context() if self._config.tls else None,
+            )
         except OSError as error:
             raise ValueError(f"--http {address}: {error.strerror}") from error
+
+    def _may_read(self, token: str) -> bool:
+        """Metrics name runs: with tokens in force they are for tokens that reach all of them."""
+        found = self._tokens.find(token)
+        return not self._tokens.in_force or (found is not None and not found.runs)
 
     async def _keep_beating(self) -> None:
         while True:
@@ -153,6 +181,20 @@ async def _within(deadline: float, wait: Callable[[], object]) -> None:
             await wait()  # type: ignore[misc]
     except TimeoutError:
         log.warning("drain time is over; what is left goes on with the next start")
+
+
+def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:
+    """ValueError: an address is open to other machines although nobody said that it may be."""
+    asks = bool(config.tls and config.tls.asks_clients)
+    doors = listening.Doors(config.tls is not None, asks, tokens.in_force, config.insecure)
+    for address in config.listen:
+        listening.check_address(address, doors)
+    if config.http:
+        try:
+            listening.check_address(config.http, replace(doors, client_certificates=False))
+        except ValueError as error:
+            raise ValueError(f"--http {error}") from error
+    log.info("callers over the network %s", "need a token" if tokens.in_force else "need no token")
 
 
 def _how_far(push: Push) -> str:

@@ -113,6 +113,11 @@ class Catalogue:
         except KeyError:
             raise NotFoundError(f"there is no push {push_id[:64]!r}") from None
 
+    def run_of_push(self, push_id: str) -> str | None:
+        """None: no such push."""
+        push = self._pushes.get(push_id)
+        return push.spec.run if push else None
+
     @property
     def open_pushes(self) -> list[Push]:
         return [push for run in self.runs.values() for push in run.live_pushes]

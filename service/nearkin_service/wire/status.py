@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -22,6 +23,8 @@ CODES: Mapping[type[errors.NearkinError], grpc.StatusCode] = {
     errors.LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotInTimeError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _MOST_MESSAGE = 2_000
@@ -39,6 +42,17 @@ def to_status(error: errors.NearkinError) -> grpc.Status:
         status.details.append(packed)
     sent: grpc.Status = rpc_status.to_status(status)
     return sent
+
+
+def refuser(count_error: Callable[[str, str], None]) -> Callable[..., Awaitable[None]]:
+    """What ends a call that may not be made: `refuse(method, error, context)`."""
+
+    async def refuse(method: str, error: errors.NearkinError, context: Any) -> None:
+        status = to_status(error)
+        count_error(method, status.code.name)
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
+    return refuse
 
 
 def _details(error: errors.NearkinError) -> list[Message]:
