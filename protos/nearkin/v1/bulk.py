@@ -21,12 +21,14 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _INT64_SIGN = 1 << 63
 _UINT64_MASK = (1 << 64) - 1
 
-_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _PAYLOAD = 1, 2, 3, 4, 15
+_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _SEGMENT, _SEGMENT_OFFSET, _PAYLOAD = 1, 2, 3, 4, 5, 6, 15
 _WRITE_ROWS_FIELDS = {
     _PUSH_ID: _LENGTH,
     _ROW_START: _VARINT,
     _SHARED_ROW_COUNT: _VARINT,
     _CRC32C: _FIXED32,
+    _SEGMENT: _LENGTH,
+    _SEGMENT_OFFSET: _VARINT,
     _PAYLOAD: _LENGTH,
 }
 
@@ -50,6 +52,8 @@ class WriteRows:
     payload: memoryview
     crc32c: int | None = None
     shared_row_count: int = 0
+    segment: str = ""
+    segment_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,11 @@ def encode_write_rows(message: WriteRows) -> bytes:
     """The message as protobuf bytes, the payload last; one copy."""
     payload = message.payload.cast("B") if message.payload.nbytes else b""
     head = pb.WriteRowsRequest(
-        push_id=message.push_id, row_start=message.row_start, shared_row_count=message.shared_row_count
+        push_id=message.push_id,
+        row_start=message.row_start,
+        shared_row_count=message.shared_row_count,
+        segment=message.segment,
+        segment_offset=message.segment_offset,
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
@@ -78,13 +86,16 @@ def decode_write_rows(data: bytes) -> WriteRows:
     """Takes a serialised `WriteRowsRequest` apart. DecodeError: these bytes are not one."""
     fields = _scan(memoryview(data), _WRITE_ROWS_FIELDS)
     push_id = None if fields is None else _text(fields.get(_PUSH_ID))
-    if fields is None or push_id is None:
+    segment = None if fields is None else _text(fields.get(_SEGMENT))
+    if fields is None or push_id is None or segment is None:
         parsed = pb.WriteRowsRequest.FromString(data)
         return WriteRows(
             push_id=parsed.push_id,
             row_start=parsed.row_start,
             shared_row_count=parsed.shared_row_count,
             crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
+            segment=parsed.segment,
+            segment_offset=parsed.segment_offset,
             payload=memoryview(parsed.payload),
         )
     return WriteRows(
@@ -92,6 +103,8 @@ def decode_write_rows(data: bytes) -> WriteRows:
         row_start=_signed(fields.get(_ROW_START)),
         shared_row_count=_signed(fields.get(_SHARED_ROW_COUNT)),
         crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
+        segment=segment,
+        segment_offset=_signed(fields.get(_SEGMENT_OFFSET)),
         payload=_bytes(fields.get(_PAYLOAD)),
     )
 

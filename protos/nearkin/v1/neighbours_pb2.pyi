@@ -316,25 +316,32 @@ Global___BeginPushResponse: _TypeAlias = BeginPushResponse  # noqa: Y015
 
 @_typing.final
 class SharedMemory(_message.Message):
-    """A file that the service has created and sized for the rows of this push: row r starts at r * row_bytes.
-    Map it, copy the rows, and name the written ranges in WriteRowsRequest messages without payload.
+    """A file in the data directory that the service has made for this caller alone; both ends see the same pages.
+    Map it, write rows anywhere behind its first 8 bytes, set the 8 bytes before them to something, and name the place
+    in a WriteRowsRequest without payload. The service copies the rows out before it looks at them and then sets those
+    8 bytes to zero: the place is free again. The file goes when no stream has used it for ten seconds.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
+    """a caller who cannot open it sends payloads"""
     size: _builtins.int
+    segment: _builtins.str
+    """its name in WriteRowsRequest"""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         size: _builtins.int = ...,
+        segment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "segment", b"segment", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,13 +377,19 @@ class WriteRowsRequest(_message.Message):
     ROW_START_FIELD_NUMBER: _builtins.int
     SHARED_ROW_COUNT_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    SEGMENT_OFFSET_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     push_id: _builtins.str
     row_start: _builtins.int
     shared_row_count: _builtins.int
-    """Rows written through shared memory; 0 when `payload` carries them."""
+    """Rows that lie in shared memory, as many as fit a payload at most; 0 when `payload` carries them."""
     crc32c: _builtins.int
     """CRC32C of the payload, or of the rows in shared memory. Without it a damaged message cannot be noticed."""
+    segment: _builtins.str
+    """SharedMemory.segment; with shared_row_count only"""
+    segment_offset: _builtins.int
+    """byte of the segment where the first row lies, 8 or more"""
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""
     def __init__(
@@ -386,11 +399,13 @@ class WriteRowsRequest(_message.Message):
         row_start: _builtins.int = ...,
         shared_row_count: _builtins.int = ...,
         crc32c: _builtins.int | None = ...,
+        segment: _builtins.str = ...,
+        segment_offset: _builtins.int = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "segment", b"segment", "segment_offset", b"segment_offset", "shared_row_count", b"shared_row_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
