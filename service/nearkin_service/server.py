@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from nearkin_service import listening, wire
+from nearkin_service import faults, listening, wire
 from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
@@ -56,9 +56,11 @@ class NeighbourServer:
         if self._config.http:
             self._http = self._serve_http(self._config.http)
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
+        faults.point("start.recovered")
         self._server = self._make_server()
         self.addresses = self._bind()
         await self._server.start()
+        faults.point("start.listening")
         self._builds.start()
         self._resume()
         for name in _HEALTH_NAMES:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
 from nearkin_service.operations.core import Core
@@ -140,6 +141,7 @@ class Builds:
             del self._running[push.push_id]
 
     def _build_table(self, push: Push, monitor: _Monitor) -> BuiltTable:
+        faults.point("build.begun")
         spec, config = push.spec, self._core.config
         request = BuildRequest(
             row_shape=spec.row_shape,
@@ -156,6 +158,7 @@ class Builds:
     # -------------------------------------------------------------------------------------------- the end
 
     async def _publish(self, push: Push, table: BuiltTable, seconds: float) -> None:
+        faults.point("build.done")
         if push.state is not PushState.BUILDING:
             return
         push.publishing = True
@@ -253,6 +256,8 @@ class Builds:
         for generation in due.drop_embeddings:
             self._core.catalogue.replace(replace(generation, embeddings=EmbeddingsState.DROPPED))
             self._searching.forget(generation)
+        if due.remove or due.drop_embeddings:
+            faults.point("retention.decided")
         for generation in due.remove:
             await self._core.background(self._core.directory.delete_generation, generation)
         for generation in due.drop_embeddings:

@@ -12,6 +12,7 @@ from typing import Any
 
 import crc32c
 
+from nearkin_service import faults
 from nearkin_service.errors import DataLossError
 
 
@@ -23,7 +24,9 @@ def write_document(path: Path, body: dict[str, Any]) -> None:
         file.write(data + "\n")
         file.flush()
         os.fsync(file.fileno())
+    faults.point("document.written_aside")
     aside.replace(path)
+    faults.point("document.renamed")
     fsync_directory(path.parent)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service import faults
 from nearkin_service.errors import DataLossError, LimitExceededError, NotFoundError
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
@@ -39,8 +40,10 @@ class DataDirectory:
 
     def __init__(self, root: Path) -> None:
         self._lock = DirectoryLock(root)
+        faults.point("start.locked")
         self._layout = Layout(root)
         self._layout.prepare()
+        faults.point("start.trash_emptied")
         self.quarantined = 0
 
     def close(self) -> None:
@@ -146,8 +149,10 @@ class DataDirectory:
         path = self._layout.run(run)
         for directory in (path, self._layout.pushes(run), self._layout.generations(run)):
             directory.mkdir(exist_ok=True)
+        faults.point("run.directories_made")
         write_document(path / _RUN, {"created": created, "last_generation": 0})
         fsync_directory(self._layout.runs)
+        faults.point("run.made")
 
     def delete_run(self, run: str) -> None:
         self._layout.discard(self._layout.run(run))
@@ -183,8 +188,11 @@ class DataDirectory:
         run = finished.spec.run
         push_directory = self._layout.push(run, finished.push_id)
         generation = gens.publish(self._layout.generations(run), finished, push_directory)
+        faults.point("publish.durable")
         self._note_number(run, finished.number)
+        faults.point("publish.numbered")
         self._layout.discard(push_directory)
+        faults.point("publish.push_gone")
         return generation
 
     def _note_number(self, run: str, number: int) -> None:

@@ -22,6 +22,7 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
 from nearkin_service.errors import DataLossError, FailedPreconditionError
 from nearkin_service.store import journal
@@ -63,12 +64,16 @@ def publish(generations: Path, finished: Finished, push_directory: Path) -> Gene
     aside.mkdir(parents=True)
     try:
         generation = _write_tables(aside, finished)
+        faults.point("publish.tables_written")
         for name in (ROWS, JOURNAL):
             os.link(push_directory / name, aside / name)
+        faults.point("publish.rows_linked")
         fsync_file(aside / JOURNAL)
         _write_embeddings_state(aside, EmbeddingsState.FLUSHING)
         write_document(aside / MANIFEST, _to_manifest(generation))
+        faults.point("publish.described")
         aside.rename(generations / str(finished.number))
+        faults.point("publish.renamed")
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -235,6 +240,7 @@ def lose(directory: Path, generation: Generation, why: str) -> EmbeddingsState:
 def flush(directory: Path) -> EmbeddingsState:
     """Waits until the disk has the embeddings. May take as long as the disk needs for them."""
     fsync_file(directory / ROWS)
+    faults.point("embeddings.flushed")
     _write_embeddings_state(directory, EmbeddingsState.KEPT)
     return EmbeddingsState.KEPT
 
@@ -242,8 +248,10 @@ def flush(directory: Path) -> EmbeddingsState:
 def drop_embeddings(directory: Path) -> EmbeddingsState:
     """Frees the embeddings; who has them open keeps them until done."""
     _write_embeddings_state(directory, EmbeddingsState.DROPPED)
+    faults.point("retention.state_written")
     for name in (ROWS, JOURNAL):
         (directory / name).unlink(missing_ok=True)
+    faults.point("retention.rows_gone")
     return EmbeddingsState.DROPPED
 
 

@@ -13,6 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nearkin_service import faults
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
 from nearkin_service.values import check_run_name
 
@@ -64,6 +65,7 @@ class Layout:
             return
         goal = self.trash / secrets.token_hex(8)
         path.rename(goal)
+        faults.point("discard.renamed")
         fsync_directory(path.parent)
         shutil.rmtree(goal, ignore_errors=True)
 
@@ -79,6 +81,7 @@ class Layout:
         for path in (self.root, self.runs, self.trash, self.quarantine):
             path.mkdir(parents=True, exist_ok=True)
         self._check_format()
+        faults.point("start.prepared")
         for left in self.trash.iterdir():
             shutil.rmtree(left, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from nearkin_service import faults
 from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
@@ -68,9 +69,11 @@ class PushFiles:
             with (directory / ROWS).open("wb") as rows:
                 rows.truncate(spec.rows_bytes)
             (directory / JOURNAL).touch()
+            faults.point("push.rows_made")
             body = {"push_id": push_id, "spec": spec.to_document(), "created": created, "boot": boot_id()}
             write_document(directory / PUSH, body)
             fsync_directory(directory.parent)
+            faults.point("push.described")
         except OSError as error:
             raise disk_error(error) from error
         return PushFiles(directory, spec)
@@ -103,7 +106,9 @@ class PushFiles:
         records = [
             self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start])) for r in fresh
         ]
+        faults.point("write.rows_written")
         self.note(records + journal.records_of(Kind.ZERO, zeros))
+        faults.point("write.noted")
 
     def note(self, records: list[Record], *, durable: bool = False) -> None:
         """Adds to the journal; `durable` waits until the disk has it."""
@@ -117,12 +122,14 @@ class PushFiles:
 
     def note_absent(self, absent: RowSet) -> None:
         self.note(journal.records_of(Kind.ABSENT, absent))
+        faults.point("write.absent_noted")
 
     def note_commit_when_complete(self) -> None:
         self.note([Record(Kind.AUTOCOMMIT)])
 
     def note_committed(self) -> None:
         self.note([Record(Kind.COMMITTED)], durable=True)
+        faults.point("commit.noted")
 
     def checksum(self) -> int:
         """CRC32C over all rows in order; what was never sent counts as zero bytes."""
@@ -147,6 +154,7 @@ def compare_rows(file: RowsFile, rows_nR: NDArray[Any], start: int, known: RowSe
 def finish(directory: Path, state: PushState, error: str) -> None:
     """Records how a push ended that came to nothing, and frees its rows."""
     write_document(directory / OUTCOME, {"state": state, "error": error})
+    faults.point("outcome.written")
     for name in (ROWS, JOURNAL):
         (directory / name).unlink(missing_ok=True)
 
