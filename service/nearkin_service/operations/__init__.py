@@ -11,6 +11,7 @@ from nearkin_service.operations.core import Core, Engines
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.operations.reading import Reading, TableBlocks
 from nearkin_service.operations.searching import Searching
+from nearkin_service.operations.sharing import Sharing
 
 __all__ = [
     "Administering",
@@ -22,5 +23,6 @@ __all__ = [
     "Pushing",
     "Reading",
     "Searching",
+    "Sharing",
     "TableBlocks",
 ]

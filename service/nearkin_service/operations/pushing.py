@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,33 +164,63 @@ class Pushing:
     async def write(self, push_id: str, row_start: int, payload: memoryview, crc: int | None) -> PushView:
         """Stores one message's rows, or compares them with what is stored; all of it or nothing.
 
+        The errors are those of `write_from`.
+        """
+        return await self.write_from(push_id, row_start, payload.nbytes, lambda: payload, crc)
+
+    async def write_shared(  # noqa: PLR0917 - what a message holds
+        self, push_id: str, row_start: int, count: int, take: Callable[[int], memoryview], crc: int | None
+    ) -> PushView:
+        """The same with rows in shared memory, so many bytes of which `take` copies out."""
+        push = self._core.catalogue.push(push_id)
+        nbytes, most = count * push.spec.row_bytes, self._core.config.limits.max_message_bytes
+        if not 0 < nbytes <= most:
+            raise InvalidArgumentError("shared_row_count", f"{count} rows are not 1 to {most:,} bytes")
+        if crc is None:
+            raise InvalidArgumentError("crc32c", "rows in shared memory need one")
+        return await self.write_from(push_id, row_start, nbytes, lambda: take(nbytes), crc)
+
+    async def write_from(
+        self, push_id: str, row_start: int, nbytes: int, load: Callable[[], memoryview], crc: int | None
+    ) -> PushView:
+        """Stores rows that `load`, on an I/O thread, returns the bytes of.
+
         DataLossError: not what was sent. InvalidArgumentError: not whole rows, not there, NaN or Inf.
         AlreadyExistsError: a row is stored with other bytes. FailedPreconditionError: the push is over.
         """
         push = self._core.catalogue.push(push_id)
         push.require_usable()
-        rows = push.spec.rows_of(row_start, payload.nbytes)
+        rows = push.spec.rows_of(row_start, nbytes)
         async with push.claim(rows):
             push.require_usable()
             if push.state is PushState.PUBLISHED:
-                await self._compare(push, rows, payload, crc)
+                await self._compare(push, rows, load, crc)
             else:
-                await self._receive(push, rows, payload, crc)
-        self._core.metrics.push_bytes.inc(payload.nbytes)
+                await self._receive(push, rows, load, crc)
+        self._core.metrics.push_bytes.inc(nbytes)
         self._announce(push)
         await self._commit_if_complete(push)
         return push.view()
 
-    async def _receive(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+    async def _receive(
+        self, push: Push, rows: RowRange, load: Callable[[], memoryview], crc: int | None
+    ) -> None:
         """Once the push is closed every row counts as known: one that never came is absent, and ignored."""
         known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
-        arrival = Arrival(rows, payload, crc, known.within(rows.start, rows.stop), push.absent)
-        zeros = await self._core.io(self._core.files[push.push_id].receive, arrival)
+        known, absent, files = (
+            known.within(rows.start, rows.stop),
+            push.absent,
+            self._core.files[push.push_id],
+        )
+        zeros = await self._core.io(lambda: files.receive(Arrival(rows, load(), crc, known, absent)))
         push.arrived(rows, zeros)
 
-    async def _compare(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+    async def _compare(
+        self, push: Push, rows: RowRange, load: Callable[[], memoryview], crc: int | None
+    ) -> None:
         generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        await self._core.io(self._core.directory.compare, generation, rows.start, payload, crc)
+        compare = self._core.directory.compare
+        await self._core.io(lambda: compare(generation, rows.start, load(), crc))
 
     def _announce(self, push: Push) -> None:
         """Tells watchers of arriving rows, a few times a second."""
@@ -213,7 +244,7 @@ class Pushing:
         return push.view()
 
     async def _commit_if_complete(self, push: Push) -> None:
-        if push.state is PushState.OPEN and push.commit_when_complete and not len(push.missing):
+        if push.state is PushState.OPEN and push.commit_when_complete and push.complete:
             await self._require_complete(push)
             await self._close(push)
 

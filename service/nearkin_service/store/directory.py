@@ -20,6 +20,7 @@ from nearkin_service.store.atomic import fsync_directory, read_document, write_d
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
 from nearkin_service.store.rows import RowsFile, as_rows, check_payload
+from nearkin_service.store.segments import Segment
 from nearkin_service.values import (
     EmbeddingsState,
     Generation,
@@ -171,6 +172,10 @@ class DataDirectory:
     def create_push(self, spec: PushSpec, created: float) -> tuple[str, PushFiles]:
         push_id = new_push_id()
         return push_id, PushFiles.create(self._layout.push(spec.run, push_id), push_id, spec, created)
+
+    def create_segment(self, size: int) -> Segment:
+        """Memory to share with one caller. LimitExceededError: the disk is full."""
+        return Segment(self._layout.segments, size)
 
     def open_push(self, spec: PushSpec, push_id: str) -> PushFiles:
         return PushFiles(self._layout.push(spec.run, push_id), spec)

@@ -40,6 +40,10 @@ class Layout:
         return self.root / "trash"
 
     @property
+    def segments(self) -> Path:
+        return self.root / "segments"
+
+    @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
 
@@ -77,13 +81,15 @@ class Layout:
         return goal
 
     def prepare(self) -> None:
-        """Makes the directories, checks the format, empties the trash. ValueError: a newer format."""
-        for path in (self.root, self.runs, self.trash, self.quarantine):
+        """Makes the directories, checks the format, clears away leftovers. ValueError: a newer format."""
+        for path in (self.root, self.runs, self.trash, self.quarantine, self.segments):
             path.mkdir(parents=True, exist_ok=True)
         self._check_format()
         faults.point("start.prepared")
         for left in self.trash.iterdir():
             shutil.rmtree(left, ignore_errors=True)
+        for segment in self.segments.iterdir():
+            segment.unlink()
 
     def _check_format(self) -> None:
         path = self.root / "nearkin.json"

@@ -27,6 +27,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 CountError = Callable[[str, str], None]
 
 
+def is_local(context: Context) -> bool:
+    """Whether the call came over a unix socket: from this host for certain."""
+    return context.peer().startswith("unix:")
+
+
 @dataclass(frozen=True, slots=True)
 class Malformed:
     """What arrived in place of a request."""

@@ -7,16 +7,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.config import ServiceConfig
 from nearkin_service.errors import InvalidArgumentError, UnimplementedError
-from nearkin_service.operations import Core, Pushing
+from nearkin_service.operations import Core, Pushing, Sharing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
-from nearkin_service.wire.handlers import Context
+from nearkin_service.wire.handlers import Context, is_local
 
 _STREAM_DEPTH = 2
 """Messages of one stream that are stored while the next one is received."""
@@ -25,13 +26,14 @@ _STREAM_DEPTH = 2
 class PushMethods:
     """The RPCs of a push."""
 
-    def __init__(self, core: Core, pushing: Pushing) -> None:
+    def __init__(self, core: Core, pushing: Pushing, sharing: Sharing) -> None:
         self._core = core
         self._pushing = pushing
+        self._sharing = sharing
         self._config: ServiceConfig = core.config
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
-    async def BeginPush(self, request: pb.BeginPushRequest, _context: Context) -> pb.BeginPushResponse:
+    async def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
         if request.HasField("base_generation"):
             raise UnimplementedError(
                 "base_generation: this service takes whole epochs only; send every row and leave it out"
@@ -45,11 +47,17 @@ class PushMethods:
             convert.absent_ids(request),
             commit_when_complete=request.commit_when_complete,
         )
-        return pb.BeginPushResponse(
+        response = pb.BeginPushResponse(
             push=convert.push(view),
             chunk_bytes=self._config.chunk_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
+        if request.accept_shared_memory and is_local(context):
+            segment = await self._sharing.offer(view.push_id, view.spec)
+            if segment is not None:
+                offer = pb.SharedMemory(path=str(segment.path), size=segment.size, segment=segment.name)
+                response.shared_memory.CopyFrom(offer)
+        return response
 
     async def WriteRows(
         self, messages: AsyncIterator[bulk.WriteRows], _context: Context
@@ -74,11 +82,25 @@ class PushMethods:
 
     async def _store(self, message: bulk.WriteRows) -> PushView:
         try:
+            if message.shared_row_count:
+                return await self._store_shared(message)
             return await self._pushing.write(
                 message.push_id, message.row_start, message.payload, message.crc32c
             )
         finally:
             self._storing.release()
+
+    async def _store_shared(self, message: bulk.WriteRows) -> PushView:
+        if message.payload.nbytes:
+            raise InvalidArgumentError("payload", "given although shared_row_count says where the rows are")
+        with self._sharing.using(message.segment, message.push_id) as segment:
+            return await self._pushing.write_shared(
+                message.push_id,
+                message.row_start,
+                message.shared_row_count,
+                partial(segment.take, message.segment_offset),
+                message.crc32c,
+            )
 
     async def GetPush(self, request: pb.GetPushRequest, _context: Context) -> pb.Push:
         return convert.push(self._pushing.get(request.push_id))
@@ -92,10 +114,6 @@ class PushMethods:
 
 
 def _same_push(message: bulk.WriteRows, push_id: str) -> str:
-    if message.shared_row_count:
-        raise InvalidArgumentError(
-            "shared_row_count", "no shared memory was offered; send the rows as payload"
-        )
     if push_id and message.push_id != push_id:
         raise InvalidArgumentError("push_id", "one stream carries the rows of one push; open another stream")
     return message.push_id

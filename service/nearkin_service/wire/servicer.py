@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from nearkin_service.operations import Administering, Builds, Comparing, Core, Pushing, Reading, Searching
+from nearkin_service.operations import (
+    Administering,
+    Builds,
+    Comparing,
+    Core,
+    Pushing,
+    Reading,
+    Searching,
+    Sharing,
+)
 from nearkin_service.wire.catalogue import CatalogueMethods
 from nearkin_service.wire.nearest import NearestMethods
 from nearkin_service.wire.pushes import PushMethods
@@ -15,7 +24,7 @@ def behaviours(core: Core, builds: Builds, searching: Searching) -> tuple[object
     reading = Reading(core)
     administering = Administering(core, builds, searching)
     return (
-        PushMethods(core, Pushing(core, builds)),
+        PushMethods(core, Pushing(core, builds), Sharing(core)),
         TableMethods(core, reading),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),
