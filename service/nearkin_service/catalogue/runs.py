@@ -37,7 +37,7 @@ class Run:
 
     @property
     def live_pushes(self) -> list[Push]:
-        return [push for push in self.pushes.values() if push.live]
+        return [push for push in list(self.pushes.values()) if push.live]
 
     def generation(self, number: int) -> Generation:
         """Generation `number`, or the newest for 0. NotFoundError: there is none."""
@@ -120,7 +120,7 @@ class Catalogue:
 
     @property
     def open_pushes(self) -> list[Push]:
-        return [push for run in self.runs.values() for push in run.live_pushes]
+        return [push for run in list(self.runs.values()) for push in run.live_pushes]
 
     def add_run(self, run: Run) -> None:
         self.runs[run.name] = run

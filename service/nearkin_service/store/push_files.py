@@ -93,18 +93,22 @@ class PushFiles:
             rows_nR = rows_nR.copy()
             rows_nR[blank] = 0
         self.compare(rows_nR, start, arrival.known, arrival.absent)
-        self._store(rows_nR, arrival, RowSet.from_ids(zeros + start))
-        return RowSet.from_ids(zeros + start)
+        zero_rows = RowSet.from_ids(zeros + start)
+        self._store(rows_nR, arrival, zero_rows, None if len(blank) else arrival.crc)
+        return zero_rows
 
     def compare(self, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
         """AlreadyExistsError: a known row is stored with other bytes."""
         compare_rows(self.rows, rows_nR, start, known, absent)
 
-    def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet) -> None:
+    def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet, crc: int | None) -> None:
+        """`crc`: that of all rows, if it is known to be right."""
         start = arrival.rows.start
         fresh = arrival.known.complement(start, arrival.rows.stop)
+        known_crc = crc if not len(arrival.known) else None
         records = [
-            self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start])) for r in fresh
+            self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start]), known_crc)
+            for r in fresh
         ]
         faults.point("write.rows_written")
         self.note(records + journal.records_of(Kind.ZERO, zeros))

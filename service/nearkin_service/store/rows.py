@@ -92,13 +92,14 @@ class RowsFile:
         self._spec = spec
         self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
 
-    def write(self, start: int, data: memoryview) -> Record:
-        """Stores whole rows and returns what the journal is to say of them."""
+    def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
+        """Stores whole rows, their CRC32C being `crc` if known, and returns what the journal is to say of them."""
         try:
             _pwrite_all(self._descriptor, data, start * self._spec.row_bytes)
         except OSError as error:
             raise disk_error(error) from error
-        return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, crc32c.crc32c(data))
+        checksum = crc32c.crc32c(data) if crc is None else crc
+        return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """[count, R]. DataLossError: the file ends before."""
