@@ -93,7 +93,7 @@ class RowsFile:
         self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
 
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
-        """Stores whole rows, their CRC32C being `crc` if known, and returns what the journal is to say of them."""
+        """Stores whole rows (their CRC32C is `crc`, if known); returns what the journal is to say of them."""
         try:
             _pwrite_all(self._descriptor, data, start * self._spec.row_bytes)
         except OSError as error:
