@@ -37,6 +37,9 @@ class Rows(Protocol):
     def payload(self, start: int, stop: int) -> memoryview:
         """The bytes of rows start..stop-1: in place where they lie as the wire wants them."""
 
+    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
+        """Copies rows start..stop-1 there, converted on the way; from a device too."""
+
 
 def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     """Check and wrap `values` [n, D] or [n, C, H, W]; anything that is not a tensor goes through NumPy.
@@ -82,6 +85,11 @@ class _ArrayRows(_Described):
             chunk = np.ascontiguousarray(self.values[start:stop], WIRE_DTYPES[self.dtype])
         return _bytes_of(chunk)
 
+    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
+        with np.errstate(over="ignore"):
+            goal = out.view(WIRE_DTYPES[self.dtype]).reshape(stop - start, *self.shape)
+            np.copyto(goal, self.values[start:stop], casting="unsafe")
+
 
 class _TensorRows(_Described):
     __slots__ = ()
@@ -93,6 +101,12 @@ class _TensorRows(_Described):
         if self.dtype == "bfloat16":  # NumPy has no such dtype of its own; only the bytes matter
             chunk = chunk.view(torch.int16)
         return _bytes_of(chunk.numpy())
+
+    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
+        torch = sys.modules["torch"]
+        goal = torch.frombuffer(out, dtype=getattr(torch, self.dtype)).view(stop - start, *self.shape)
+        chunk = self.values[start:stop]
+        goal.copy_(chunk if chunk.device.type == "cpu" else chunk.to(goal.dtype))
 
 
 def _bytes_of(contiguous: NDArray[Any]) -> memoryview:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nearkin_client import decoding
 from nearkin_client.arrays import as_rows
 from nearkin_client.channel import Certificates, Endpoint
-from nearkin_client.errors import InvalidArgument, Unimplemented, invalid
+from nearkin_client.errors import InvalidArgument, invalid
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender, begin_request
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
@@ -82,9 +82,8 @@ class NeighbourClient:
             invalid("run", run, "does not match [a-z0-9][a-z0-9._-]{0,63}")
         if shared_memory not in ("auto", True, False):
             invalid("shared_memory", shared_memory, 'is not "auto", True or False')
-        if shared_memory is True:
-            raise Unimplemented('shared memory is not implemented yet; use "auto"', field="shared_memory")
         self._run = run
+        self._shared_memory = shared_memory
         self._info: ServerInfo | None = None
         self._wire = Wire(
             Endpoint.resolve(
@@ -158,6 +157,7 @@ class NeighbourClient:
             engine=engine,
             absent=absent,
             commit=commit,
+            shared=self._accepts_shared,
         )
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
         begun = self._wire.ask(
@@ -166,7 +166,8 @@ class NeighbourClient:
             doing=f"beginning epoch {epoch} of run {request.run!r}",
             timeout=deadline.remaining,
         )
-        return decoding.push(Sender(self._wire, begun, rows, row_start, deadline).send())
+        sender = Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
+        return decoding.push(sender.send())
 
     def push_state(self, push: Push | str, *, timeout: float | None = None) -> Push:
         """What has arrived of a push, and how far it is. NotFound: no such push."""
@@ -422,6 +423,10 @@ class NeighbourClient:
         """Asked for once: what a service allows does not change while it runs."""
         self._info = self._info or self.server_info(timeout=timeout)
         return self._info
+
+    @property
+    def _accepts_shared(self) -> bool:
+        return self._shared_memory is not False and self._wire.endpoint.is_local
 
     def _named_run(self) -> str:
         if self._run is None:

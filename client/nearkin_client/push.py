@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import grpc
 import numpy as np
@@ -23,12 +24,16 @@ from nearkin_client.errors import (
     status_of,
 )
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
+from nearkin_client.shared import Source, lent
 from nearkin_client.wire import Wire
 
 log = logging.getLogger("nearkin.client.push")
 
 STREAM_BYTES = 1 << 30
 """A stream is closed and acknowledged after this much, and the next one opened."""
+SMALLEST_MESSAGE = 256 << 10
+SMALLEST_SHARE = 64
+"""Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
 DAMAGED_ATTEMPTS = 3
 """How often a stream that arrived damaged is sent again before it is given up."""
 
@@ -45,6 +50,7 @@ def begin_request(
     engine: str,
     absent: Iterable[int],
     commit: bool,
+    shared: bool = False,
 ) -> pb.BeginPushRequest:
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
@@ -69,6 +75,7 @@ def begin_request(
         engine=engine,
         absent=_absent(absent, classes),
         commit_when_complete=commit,
+        accept_shared_memory=shared and rows.count > 0,
     )
 
 
@@ -99,7 +106,14 @@ class Sender:
     """Sends one rank's rows of a push that was begun."""
 
     def __init__(
-        self, wire: Wire, begun: pb.BeginPushResponse, rows: Rows, row_start: int, deadline: Deadline
+        self,
+        wire: Wire,
+        begun: pb.BeginPushResponse,
+        rows: Rows,
+        row_start: int,
+        deadline: Deadline,
+        *,
+        shared_memory: Literal["auto"] | bool = "auto",
     ) -> None:
         self._wire = wire
         self._push = begun.push
@@ -107,11 +121,15 @@ class Sender:
         self._row_start = row_start
         self._deadline = deadline
         self._doing = f"push of epoch {begun.push.epoch} of run {begun.push.run!r}"
-        self._rows_per_message = max(1, begun.chunk_bytes // rows.row_bytes)
+        self._rows_per_message = max(1, _message_bytes(begun.chunk_bytes, rows) // rows.row_bytes)
         self._rows_per_stream = max(self._rows_per_message, STREAM_BYTES // rows.row_bytes)
         # Rows that somebody else stored before: only sending ours shows whether they are the same.
         self._foreign = _stored(begun.push)
         self._failure: Exception | None = None
+        self._streams = 0
+        wanted = shared_memory if rows.count else False
+        place_bytes = self._rows_per_message * rows.row_bytes
+        self._shared = lent(begun, Source(rows, row_start), place_bytes, wanted, wire.endpoint)
 
     def send(self) -> pb.Push:
         """Return once the service has every row, or raise. Rows may end up stored in either case."""
@@ -127,6 +145,8 @@ class Sender:
             except grpc.RpcError as error:
                 damaged = self._judge(error, persistence, damaged)
                 arrived = self._arrived(sent)
+            finally:
+                self._streams += 1
             if arrived:
                 damaged = 0
                 persistence.progressed()
@@ -136,20 +156,34 @@ class Sender:
 
     def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bytes]:
         """The messages of one stream; notes in `sent` what was handed over. Runs on gRPC's thread."""
+        stream = self._streams
         try:
             for start, stop in ranges.pieces(batch, self._rows_per_message):
-                payload = self._rows.payload(start - self._row_start, stop - self._row_start)
+                message = self._message(start, stop, over=lambda: self._streams > stream)
+                if message is None:
+                    return
                 sent.append((start, stop))
-                yield _encoded(self._push.push_id, start, payload)
+                yield message
         except Exception as failure:
             self._failure = failure
             raise
+
+    def _message(self, start: int, stop: int, over: Callable[[], bool]) -> bytes | None:
+        if self._shared is not None:
+            return self._shared.message(start, stop, over)
+        payload = self._rows.payload(start - self._row_start, stop - self._row_start)
+        return _encoded(self._push.push_id, start, payload)
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
         if self._failure is not None:
             raise self._failure
         code, _ = status_of(error)
+        if self._shared is not None:
+            log.info("%s: what is left goes through the socket", self._doing)
+            self._shared = None  # places of a broken stream are nobody's to free
+            if code is grpc.StatusCode.INVALID_ARGUMENT and error_from_rpc(error).field == "segment":
+                return damaged  # the service took it back
         if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:
             log.warning("%s: %s; sending it again", self._doing, error_from_rpc(error).message)
             return damaged + 1
@@ -185,6 +219,12 @@ class Sender:
     def _raise_if_failed(self) -> None:
         if self._push.state in (pb.PUSH_STATE_FAILED, pb.PUSH_STATE_ABORTED):
             raise PushFailed(f"{self._doing}: {self._push.error or 'it was aborted'}")
+
+
+def _message_bytes(chunk_bytes: int, rows: Rows) -> int:
+    """What a message carries. A cut loses about one, so a small push goes in smaller ones."""
+    share = rows.count * rows.row_bytes // SMALLEST_SHARE
+    return min(chunk_bytes, max(SMALLEST_MESSAGE, share))
 
 
 def _stored(push: pb.Push) -> list[ranges.Range]:

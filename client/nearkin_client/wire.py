@@ -84,7 +84,9 @@ class Wire:
         call: Any = self._bulk().stream_unary(
             _SERVICE + "WriteRows", response_deserializer=pb.WriteRowsResponse.FromString
         )
-        response: pb.WriteRowsResponse = call(iter(messages), timeout=seconds, metadata=self._metadata)
+        # Not the blocking form: it waits for ever when the connection is cut while a message is being written.
+        pending = call.future(iter(messages), timeout=seconds, metadata=self._metadata)
+        response: pb.WriteRowsResponse = pending.result()
         return response
 
     def read_table(self, request: pb.ReadTableRequest, seconds: float) -> Stream[bytes]:

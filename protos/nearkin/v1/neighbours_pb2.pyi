@@ -319,7 +319,7 @@ class SharedMemory(_message.Message):
     """A file in the data directory that the service has made for this caller alone; both ends see the same pages.
     Map it, write rows anywhere behind its first 8 bytes, set the 8 bytes before them to something, and name the place
     in a WriteRowsRequest without payload. The service copies the rows out before it looks at them and then sets those
-    8 bytes to zero: the place is free again. The file goes when no stream has used it for ten seconds.
+    8 bytes to zero: the place is free again. The file goes when no stream has used it for half a minute.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

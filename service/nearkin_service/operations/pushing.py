@@ -168,7 +168,7 @@ class Pushing:
         """
         return await self.write_from(push_id, row_start, payload.nbytes, lambda: payload, crc)
 
-    async def write_shared(  # noqa: PLR0917 - what a message holds
+    async def write_shared(
         self, push_id: str, row_start: int, count: int, take: Callable[[int], memoryview], crc: int | None
     ) -> PushView:
         """The same with rows in shared memory, so many bytes of which `take` copies out."""

@@ -19,7 +19,7 @@ PLACES = 8
 """Messages that find room in one segment at the same time."""
 MAX_SHARED_BYTES = 1024 * MIB
 """All segments together; who comes after that sends payloads."""
-IDLE_SECONDS = 10.0
+IDLE_SECONDS = 30.0
 _PAGE = 4096
 
 

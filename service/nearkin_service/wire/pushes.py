@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from functools import partial
 
 from nearkin.v1 import bulk
@@ -63,10 +64,19 @@ class PushMethods:
         self, messages: AsyncIterator[bulk.WriteRows], _context: Context
     ) -> pb.WriteRowsResponse:
         """Whatever the stream's fate, a message once handed over is stored to its end."""
+        with ExitStack() as held:
+            return await self._write_rows(messages, held)
+
+    async def _write_rows(
+        self, messages: AsyncIterator[bulk.WriteRows], held: ExitStack
+    ) -> pb.WriteRowsResponse:
         pending: deque[asyncio.Task[PushView]] = deque()
-        push_id = ""
+        push_id = segment = ""
         async for message in messages:
             push_id = _same_push(message, push_id)
+            if message.segment != segment:
+                segment = message.segment
+                held.enter_context(self._sharing.using(segment, push_id))
             await self._storing.acquire()
             pending.append(self._core.spawn(self._store(message)))
             if len(pending) > _STREAM_DEPTH:
