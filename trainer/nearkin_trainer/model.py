@@ -80,8 +80,12 @@ def cosine_loss(features: torch.Tensor, labels: torch.Tensor, scale: float) -> t
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How feature maps lie in memory: channels last is what GPU convolutions want."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    """How feature maps lie in memory: channels last is what GPU and CPU convolutions want.
+
+    Measured on AMD EPYC (Zen 5, AVX-512 BF16), one core, 2026-11-24, 64 images of 64x64 forward and backward:
+    0.15 s against 0.19 s, and in bfloat16 0.075 s against 0.10 s.
+    """
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
 
 
 def build_model(
