@@ -1,0 +1,194 @@
+"""A service killed at random moments while writers push and readers compare; nothing published is ever lost.
+
+    NEARKIN_SOAK_ROUNDS=400 NEARKIN_SOAK_SEED=7 pytest -m soak tests/service/test_soak.py -s
+
+A few rounds of the same run with every test suite. The summary line is what docs/RELIABILITY.md records.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_client import NeighbourClient
+
+from tests.service.conftest import Caller, code_of
+from tests.service.faulting import Process, Story, Tally, litter, persistently, segments
+
+ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "200"))
+SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
+LIBRARY, SPARSE = "library", "sparse"
+KEEP = pb.Retention(keep_embeddings=1, keep_tables=4, keep_every=5)
+
+
+class Soak:
+    """Two writers, three readers, one service that dies."""
+
+    def __init__(self, process: Process, seed: int) -> None:
+        self.process = process
+        self.tally = Tally()
+        self.stopped = threading.Event()
+        self.stories = {name: Story(name, seed) for name in (LIBRARY, SPARSE)}
+        self._random = random.Random(seed)
+        workers: list[Callable[[], None]] = [self._write_by_library, self._write_by_hand]
+        workers += [lambda: self._read(LIBRARY), lambda: self._read(SPARSE), lambda: self._query(LIBRARY)]
+        self._threads = [threading.Thread(target=self._noting, args=(work,)) for work in workers]
+
+    def run(self, rounds: int) -> Tally:
+        assert self.process.start()
+        for thread in self._threads:
+            thread.start()
+        while self.tally.rounds < rounds and not self.tally.losses:
+            time.sleep(self._random.uniform(0.0, 1.2))
+            self.process.kill()
+            self.tally.rounds += 1
+            if self._random.random() < 0.2:  # die while starting, too
+                self.process.start(fault=self._random.choice(["start.trash_emptied", "start.recovered"]))
+                self.process.ended()
+                self.tally.rounds += 1
+            assert self.process.start(), self.process.log.read_text()[-2000:]
+        self.stopped.set()
+        for thread in self._threads:
+            thread.join()
+        return self.tally
+
+    def _noting(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self.tally.losses.append(f"{type(error).__name__}: {error}")
+
+    def _epochs(self, run: str) -> Iterator[int]:
+        for epoch in itertools.count():
+            if self.stopped.is_set():
+                return
+            yield epoch
+            self.tally.epochs_pushed[run] = epoch + 1
+
+    def _write_by_library(self) -> None:
+        """Two ranks of a push, one after the other, through the client library; it repeats by itself."""
+        story = self.stories[LIBRARY]
+        with NeighbourClient(self.process.address, run=LIBRARY) as client:
+            for epoch in self._epochs(LIBRARY):
+                rows, absent = story.rows(epoch), story.absent(epoch)
+                half, total = len(rows) // 2, len(rows)
+                for start, part in ((half, rows[half:]), (0, rows[:half])):
+                    client.push(
+                        part, epoch=epoch, row_start=start, num_classes=total, k=story.k, absent=absent
+                    )
+
+    def _write_by_hand(self) -> None:
+        """Bare stubs, with retention, and a push in between that is given up."""
+        story = self.stories[SPARSE]
+        caller = Caller(self.process.address)
+        for epoch in self._epochs(SPARSE):
+            persistently(lambda: story.push(caller, epoch, retention=KEEP))  # noqa: B023 - called at once
+            persistently(lambda: story.table(caller, epoch))  # noqa: B023
+            if epoch % 4 == 3:
+                persistently(lambda: self._give_up(caller, epoch + 1_000_000))  # noqa: B023
+        caller.channel.close()
+
+    def _give_up(self, caller: Caller, epoch: int) -> None:
+        begun = caller.begin(self.stories[SPARSE].rows(epoch), epoch, run=SPARSE, k=4)
+        caller.stub.AbortPush(pb.AbortPushRequest(push_id=begun.push.push_id), timeout=30)
+
+    def _read(self, run: str) -> None:
+        """Any epoch acknowledged so far; the answer is that epoch's table, or a later one's."""
+        caller, picks = Caller(self.process.address), random.Random(run)
+        while not self.stopped.is_set():
+            acknowledged = self.tally.epochs_pushed.get(run, 0)
+            if acknowledged:
+                epoch = picks.randrange(acknowledged)
+                table = persistently(lambda: self.stories[run].table(caller, epoch))  # noqa: B023
+                self.tally.compare(self.stories[run], table)
+                if table.generation.epoch < epoch:
+                    self.tally.losses.append(f"{run}: asked for epoch {epoch}, got {table.generation.epoch}")
+                self._reread(caller, run, table.generation.generation)
+            time.sleep(0.01)
+        caller.channel.close()
+
+    def _reread(self, caller: Caller, run: str, newest: int) -> None:
+        """An earlier generation, if retention has left it."""
+        number = random.Random(newest * 31).randint(1, newest)
+        try:
+            table = persistently(lambda: caller.table(run=run, generation=number))
+        except grpc.RpcError as error:
+            kept = run == LIBRARY or number % KEEP.keep_every == 0
+            if code_of(error) is not grpc.StatusCode.NOT_FOUND or kept:
+                self.tally.losses.append(f"{run} generation {number}: {code_of(error).name}")
+            return
+        self.tally.compare(self.stories[run], table)
+
+    def _query(self, run: str) -> None:
+        """Nearest classes from the embeddings are those of the table."""
+        caller = Caller(self.process.address)
+        while not self.stopped.is_set():
+            if self.tally.epochs_pushed.get(run):
+                table = persistently(lambda: caller.table(run=run))
+                with suppress(grpc.RpcError):  # its embeddings may just have been dropped
+                    found = caller.nearest([13], run=run, generation=table.generation.generation)
+                    if found.rows[0].ids != table.ids[13].tolist():
+                        self.tally.losses.append(f"nearest differs in generation {found.generation}")
+            time.sleep(0.05)
+        caller.channel.close()
+
+
+def soak(tmp_path: Path, rounds: int, seed: int) -> None:
+    before, began = segments(), time.monotonic()
+    process = Process(tmp_path)
+    tally = Soak(process, seed).run(rounds)
+    caller = Caller(process.address)
+    for run, story in ((LIBRARY, Story(LIBRARY, seed)), (SPARSE, Story(SPARSE, seed))):
+        story.table(caller, tally.epochs_pushed[run] - 1)
+        for generation in all_generations(caller, run):
+            tally.compare(story, caller.table(run=run, generation=generation.generation))
+    kept = {g.epoch for g in all_generations(caller, LIBRARY)}
+    missing = set(range(tally.epochs_pushed[LIBRARY])) - kept
+    tally.losses += [f"epoch {epoch} was acknowledged and is gone" for epoch in sorted(missing)]
+    caller.channel.close()
+    assert process.terminate() == 0
+    tally.losses += [f"left over: {each}" for each in litter(process.data, outcomes=40)]
+    tally.losses += [f"left over: {each}" for each in segments() - before]
+    summary = {
+        "rounds": tally.rounds,
+        "seed": seed,
+        "seconds": round(time.monotonic() - began),
+        "epochs": tally.epochs_pushed,
+        "generations_seen": len(tally.digests),
+        "tables_compared": tally.tables_compared,
+        "losses": len(tally.losses),
+    }
+    print(json.dumps(summary))
+    assert not tally.losses, tally.losses[:10]
+
+
+def all_generations(caller: Caller, run: str) -> list[pb.Generation]:
+    found: list[pb.Generation] = []
+    token = ""
+    while True:
+        request = pb.ListGenerationsRequest(run=run, page_token=token)
+        page = caller.stub.ListGenerations(request, timeout=30)
+        found += page.generations
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def test_a_few_deaths(tmp_path: Path) -> None:
+    soak(tmp_path, rounds=5, seed=3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_hundreds_of_deaths(tmp_path: Path) -> None:
+    soak(tmp_path, rounds=ROUNDS, seed=SEED)
