@@ -17,7 +17,7 @@ from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.http import HealthServer
-from nearkin_service.operations import Builds, Core, Engines, Searching
+from nearkin_service.operations import Builds, Core, Engines, Pushing, Searching
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
 
@@ -96,11 +96,13 @@ class NeighbourServer:
 
     def _resume(self) -> None:
         """Goes on where the service before stopped: open pushes, builds, flushing, sweeping."""
-        core = self.core
+        core, pushing = self.core, Pushing(self.core, self._builds)
         for push in core.catalogue.open_pushes:
             core.files[push.push_id] = core.directory.open_push(push.spec, push.push_id)
             if push.state is PushState.BUILDING:
                 self._builds.enqueue(push)
+            else:
+                core.spawn(pushing.resume(push))
             log.info(
                 "run %s epoch %d: push %s goes on, %s",
                 push.spec.run,

@@ -104,6 +104,24 @@ def test_killed_at(fault: str, process: Process) -> None:
     assert segments() == before
 
 
+def test_a_push_that_was_complete_when_its_service_died_is_built_though_nobody_calls_again(
+    process: Process,
+) -> None:
+    """The last row was stored and not answered for: a client that asks sees it there and sends no more."""
+    rows = STORY.rows(0)
+    process.start("write.noted")
+    caller = Caller(process.address)
+    push_id = caller.begin(rows, run=STORY.run, k=STORY.k).push.push_id
+    with pytest.raises(grpc.RpcError):
+        caller.write(push_id, rows)
+    process.ended()
+    caller.channel.close()
+    process.start()
+    caller = Caller(process.address)
+    assert not STORY.wrong(STORY.table(caller, 0))
+    caller.channel.close()
+
+
 def test_an_unknown_point_is_refused(process: Process) -> None:
     assert not process.start("no.such.point")
     assert process.ended() not in (0, -signal.SIGKILL)

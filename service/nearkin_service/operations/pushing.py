@@ -243,6 +243,10 @@ class Pushing:
         await self._close(push)
         return push.view()
 
+    async def resume(self, push: Push) -> None:
+        """What an earlier service left: it may have died between the last row and its commit."""
+        await self._commit_if_complete(push)
+
     async def _commit_if_complete(self, push: Push) -> None:
         if push.state is PushState.OPEN and push.commit_when_complete and push.complete:
             await self._require_complete(push)
