@@ -61,7 +61,7 @@ class ModelConfig:
         width: channels of its first stage.
         blocks: residual blocks in each of its three stages.
         score_scale: spread of the scores that the untrained head gives; small scores learn slowly.
-        precision: what convolutions compute in; `auto` is bfloat16 where the device has matrix instructions
+        precision: what convolutions compute in; `auto` is bfloat16 where the device has instructions
             for it.
         matching: backend of the location-wise matching.
     """
