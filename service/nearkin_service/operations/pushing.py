@@ -260,7 +260,15 @@ class Pushing:
             await self._builds.end(push, PushState.FAILED, error.reason)
             raise
 
+    async def _blank(self, push: Push) -> None:
+        """Zeroes what never came while nobody writes: those places may hold another epoch's rows."""
+        async with push.claim(RowRange(0, push.spec.num_classes)):
+            never = push.absent.minus(push.stored)
+            if push.state is PushState.OPEN and len(never):
+                await self._core.io(self._core.files[push.push_id].blank, never)
+
     async def _require_checksum(self, push: Push, expected: int) -> None:
+        await self._blank(push)
         found = await self._core.io(self._checksum, push)
         if found != expected:
             raise DataLossError(
@@ -280,6 +288,7 @@ class Pushing:
             rows.close()
 
     async def _close(self, push: Push) -> None:
+        await self._blank(push)
         if push.state is not PushState.OPEN:
             return
         push.state = PushState.BUILDING

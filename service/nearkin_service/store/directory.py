@@ -21,6 +21,7 @@ from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
 from nearkin_service.store.rows import RowsFile, as_rows, check_payload
 from nearkin_service.store.segments import Segment
+from nearkin_service.store.spares import Spares
 from nearkin_service.values import (
     EmbeddingsState,
     Generation,
@@ -44,6 +45,7 @@ class DataDirectory:
         faults.point("start.locked")
         self._layout = Layout(root)
         self._layout.prepare()
+        self._spares = Spares(self._layout.spares)
         faults.point("start.trash_emptied")
         self.quarantined = 0
 
@@ -161,7 +163,9 @@ class DataDirectory:
     def require_space(self, spec: PushSpec, promised_bytes: int, min_free_bytes: int) -> None:
         """LimitExceededError: rows and tables would not leave the disk its reserve."""
         needed = spec.rows_bytes + spec.tables_bytes + promised_bytes
-        free = shutil.disk_usage(self._layout.root).free
+        if self.free_bytes() - needed < min_free_bytes:
+            self._spares.clear()
+        free = self.free_bytes()
         if free - needed < min_free_bytes:
             raise LimitExceededError(
                 "min_free_disk_bytes",
@@ -171,7 +175,8 @@ class DataDirectory:
 
     def create_push(self, spec: PushSpec, created: float) -> tuple[str, PushFiles]:
         push_id = new_push_id()
-        return push_id, PushFiles.create(self._layout.push(spec.run, push_id), push_id, spec, created)
+        path = self._layout.push(spec.run, push_id)
+        return push_id, PushFiles.create(path, push_id, spec, created, self._spares)
 
     def create_segment(self, size: int) -> Segment:
         """Memory to share with one caller. LimitExceededError: the disk is full."""
@@ -181,7 +186,7 @@ class DataDirectory:
         return PushFiles(self._layout.push(spec.run, push_id), spec)
 
     def finish_push(self, run: str, push_id: str, state: PushState, error: str) -> None:
-        push_files.finish(self._layout.push(run, push_id), state, error)
+        push_files.finish(self._layout.push(run, push_id), state, error, self._spares)
 
     def forget_push(self, run: str, push_id: str) -> None:
         self._layout.discard(self._layout.push(run, push_id))
@@ -212,7 +217,11 @@ class DataDirectory:
         return gens.flush(self._layout.generation(generation.run, generation.number))
 
     def drop_embeddings(self, generation: Generation) -> EmbeddingsState:
-        return gens.drop_embeddings(self._layout.generation(generation.run, generation.number))
+        path = self._layout.generation(generation.run, generation.number)
+        return gens.drop_embeddings(path, self._spares)
+
+    def pin(self, generation: Generation, *, pinned: bool) -> None:
+        gens.pin(self._layout.generation(generation.run, generation.number), pinned=pinned)
 
     def verify_rows(self, generation: Generation) -> EmbeddingsState:
         return gens.verify_rows(self._layout.generation(generation.run, generation.number), generation)

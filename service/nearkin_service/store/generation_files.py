@@ -31,6 +31,7 @@ from nearkin_service.store.journal import Kind
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
 from nearkin_service.store.rows import RowsFile, as_bytes
+from nearkin_service.store.spares import Spares
 from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec
 
 log = logging.getLogger("nearkin.store")
@@ -42,6 +43,7 @@ MANIFEST, IDS, SCORES, ABSENT, EMBEDDINGS = (
     "absent.bin",
     "embeddings.json",
 )
+PINNED = "pinned"
 _BLOCK_BYTES = 2 << 20
 
 
@@ -160,7 +162,11 @@ def load(directory: Path, run: str, number: int) -> Generation:
         for name, expected in ((IDS, generation.ids), (SCORES, generation.scores)):
             _verify_column(directory / name, generation, expected)
         read_absent(directory, generation)
-        return replace(generation, embeddings=_recover_embeddings(directory, generation))
+        return replace(
+            generation,
+            embeddings=_recover_embeddings(directory, generation),
+            pinned=(directory / PINNED).exists(),
+        )
     except OSError as error:
         raise DataLossError(
             f"{directory.name}: {error.strerror}: {Path(str(error.filename)).name}"
@@ -245,14 +251,24 @@ def flush(directory: Path) -> EmbeddingsState:
     return EmbeddingsState.KEPT
 
 
-def drop_embeddings(directory: Path) -> EmbeddingsState:
+def drop_embeddings(directory: Path, spares: Spares) -> EmbeddingsState:
     """Frees the embeddings; who has them open keeps them until done."""
     _write_embeddings_state(directory, EmbeddingsState.DROPPED)
     faults.point("retention.state_written")
+    spares.keep(directory / ROWS)
     for name in (ROWS, JOURNAL):
         (directory / name).unlink(missing_ok=True)
     faults.point("retention.rows_gone")
     return EmbeddingsState.DROPPED
+
+
+def pin(directory: Path, *, pinned: bool) -> None:
+    """Marks a generation as one to keep, or no longer; on disk when this returns."""
+    if pinned:
+        (directory / PINNED).touch()
+    else:
+        (directory / PINNED).unlink(missing_ok=True)
+    fsync_directory(directory)
 
 
 def _write_embeddings_state(directory: Path, state: EmbeddingsState) -> None:

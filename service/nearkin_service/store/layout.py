@@ -44,6 +44,10 @@ class Layout:
         return self.root / "segments"
 
     @property
+    def spares(self) -> Path:
+        return self.root / "spares"
+
+    @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
 
@@ -82,14 +86,14 @@ class Layout:
 
     def prepare(self) -> None:
         """Makes the directories, checks the format, clears away leftovers. ValueError: a newer format."""
-        for path in (self.root, self.runs, self.trash, self.quarantine, self.segments):
+        for path in (self.root, self.runs, self.trash, self.quarantine, self.segments, self.spares):
             path.mkdir(parents=True, exist_ok=True)
         self._check_format()
         faults.point("start.prepared")
         for left in self.trash.iterdir():
             shutil.rmtree(left, ignore_errors=True)
-        for segment in self.segments.iterdir():
-            segment.unlink()
+        for left in (*self.segments.iterdir(), *self.spares.iterdir()):
+            left.unlink()
 
     def _check_format(self) -> None:
         path = self.root / "nearkin.json"

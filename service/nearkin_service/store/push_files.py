@@ -28,6 +28,7 @@ from nearkin_service.store.rows import (
     inspect,
     refuse_infinite,
 )
+from nearkin_service.store.spares import Spares
 from nearkin_service.values import PushSpec, PushState, RecoveredPush
 
 ROWS, JOURNAL, PUSH, OUTCOME = "rows.bin", "journal", "push.json", "outcome.json"
@@ -62,12 +63,15 @@ class PushFiles:
         self._journal = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     @staticmethod
-    def create(directory: Path, push_id: str, spec: PushSpec, created: float) -> PushFiles:
+    def create(
+        directory: Path, push_id: str, spec: PushSpec, created: float, spares: Spares | None = None
+    ) -> PushFiles:
         """Makes the files; the push exists once its `push.json` does."""
         try:
             directory.mkdir(parents=True)
-            with (directory / ROWS).open("wb") as rows:
-                rows.truncate(spec.rows_bytes)
+            if spares is None or not spares.take(spec.rows_bytes, directory / ROWS):
+                with (directory / ROWS).open("wb") as rows:
+                    rows.truncate(spec.rows_bytes)
             (directory / JOURNAL).touch()
             faults.point("push.rows_made")
             body = {"push_id": push_id, "spec": spec.to_document(), "created": created, "boot": boot_id()}
@@ -135,6 +139,11 @@ class PushFiles:
         self.note([Record(Kind.COMMITTED)], durable=True)
         faults.point("commit.noted")
 
+    def blank(self, rows: RowSet) -> None:
+        """Zeroes rows that never came: an old row may lie there, or what a writer left who died."""
+        for each in rows:
+            self.rows.blank(each.start, len(each))
+
     def checksum(self) -> int:
         """CRC32C over all rows in order; what was never sent counts as zero bytes."""
         return self.rows.checksum(0, self._spec.num_classes)
@@ -155,10 +164,12 @@ def compare_rows(file: RowsFile, rows_nR: NDArray[Any], start: int, known: RowSe
             )
 
 
-def finish(directory: Path, state: PushState, error: str) -> None:
+def finish(directory: Path, state: PushState, error: str, spares: Spares | None = None) -> None:
     """Records how a push ended that came to nothing, and frees its rows."""
     write_document(directory / OUTCOME, {"state": state, "error": error})
     faults.point("outcome.written")
+    if spares is not None:
+        spares.keep(directory / ROWS)
     for name in (ROWS, JOURNAL):
         (directory / name).unlink(missing_ok=True)
 

@@ -101,6 +101,18 @@ class RowsFile:
         checksum = crc32c.crc32c(data) if crc is None else crc
         return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
+    def blank(self, start: int, count: int) -> None:
+        """Zeroes rows."""
+        nothing, end = (
+            bytes(min(_SCAN_BYTES, count * self._spec.row_bytes)),
+            (start + count) * self._spec.row_bytes,
+        )
+        try:
+            for at in range(start * self._spec.row_bytes, end, len(nothing)):
+                _pwrite_all(self._descriptor, memoryview(nothing)[: end - at], at)
+        except OSError as error:
+            raise disk_error(error) from error
+
     def read(self, start: int, count: int) -> NDArray[Any]:
         """[count, R]. DataLossError: the file ends before."""
         row_bytes = self._spec.row_bytes
