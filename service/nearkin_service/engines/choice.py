@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from nearkin_service.engines.auto import ENGINES, Job, choose, mixed_lacks
 from nearkin_service.engines.contract import (
     BuildMonitor,
     BuildRequest,
@@ -33,9 +34,13 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
     """
     _check(rows_NR, request)
     device = resolve_device(request.device)
-    engine = _chosen(request)
-    log.info("building %d x %d, key %s, k %d with %s", *rows_NR.shape, request.key, request.k, engine)
     source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
+    engine, why = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), device)
+    log.info("%d x %d, key %s, k %d: engine %s; %s", *rows_NR.shape, request.key, request.k, engine, why)
+    if engine == "mixed":
+        from nearkin_service.engines.mixed.cpu import build_mixed
+
+        return build_mixed(source, request.k, monitor)
     return build_flat(source, request.k, device, monitor)
 
 
@@ -52,17 +57,17 @@ def open_searcher(
 
 def describe_engines() -> list[EngineDescription]:
     """Every engine that this version knows, whether it can be used here, and why not."""
-    return [EngineDescription("flat", True, faiss_version(), exact=True)]
+    lacking = mixed_lacks()
+    return [
+        EngineDescription("flat", True, faiss_version(), exact=True),
+        EngineDescription("mixed", lacking is None, lacking or "bfloat16 instructions are there", exact=True),
+    ]
 
 
 def _check(rows_NR: NDArray[Any], request: BuildRequest) -> None:
     if request.key not in _KEYS:
         raise ValueError(f"key: {request.key!r} is not one of {', '.join(_KEYS)}")
+    if request.engine not in ENGINES:
+        raise ValueError(f"engine: {request.engine!r} is not one of {', '.join(ENGINES)}")
     if not 1 <= request.k <= len(rows_NR) - 1:
         raise ValueError(f"k: {request.k} is not in [1, {len(rows_NR) - 1}] for {len(rows_NR)} classes")
-
-
-def _chosen(request: BuildRequest) -> str:
-    if request.engine not in ("auto", "flat"):
-        raise ValueError(f"engine: {request.engine!r} is not one of auto, flat")
-    return "flat"

@@ -12,20 +12,17 @@ block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import (
     EMPTY,
-    LANES,
     STEPS,
     best,
-    in_steps,
-    lane_sum,
     pair_steps,
     ranks,
+    settle_doubt,
     steps_of,
 )
 from nearkin_service.engines.contract import BuildMonitor
@@ -74,7 +71,7 @@ def exact_ranks(
     queries: Queries, keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
 ) -> NDArray[np.int64]:
     """The k best ranks of each query against every key, in float64 and bounded memory."""
-    size = max(keys_MD.shape[1], LANES)
+    size = max(keys_MD.shape[1], 1)
     block = int(min(4096, max(16, _EXACT_BYTES // (8 * size))))
     rows = int(min(512, max(16, _EXACT_BYTES // (8 * size))))
     result_Qk = np.full((len(queries.own), k), EMPTY)
@@ -91,21 +88,12 @@ def exact_ranks(
 
 def _block_ranks(queries: Queries, keys_BD: NDArray[np.float32], left: int) -> NDArray[np.int64]:
     """Ranks of all pairs of a block. A float64 product may round the other way only next to a half step."""
-    scores_QB = np.clip(queries.keys.astype(np.float64) @ keys_BD.astype(np.float64).T, -1.0, 1.0)
-    steps_QB = in_steps(scores_QB)
-    doubt = 4 * keys_BD.shape[1] * 2.0**-53 * STEPS
-    rows, columns = np.nonzero(np.abs(scores_QB * STEPS - steps_QB) > 0.5 - doubt)
-    for start in range(0, len(rows), 1024):
-        some = slice(start, start + 1024)
-        steps_QB[rows[some], columns[some]] = _steps_of_pairs(
-            queries.keys[rows[some]], keys_BD[columns[some]]
-        )
+    scores_QB = queries.keys.astype(np.float64) @ keys_BD.astype(np.float64).T
+    owners_P, others_P = np.divmod(np.arange(scores_QB.size), scores_QB.shape[1])
+    steps_P = settle_doubt(scores_QB.ravel(), keys_BD.shape[1], (queries.keys, owners_P), (keys_BD, others_P))
+    steps_QB = steps_P.reshape(scores_QB.shape)
     positions_B = np.arange(left, left + len(keys_BD))
     packed_QB = ranks(steps_QB, positions_B[None, :])
     inside = np.flatnonzero((queries.own >= left) & (queries.own < left + len(keys_BD)))
     packed_QB[inside, queries.own[inside] - left] = EMPTY
     return packed_QB
-
-
-def _steps_of_pairs(first_PD: NDArray[Any], second_PD: NDArray[Any]) -> NDArray[np.int64]:
-    return in_steps(lane_sum(np.multiply(first_PD, second_PD, dtype=np.float64)))

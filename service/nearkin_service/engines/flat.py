@@ -24,6 +24,8 @@ from nearkin_service.engines.pacing import BlockSize, Pace, Silence
 SLACK = 8
 """Candidates asked for beyond the k-th, so that near-ties there rarely need a second pass."""
 _GPU_MOST_CANDIDATES = 2048
+_SMALL = 256  # keys: float64 at once costs less than a search and its completion
+_LARGE_SHARE = 8  # likewise if this many times the candidates are all keys
 _FIRST_BLOCK_PRODUCTS = {"cpu": 1 << 34, "cuda": 1 << 41}
 _MOST_BLOCK_ROWS = 16384
 
@@ -112,6 +114,8 @@ def nearest(
     count = min(k + 1 + SLACK, len(index.keys_MD))
     if not count:
         return np.full((len(queries.own), k), EMPTY), 0
+    if len(index.keys_MD) <= max(_SMALL, _LARGE_SHARE * count):
+        return exact_ranks(queries, index.keys_MD, k, monitor), 0
     if count > index.most_candidates:
         return exact_ranks(queries, index.keys_MD, k, monitor), len(queries.own)
     return complete(queries, index.keys_MD, index.search(queries.keys, count), k, monitor)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import BuildMonitor, KeyName
 from nearkin_service.engines.pacing import Pace
+from nearkin_service.engines.workers import in_threads
 
 _BLOCK_ELEMENTS = 1 << 18  # 2 MiB in float64: stays in cache
 
@@ -82,8 +83,11 @@ def fill_keys(
     pace = Pace(monitor, "keys", len(present))
     step = max(1, _BLOCK_ELEMENTS // max(1, source.rows.shape[1]))
     whole = len(present) == len(source.rows)
-    for start in range(0, len(present), step):
+
+    def fill(start: int) -> None:
         ids = present[start : start + step]
         block_BR = source.rows[start : start + step] if whole else source.rows[ids]
         keys_MD[start : start + len(ids)] = source.keys_of(block_BR, ids)
-        pace.done(start + len(ids))
+
+    in_threads(fill, range(0, len(present), step), lambda done: pace.done(done * step))
+    pace.done(len(present))

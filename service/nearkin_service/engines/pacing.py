@@ -37,7 +37,7 @@ class Pace:
         now = time.monotonic()
         if rows >= self._total or now - self._reported >= _BETWEEN_REPORTS:
             self._reported = now
-            self._monitor.progress(self._stage, rows, self._total)
+            self._monitor.progress(self._stage, min(rows, self._total), self._total)
 
 
 class BlockSize:

@@ -1,0 +1,77 @@
+"""The rule of engine `auto`, in one place.
+
+`mixed` where it is known to win, else `flat`:
+
+- its packages are installed (`nearkin-service[mixed]`) and the processor multiplies bfloat16 in hardware;
+- the device is the CPU;
+- at least `LEAST_CLASSES` classes: below, starting its threads costs more than it saves;
+- k is at most a quarter of the classes: above, the k-th neighbour's similarity is near or below zero, where
+its
+  sieve does not work, and little is left to leave out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ENGINES = ("auto", "flat", "mixed")
+LEAST_CLASSES = 1000
+_PACKAGES = ("torch", "numba")
+_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a table is built of: classes, elements of a key, neighbours."""
+
+    classes: int
+    key_size: int
+    k: int
+
+
+def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
+    """The engine that builds, and why.
+
+    Raises:
+        ValueError: it was asked for by name and cannot be used here.
+    """
+    lacking = mixed_lacks()
+    if wanted == "mixed" and _no_packages():
+        raise ValueError(f"engine: mixed cannot be used: {lacking}; use engine auto or flat")
+    if wanted != "auto":
+        return wanted, "asked for"
+    if lacking:
+        return "flat", f"auto, since {lacking}"
+    if device != "cpu":
+        return "flat", f"auto, since FAISS searches on {device}"
+    if job.classes < LEAST_CLASSES:
+        return "flat", f"auto, since there are fewer than {LEAST_CLASSES} classes"
+    if 4 * job.k > job.classes:
+        return "flat", "auto, since k is more than a quarter of the classes"
+    return "mixed", "auto, since bfloat16 products are faster here"
+
+
+@cache
+def mixed_lacks() -> str | None:
+    """What keeps `mixed` from paying here, or None."""
+    return _no_packages() or _no_instructions()
+
+
+def _no_packages() -> str | None:
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed (pip install 'nearkin-service[mixed]')"
+    return None
+
+
+def _no_instructions() -> str | None:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return "the processor's instructions are unknown"
+    if any(name in flags for name in _INSTRUCTIONS):
+        return None
+    return f"this processor has none of {', '.join(_INSTRUCTIONS)}"

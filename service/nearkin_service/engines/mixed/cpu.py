@@ -1,0 +1,69 @@
+"""Engine `mixed` on the CPU: scan, rerank, and whatever is not proved goes to the float32 engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import cache
+from importlib import metadata
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.complete import Queries
+from nearkin_service.engines.contract import BuildMonitor, BuiltTable
+from nearkin_service.engines.devices import faiss_version
+from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
+from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.mixed.rerank import Reranking
+from nearkin_service.engines.mixed.scan import rounded, scan
+from nearkin_service.engines.mixed.simd import WIDTH
+
+_SIEVE_PLACES = 1 << 25
+_SECOND_BLOCK = 256
+
+
+def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
+    """The exact neighbour table, by a certified bfloat16 pass."""
+    began = time.monotonic()
+    index = filled_index(source, "cpu", monitor)
+    keyed = time.monotonic()
+    ranks_Mk, redone, seconds = mixed_self_join(index, k, monitor)
+    ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
+    return BuiltTable(
+        ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, _versions()
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {name: metadata.version(name) for name in ("torch", "numba")}
+    return {"faiss": faiss_version(), "numpy": np.__version__, **found}
+
+
+def mixed_self_join(
+    index: FlatIndex, k: int, monitor: BuildMonitor
+) -> tuple[NDArray[np.int64], int, dict[str, float]]:
+    """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
+    keys_MD = index.keys_MD
+    times = [time.monotonic()]
+    keys = rounded(keys_MD)
+    times.append(time.monotonic())
+    sieve = scan(keys, k, sieve_width(len(keys_MD), k), monitor)
+    times.append(time.monotonic())
+    ranks_Mk, certified = Reranking(keys_MD, sieve, k, monitor).run()
+    times.append(time.monotonic())
+    redo = np.flatnonzero(~certified)
+    for start in range(0, len(redo), _SECOND_BLOCK):
+        monitor.check()
+        own = redo[start : start + _SECOND_BLOCK]
+        ranks_Mk[own], _ = nearest(index, Queries(keys_MD[own], own), k, monitor)
+    times.append(time.monotonic())
+    names = ("round", "scan", "rerank", "second path")
+    return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))
+
+
+def sieve_width(count: int, k: int) -> int:
+    """Places of a row's sieve: room for the k best, and for those that rounding cannot tell from them."""
+    wanted = max(2 * k + 256, _SIEVE_PLACES // count)
+    return math.ceil(min(count + WIDTH, wanted) / WIDTH) * WIDTH

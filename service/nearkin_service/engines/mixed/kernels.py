@@ -1,0 +1,308 @@
+"""The compiled loops of engine `mixed`: rounding, sieving tiles, scoring pairs. They run without the GIL.
+
+A bfloat16 that is not negative orders like its bits read as int16. Tiles are sieved in that form, 32 entries
+at a time, against a limit per row that is never negative: zero padding and negative similarities never pass.
+
+Dimension letters: M keys, D elements of a key, B rows and C columns of a tile, P pairs, W places in a sieve's
+row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, uint32
+from numpy.typing import NDArray
+
+from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit
+
+log = logging.getLogger("nearkin.engines")
+
+ROUNDING = 2.0**-8 * 1.01
+"""Rounding a sum to bfloat16 moves it by at most this share of the result."""
+CLOSED = np.int16(32767)
+"""The limit of a row whose sieve overflowed: nothing passes any more."""
+VACANT = np.int16(-32768)
+UNKNOWN = np.int32(-(2**31))
+"""In place of a pair's exact score in steps of 2**-24."""
+_ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
+
+
+class Sieve(NamedTuple):
+    """Per key: a limit, and the entries above it: bfloat16 bits as int16, and the other key's position.
+
+    `rooms` is how many entries a row may hold before it is pruned.
+    """
+
+    limits: NDArray[np.int16]
+    counts: NDArray[np.int32]
+    rooms: NDArray[np.int32]
+    values: NDArray[np.int16]
+    ids: NDArray[np.int32]
+    errors: NDArray[np.float64]
+
+    @staticmethod
+    def empty(rows: int, width: int, errors: NDArray[np.float64]) -> Sieve:
+        """Sieves that let every positive entry pass."""
+        return Sieve(
+            np.zeros(rows, np.int16),
+            np.zeros(rows, np.int32),
+            np.full(rows, width, np.int32),
+            np.full((rows, width), VACANT),
+            np.empty((rows, width), np.int32),
+            errors,
+        )
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep the machine code in, as in a read-only container
+        log.debug("compiling %s anew in each process", function.__name__)
+        return njit(nogil=True)(function)
+
+
+def _compiled_loosely(function: Callable[..., Any]) -> Any:
+    """For float64 sums whose order does not matter: let the compiler use vectors."""
+    loose = {"reassoc", "contract", "nsz"}
+    try:
+        return njit(nogil=True, cache=True, fastmath=loose)(function)
+    except RuntimeError:
+        return njit(nogil=True, fastmath=loose)(function)
+
+
+@_compiled_loosely
+def round_rows(bits_MD: Any, keys_MD: Any, rounded_MD: Any, error_M: Any) -> None:
+    """bfloat16 (as uint16) of each key, to the nearest even; and the norm of what rounding took away.
+
+    `bits_MD` is `keys_MD` seen as uint32. Elements under 1e-30 become 0: processors flush such products.
+    """
+    for row in range(keys_MD.shape[0]):
+        total = 0.0
+        for column in range(keys_MD.shape[1]):
+            bits = bits_MD[row, column]
+            upper = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+            upper = upper if abs(keys_MD[row, column]) > 1e-30 else uint32(0)
+            rounded_MD[row, column] = upper
+        for column in range(keys_MD.shape[1]):
+            kept = np.uint32(uint32(rounded_MD[row, column]) << uint32(16)).view(np.float32)
+            lost = np.float64(keys_MD[row, column]) - np.float64(kept)
+            total += lost * lost
+        error_M[row] = np.sqrt(total) * (1 + 1e-6)
+
+
+@_compiled
+def kth_largest(address: Any, count: Any, k: Any) -> Any:
+    """The k-th largest of `count` int16 (a multiple of 32), or 0 if it is not positive."""
+    low, high = 0, int(_ONE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = 0
+        for place in range(0, count, WIDTH):
+            found += count_bits(above(address + 2 * place, np.int16(middle - 1)))
+        if found >= k:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@_compiled
+def limit_below(kth: Any, error: Any) -> Any:
+    """The limit under which nothing can still belong to the k best, given a k-th best value so far."""
+    value = np.int32(np.int32(kth) << np.int32(16)).view(np.float32)
+    least = (value * (1 - ROUNDING) - 2 * error) / (1 + ROUNDING)
+    if least <= 0:
+        return np.int16(0)
+    bits = np.float32(least).view(np.int32) >> 16
+    return np.int16(max(np.int32(0), bits - np.int32(1)))
+
+
+@_compiled
+def prune(row: Any, k: Any, sieve: Any) -> None:
+    """Drop from a row's sieve what can no longer be among its k best; close the row if too much remains."""
+    values, ids = sieve.values, sieve.ids
+    width = values.shape[1]
+    count = sieve.counts[row]
+    if sieve.limits[row] == CLOSED or count < k:
+        return
+    kth = kth_largest(values[row].ctypes.data, (count + WIDTH - 1) // WIDTH * WIDTH, k)
+    limit = limit_below(kth, sieve.errors[row])
+    kept = 0
+    for place in range(count):
+        if values[row, place] > limit:
+            values[row, kept] = values[row, place]
+            ids[row, kept] = ids[row, place]
+            kept += 1
+    for place in range(kept, count):
+        values[row, place] = VACANT
+    sieve.counts[row] = kept
+    sieve.limits[row] = max(limit, sieve.limits[row])
+    sieve.rooms[row] = min(width, kept + kept // 2 + k + WIDTH)
+    if kept > width - width // 8:
+        sieve.limits[row] = CLOSED
+
+
+@_compiled
+def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
+    """Offer a tile's entries to the sieves of its rows. With `seed`, begin with a limit from this tile.
+
+    `corner` is the position of the tile's first row and first column among the keys.
+    """
+    first_row, first_column = corner
+    limits, counts, rooms, values, ids, errors = sieve
+    columns = tile_BC.shape[1]
+    for local in range(tile_BC.shape[0]):
+        row = first_row + local
+        address = tile_BC[local].ctypes.data
+        if seed:
+            limits[row] = limit_below(kth_largest(address, columns, k), errors[row])
+            rooms[row] = min(values.shape[1], 3 * k + 2 * WIDTH)
+        for start in range(0, columns, WIDTH):
+            mask = above(address + 2 * start, limits[row])
+            while mask != 0:
+                column = start + first_bit(mask)
+                mask = mask & (mask - uint32(1))
+                if counts[row] == rooms[row]:
+                    prune(row, k, sieve)
+                value = tile_BC[local, column]
+                if value > limits[row]:
+                    values[row, counts[row]] = value
+                    ids[row, counts[row]] = first_column + column
+                    counts[row] += 1
+
+
+@_compiled
+def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
+    """Offer a tile's entries to the sieves of its columns: the other half of a symmetric matrix."""
+    first_row, first_column = corner
+    limits, counts, rooms, values, ids, _ = sieve
+    columns = tile_BC.shape[1]
+    limits_address = limits[first_column:].ctypes.data
+    for local in range(tile_BC.shape[0]):
+        address = tile_BC[local].ctypes.data
+        for start in range(0, columns, WIDTH):
+            mask = above_each(address + 2 * start, limits_address + 2 * start)
+            while mask != 0:
+                column = start + first_bit(mask)
+                mask = mask & (mask - uint32(1))
+                row = first_column + column
+                if counts[row] == rooms[row]:
+                    prune(row, k, sieve)
+                value = tile_BC[local, column]
+                if value > limits[row]:
+                    values[row, counts[row]] = value
+                    ids[row, counts[row]] = first_row + local
+                    counts[row] += 1
+
+
+@_compiled
+def finish_rows(span: Any, k: Any, sieve: Any, kth: Any) -> None:
+    """Prune a range of sieves a last time and note each one's k-th value."""
+    for row in range(span[0], span[1]):
+        prune(row, k, sieve)
+        kth[row] = kth_largest(sieve.values[row].ctypes.data, sieve.values.shape[1], k)
+
+
+@_compiled
+def list_pairs(span: Any, least: Any, sieve: Any, exact_MW: Any) -> Any:
+    """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
+
+    A pair is listed if its row wants it, nobody scored it yet, and the other row does not list it itself.
+    """
+    values, ids, counts = sieve.values, sieve.ids, sieve.counts
+    starts = np.zeros(span[1] - span[0] + 1, np.int64)
+    others = np.empty(counts[span[0] : span[1]].sum(), np.int32)
+    pair = 0
+    for row in range(span[0], span[1]):
+        wanted = least[row]
+        for place in range(counts[row]):
+            value = values[row, place]
+            if value >= wanted and exact_MW[row, place] == UNKNOWN:
+                other = ids[row, place]
+                if other > row or value < least[other]:
+                    others[pair] = other
+                    pair += 1
+        starts[row - span[0] + 1] = pair
+    return starts, others[:pair]
+
+
+@_compiled
+def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -> None:
+    """Write each pair's exact score to its row, and to the other key's row if that holds the pair too."""
+    ids, counts = sieve.ids, sieve.counts
+    starts, others = pairs
+    for local in range(starts.shape[0] - 1):
+        row = first_row + local
+        place = 0
+        for pair in range(starts[local], starts[local + 1]):
+            other = others[pair]
+            while ids[row, place] != other:
+                place += 1
+            exact_MW[row, place] = steps[pair]
+            for there in range(counts[other]):
+                if ids[other, there] == row:
+                    exact_MW[other, there] = steps[pair]
+                    break
+
+
+@_compiled_loosely
+def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, chunk: Any, products: Any) -> None:
+    """Inner products in float64 of each query with its listed keys.
+
+    Chunk by chunk, so that the keys' parts stay in cache; four keys at a time, so that loads overlap.
+    """
+    starts, others = pairs
+    size = keys_MD.shape[1]
+    products[:] = 0.0
+    query = np.empty(chunk)
+    for left in range(0, size, chunk):
+        width = min(chunk, size - left)
+        for row in range(starts.shape[0] - 1):
+            for column in range(width):
+                query[column] = queries_QD[row, left + column]
+            pair, end = starts[row], starts[row + 1]
+            while pair + 4 <= end:
+                key_0 = keys_MD[others[pair], left : left + width]
+                key_1 = keys_MD[others[pair + 1], left : left + width]
+                key_2 = keys_MD[others[pair + 2], left : left + width]
+                key_3 = keys_MD[others[pair + 3], left : left + width]
+                sum_0 = sum_1 = sum_2 = sum_3 = 0.0
+                for column in range(width):
+                    sum_0 += query[column] * np.float64(key_0[column])
+                    sum_1 += query[column] * np.float64(key_1[column])
+                    sum_2 += query[column] * np.float64(key_2[column])
+                    sum_3 += query[column] * np.float64(key_3[column])
+                products[pair] += sum_0
+                products[pair + 1] += sum_1
+                products[pair + 2] += sum_2
+                products[pair + 3] += sum_3
+                pair += 4
+            while pair < end:
+                key_0 = keys_MD[others[pair], left : left + width]
+                sum_0 = 0.0
+                for column in range(width):
+                    sum_0 += query[column] * np.float64(key_0[column])
+                products[pair] += sum_0
+                pair += 1
+
+
+@_compiled
+def best_known(span: Any, sieve: Any, exact_MW: Any, best_Gk: Any) -> None:
+    """Each row's k best ranks among the pairs with an exact score, ascending; the rest stays as it was."""
+    k = best_Gk.shape[1]
+    ids, counts = sieve.ids, sieve.counts
+    found = np.empty(exact_MW.shape[1], np.int64)
+    for row in range(span[0], span[1]):
+        known = 0
+        for place in range(counts[row]):
+            steps = exact_MW[row, place]
+            if steps != UNKNOWN:
+                found[known] = (-np.int64(steps) << 32) | np.int64(ids[row, place])
+                known += 1
+        found[:known].sort()
+        kept = min(k, known)
+        best_Gk[row - span[0], :kept] = found[:kept]

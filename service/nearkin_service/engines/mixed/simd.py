@@ -1,0 +1,70 @@
+"""Four vector instructions for numba, in portable LLVM: compare 32 int16, count bits, find a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+WIDTH = 32
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+_VECTOR = ir.VectorType(ir.IntType(16), WIDTH)
+_MASK = ir.IntType(WIDTH)
+
+
+def _load(builder: Any, address: Any) -> Any:
+    pointer = builder.inttoptr(address, cgutils.voidptr_t)
+    return builder.load(pointer, typ=_VECTOR, align=2)
+
+
+@_intrinsic
+def above(typing: Any, address: Any, limit: Any) -> Any:
+    """Bit b of the result: the b-th of 32 int16 from `address` on is greater than `limit`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[1], ir.IntType(32)(0))
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+        limits = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), everywhere)
+        return builder.bitcast(builder.icmp_signed(">", _load(builder, arguments[0]), limits), _MASK)
+
+    return types.uint32(types.intp, types.int16), generate
+
+
+@_intrinsic
+def above_each(typing: Any, address: Any, limits_address: Any) -> Any:
+    """Bit b of the result: the b-th of 32 int16 is greater than the b-th of 32 limits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, limits = _load(builder, arguments[0]), _load(builder, arguments[1])
+        return builder.bitcast(builder.icmp_signed(">", values, limits), _MASK)
+
+    return types.uint32(types.intp, types.intp), generate
+
+
+@_intrinsic
+def count_bits(typing: Any, mask: Any) -> Any:
+    """How many bits are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.ctpop(arguments[0]), ir.IntType(64))
+
+    return types.int64(types.uint32), generate
+
+
+@_intrinsic
+def first_bit(typing: Any, mask: Any) -> Any:
+    """The place of the lowest bit that is set; the mask must not be 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.int64(types.uint32), generate
