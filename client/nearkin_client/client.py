@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nearkin_client import decoding
 from nearkin_client.arrays import as_rows
 from nearkin_client.channel import Certificates, Endpoint
-from nearkin_client.errors import InvalidArgument, invalid
+from nearkin_client.errors import InvalidArgument, Unimplemented, invalid
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender, begin_request
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
@@ -346,6 +346,30 @@ class NeighbourClient:
             lambda stub: stub.DeleteRun, request, doing="deleting a run", timeout=timeout, repeatable=False
         )
 
+    def pin(
+        self, generation: int | None = None, *, pinned: bool = True, timeout: float | None = None
+    ) -> Generation:
+        """Keep a generation, embeddings included, whatever the run's retention says; or (False) no longer.
+
+        Args:
+            generation: its number; default the newest.
+            pinned: False gives it back to retention, which applies from the next publication on.
+            timeout: seconds; default `Patience.call`.
+
+        Raises:
+            NotFound: no such run or generation.
+            Unimplemented: the service does not have this yet.
+        """
+        request = pb.PinGenerationRequest(run=self._named_run(), unpin=not pinned)
+        if generation is not None:
+            request.generation = _positive("generation", generation)
+        self._require_feature("pin", timeout)
+        return decoding.generation(
+            self._wire.ask(
+                lambda stub: stub.PinGeneration, request, doing="pinning a generation", timeout=timeout
+            )
+        )
+
     def compare(
         self,
         base: int | None = None,
@@ -427,6 +451,15 @@ class NeighbourClient:
     @property
     def _accepts_shared(self) -> bool:
         return self._shared_memory is not False and self._wire.endpoint.is_local
+
+    def _require_feature(self, name: str, timeout: float | None) -> None:
+        """Unimplemented: the service lacks something that was added to the protocol later; says what."""
+        info = self._limits(timeout)
+        if name not in info.features:
+            raise Unimplemented(
+                f"the service at {self.address} (version {info.version}) does not have the feature {name!r}; "
+                "update it"
+            )
 
     def _named_run(self) -> str:
         if self._run is None:

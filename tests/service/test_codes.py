@@ -149,6 +149,7 @@ CASES: dict[tuple[str, str], Callable[[Caller], Any]] = {
     ("DeleteGeneration", "NOT_FOUND"): lambda c: c.stub.DeleteGeneration(
         pb.DeleteGenerationRequest(run="run", generation=1)
     ),
+    ("PinGeneration", "NOT_FOUND"): lambda c: c.stub.PinGeneration(pb.PinGenerationRequest(run="run")),
     ("CompareGenerations", "NOT_FOUND"): lambda c: c.stub.CompareGenerations(
         pb.CompareGenerationsRequest(run="run")
     ),

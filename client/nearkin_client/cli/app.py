@@ -235,6 +235,22 @@ def compare(
     machine.emit(found) if json else human.comparison(found, known)
 
 
+@app.command(epilog="Example: nearkin pin 12 --run faces")
+def pin(
+    generation: Annotated[int, typer.Argument(metavar="N", min=1, help="The generation's number.")],
+    *,
+    run: RunName = None,
+    unpin: Annotated[bool, typer.Option("--unpin", help="Give it back to retention instead.")] = False,
+    service: Service = None,
+    json: Json = False,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Keep a generation, embeddings included, whatever the run's retention says."""
+    with _client_of_run(service, timeout, run) as client:
+        found = client.pin(generation, pinned=not unpin)
+    machine.emit(found) if json else human.generations([found])
+
+
 @app.command(epilog="Example: nearkin info --service unix:///run/nearkin.sock")
 def info(service: Service = None, json: Json = False, timeout: Timeout = 10.0) -> None:
     """Version, engines, devices and limits of the service."""

@@ -1271,6 +1271,33 @@ class DeleteGenerationResponse(_message.Message):
 Global___DeleteGenerationResponse: _TypeAlias = DeleteGenerationResponse  # noqa: Y015
 
 @_typing.final
+class PinGenerationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    generation: _builtins.int
+    """0: the newest"""
+    unpin: _builtins.bool
+    """its run's retention applies to it again, from the next publication on"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        unpin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "run", b"run", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinGenerationRequest: _TypeAlias = PinGenerationRequest  # noqa: Y015
+
+@_typing.final
 class CompareGenerationsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1621,6 +1648,9 @@ class Limits(_message.Message):
     MAX_WAITING_READERS_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MIN_FREE_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_RUN_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_READERS_PER_RUN_FIELD_NUMBER: _builtins.int
+    MAX_STREAM_IDLE_SECONDS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     max_num_classes: _builtins.int
     max_row_bytes: _builtins.int
@@ -1634,6 +1664,11 @@ class Limits(_message.Message):
     max_waiting_readers: _builtins.int
     max_memory_bytes: _builtins.int
     min_free_disk_bytes: _builtins.int
+    max_run_bytes: _builtins.int
+    """of one run on disk, open pushes included"""
+    max_waiting_readers_per_run: _builtins.int
+    max_stream_idle_seconds: _builtins.int
+    """a WriteRows stream that sends nothing for so long is ended"""
     def __init__(
         self,
         *,
@@ -1650,10 +1685,13 @@ class Limits(_message.Message):
         max_waiting_readers: _builtins.int = ...,
         max_memory_bytes: _builtins.int = ...,
         min_free_disk_bytes: _builtins.int = ...,
+        max_run_bytes: _builtins.int = ...,
+        max_waiting_readers_per_run: _builtins.int = ...,
+        max_stream_idle_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_generations_per_run", b"max_generations_per_run", "max_k", b"max_k", "max_memory_bytes", b"max_memory_bytes", "max_message_bytes", b"max_message_bytes", "max_nearest_queries", b"max_nearest_queries", "max_num_classes", b"max_num_classes", "max_open_pushes", b"max_open_pushes", "max_open_pushes_per_run", b"max_open_pushes_per_run", "max_push_bytes", b"max_push_bytes", "max_row_bytes", b"max_row_bytes", "max_runs", b"max_runs", "max_waiting_readers", b"max_waiting_readers", "min_free_disk_bytes", b"min_free_disk_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_generations_per_run", b"max_generations_per_run", "max_k", b"max_k", "max_memory_bytes", b"max_memory_bytes", "max_message_bytes", b"max_message_bytes", "max_nearest_queries", b"max_nearest_queries", "max_num_classes", b"max_num_classes", "max_open_pushes", b"max_open_pushes", "max_open_pushes_per_run", b"max_open_pushes_per_run", "max_push_bytes", b"max_push_bytes", "max_row_bytes", b"max_row_bytes", "max_run_bytes", b"max_run_bytes", "max_runs", b"max_runs", "max_stream_idle_seconds", b"max_stream_idle_seconds", "max_waiting_readers", b"max_waiting_readers", "max_waiting_readers_per_run", b"max_waiting_readers_per_run", "min_free_disk_bytes", b"min_free_disk_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

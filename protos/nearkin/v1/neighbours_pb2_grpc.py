@@ -104,6 +104,11 @@ class NeighbourServiceStub(object):
                 request_serializer=nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationRequest.SerializeToString,
                 response_deserializer=nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationResponse.FromString,
                 _registered_method=True)
+        self.PinGeneration = channel.unary_unary(
+                '/nearkin.v1.NeighbourService/PinGeneration',
+                request_serializer=nearkin_dot_v1_dot_neighbours__pb2.PinGenerationRequest.SerializeToString,
+                response_deserializer=nearkin_dot_v1_dot_neighbours__pb2.Generation.FromString,
+                _registered_method=True)
         self.CompareGenerations = channel.unary_unary(
                 '/nearkin.v1.NeighbourService/CompareGenerations',
                 request_serializer=nearkin_dot_v1_dot_neighbours__pb2.CompareGenerationsRequest.SerializeToString,
@@ -243,6 +248,14 @@ class NeighbourServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinGeneration(self, request, context):
+        """Keeps a generation, embeddings included, whatever its run's retention says; or no longer. Idempotent.
+        Feature "pin". NOT_FOUND: no such run or generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CompareGenerations(self, request, context):
         """How far neighbours and embeddings moved between two generations of one run.
         NOT_FOUND: no such run or generation. FAILED_PRECONDITION: they have different numbers of classes.
@@ -330,6 +343,11 @@ def add_NeighbourServiceServicer_to_server(servicer, server):
                     servicer.DeleteGeneration,
                     request_deserializer=nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationRequest.FromString,
                     response_serializer=nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationResponse.SerializeToString,
+            ),
+            'PinGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinGeneration,
+                    request_deserializer=nearkin_dot_v1_dot_neighbours__pb2.PinGenerationRequest.FromString,
+                    response_serializer=nearkin_dot_v1_dot_neighbours__pb2.Generation.SerializeToString,
             ),
             'CompareGenerations': grpc.unary_unary_rpc_method_handler(
                     servicer.CompareGenerations,
@@ -720,6 +738,33 @@ class NeighbourService(object):
             '/nearkin.v1.NeighbourService/DeleteGeneration',
             nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationRequest.SerializeToString,
             nearkin_dot_v1_dot_neighbours__pb2.DeleteGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nearkin.v1.NeighbourService/PinGeneration',
+            nearkin_dot_v1_dot_neighbours__pb2.PinGenerationRequest.SerializeToString,
+            nearkin_dot_v1_dot_neighbours__pb2.Generation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -106,6 +106,10 @@ class NeighbourServiceStub:
     """Removes a run with everything in it; its open pushes are aborted. NOT_FOUND: no such run."""
     DeleteGeneration: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.DeleteGenerationRequest, _neighbours_pb2.DeleteGenerationResponse]
     """Removes one generation; its number is never given again. NOT_FOUND: no such run or generation."""
+    PinGeneration: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.PinGenerationRequest, _neighbours_pb2.Generation]
+    """Keeps a generation, embeddings included, whatever its run's retention says; or no longer. Idempotent.
+    Feature "pin". NOT_FOUND: no such run or generation.
+    """
     CompareGenerations: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.CompareGenerationsRequest, _neighbours_pb2.CompareGenerationsResponse]
     """How far neighbours and embeddings moved between two generations of one run.
     NOT_FOUND: no such run or generation. FAILED_PRECONDITION: they have different numbers of classes.
@@ -177,6 +181,10 @@ class NeighbourServiceAsyncStub(NeighbourServiceStub):
     """Removes a run with everything in it; its open pushes are aborted. NOT_FOUND: no such run."""
     DeleteGeneration: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.DeleteGenerationRequest, _neighbours_pb2.DeleteGenerationResponse]  # type: ignore[assignment]
     """Removes one generation; its number is never given again. NOT_FOUND: no such run or generation."""
+    PinGeneration: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.PinGenerationRequest, _neighbours_pb2.Generation]  # type: ignore[assignment]
+    """Keeps a generation, embeddings included, whatever its run's retention says; or no longer. Idempotent.
+    Feature "pin". NOT_FOUND: no such run or generation.
+    """
     CompareGenerations: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.CompareGenerationsRequest, _neighbours_pb2.CompareGenerationsResponse]  # type: ignore[assignment]
     """How far neighbours and embeddings moved between two generations of one run.
     NOT_FOUND: no such run or generation. FAILED_PRECONDITION: they have different numbers of classes.
@@ -329,6 +337,16 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_neighbours_pb2.DeleteGenerationResponse, _abc.Awaitable[_neighbours_pb2.DeleteGenerationResponse]]:
         """Removes one generation; its number is never given again. NOT_FOUND: no such run or generation."""
+
+    @_abc_1.abstractmethod
+    def PinGeneration(
+        self,
+        request: _neighbours_pb2.PinGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_neighbours_pb2.Generation, _abc.Awaitable[_neighbours_pb2.Generation]]:
+        """Keeps a generation, embeddings included, whatever its run's retention says; or no longer. Idempotent.
+        Feature "pin". NOT_FOUND: no such run or generation.
+        """
 
     @_abc_1.abstractmethod
     def CompareGenerations(

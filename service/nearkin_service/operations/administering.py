@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from nearkin_service.catalogue.events import Subscription
 from nearkin_service.errors import InvalidArgumentError, NotFoundError
@@ -79,6 +80,19 @@ class Administering:
         self._core.catalogue.remove_generation(run, generation)
         await self._core.io(self._core.directory.delete_generation, generation)
         log.info("run %s: generation %d deleted", name, number)
+
+
+    async def pin(self, name: str, number: int, *, pinned: bool) -> Generation:
+        """Keeps a generation whatever retention says, or no longer. NotFoundError: there is none."""
+        if number < 0:
+            raise InvalidArgumentError("generation", f"{number} is negative")
+        run = self._core.catalogue.run(check_run_name(name))
+        async with run.lock:
+            generation = replace(run.generation(number), pinned=pinned)
+            self._core.catalogue.replace(generation)  # first: a sweep from now on knows
+            await self._core.io(self._core.directory.pin, generation, pinned=pinned)
+        log.info("run %s: generation %d %s", name, generation.number, "pinned" if pinned else "unpinned")
+        return generation
 
 
 def _page_size(asked: int) -> int:

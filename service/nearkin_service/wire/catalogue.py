@@ -1,4 +1,4 @@
-"""ListRuns, GetRun, ListGenerations, GetGeneration, DeleteRun, DeleteGeneration, GetServerInfo."""
+"""ListRuns, GetRun, ListGenerations, GetGeneration, DeleteRun, DeleteGeneration, Pin…, GetServerInfo."""
 
 # ruff: noqa: N802 - the protocol's method names
 
@@ -14,7 +14,7 @@ from nearkin_service.operations import Administering, Core, Reading
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context
 
-_FEATURES = ("shared_memory",)
+_FEATURES = ("shared_memory", "pin")
 _PACKAGES = ("grpcio", "numpy", "protobuf", "nearkin-protos")
 
 
@@ -52,6 +52,11 @@ class CatalogueMethods:
     ) -> pb.DeleteGenerationResponse:
         await self._administering.delete_generation(request.run, request.generation)
         return pb.DeleteGenerationResponse()
+
+    async def PinGeneration(self, request: pb.PinGenerationRequest, _context: Context) -> pb.Generation:
+        return convert.generation(
+            await self._administering.pin(request.run, request.generation, pinned=not request.unpin)
+        )
 
     async def GetServerInfo(self, _request: pb.GetServerInfoRequest, _context: Context) -> pb.ServerInfo:
         return pb.ServerInfo(
