@@ -39,7 +39,7 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         ValueError: it was asked for by name and cannot be used here.
     """
     lacking = mixed_lacks()
-    if wanted == "mixed" and _no_packages():
+    if wanted == "mixed" and mixed_packages_missing():
         raise ValueError(f"engine: mixed cannot be used: {lacking}; use engine auto or flat")
     if wanted != "auto":
         return wanted, "asked for"
@@ -57,17 +57,18 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
 @cache
 def mixed_lacks() -> str | None:
     """What keeps `mixed` from paying here, or None."""
-    return _no_packages() or _no_instructions()
+    return mixed_packages_missing() or _instructions_missing()
 
 
-def _no_packages() -> str | None:
+def mixed_packages_missing() -> str | None:
+    """What to install before `mixed` can be used, or None."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed (pip install 'nearkin-service[mixed]')"
     return None
 
 
-def _no_instructions() -> str | None:
+def _instructions_missing() -> str | None:
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,0 +1,101 @@
+"""Engines against a float64 brute force, on rows that are hard to get right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nearkin_service.engines import auto
+from tests.service.engines.cases import CASES
+from tests.service.engines.oracle import assert_agrees, build, true_scores
+
+needs_mixed = pytest.mark.skipif(
+    auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
+)
+ENGINES = ["flat", pytest.param("mixed", marks=needs_mixed)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_float64(name: str, engine: str) -> None:
+    rows, k = CASES[name](np.random.default_rng(11))
+    assert_agrees(build(rows, k, engine), true_scores(rows))
+
+
+@needs_mixed
+@pytest.mark.parametrize("name", CASES)
+def test_engines_agree_bit_for_bit(name: str) -> None:
+    rows, k = CASES[name](np.random.default_rng(12))
+    flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
+    np.testing.assert_array_equal(flat.ids, mixed.ids)
+    np.testing.assert_array_equal(flat.scores, mixed.scores)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("absent_share", [0.01, 0.5, 0.99])
+def test_absent_classes_are_nobodys_neighbour(engine: str, absent_share: float) -> None:
+    random = np.random.default_rng(3)
+    rows = random.standard_normal((1200, 20), dtype=np.float32)
+    absent = np.flatnonzero(random.random(1200) < absent_share)
+    rows[absent] = np.nan
+    assert_agrees(build(rows, 16, engine, absent=absent), true_scores(rows, absent))
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_nobody_left_to_compare(present: int) -> None:
+    table = build(np.full((6, 4), 2, np.float32), 3, absent=np.arange(present, 6))
+    assert (table.ids == -1).all()
+    assert np.isneginf(table.scores).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pooled_is_the_mean_over_locations(engine: str) -> None:
+    rows = np.random.default_rng(5).standard_normal((1100, 24 * 6), dtype=np.float32)
+    table = build(rows, 10, engine, key="pooled", shape=(24, 3, 2))
+    assert_agrees(table, true_scores(rows, shape=(24, 3, 2)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_small_integers_tie_in_every_way(data: Any) -> None:
+    count = data.draw(st.integers(2, 60))
+    size = data.draw(st.integers(1, 6))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows = random.integers(-2, 3, (count, size)).astype(np.float32)
+    absent = np.flatnonzero(~rows.any(axis=1))
+    k = data.draw(st.integers(1, count - 1))
+    assert_agrees(build(rows, k, "flat", absent=absent), true_scores(rows, absent))
+
+
+@needs_mixed
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_mixed_on_any_shape(data: Any) -> None:
+    count = data.draw(st.integers(2, 700))
+    size = data.draw(st.integers(1, 90))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    groups = data.draw(st.integers(1, count))
+    spread = data.draw(st.sampled_from([0.0, 1e-7, 1e-4, 1e-2, 1.0]))
+    centres = random.standard_normal((groups, size))
+    rows = centres[random.integers(0, groups, count)] + spread * random.standard_normal((count, size))
+    k = data.draw(st.integers(1, count - 1))
+    rows32 = rows.astype(np.float32)
+    assert_agrees(build(rows32, k, "mixed"), true_scores(rows32))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_rows_give_the_same_bytes(engine: str) -> None:
+    rows, k = CASES["clustered"](np.random.default_rng(4))
+    first, second = build(rows, k, engine), build(rows.copy(), k, engine)
+    assert first.ids.tobytes() == second.ids.tobytes()
+    assert first.scores.tobytes() == second.scores.tobytes()
+
+
+def test_a_permutation_of_classes_permutes_the_scores() -> None:
+    rows, k = CASES["unstructured"](np.random.default_rng(8))
+    order = np.random.default_rng(9).permutation(len(rows))
+    np.testing.assert_array_equal(build(rows[order], k).scores, build(rows, k).scores[order])
