@@ -236,6 +236,8 @@ class TrainConfig:
             NEARKIN_SERVICE holds, or else a private one, with its data in OUT/service.
         run_name: of the training job at the service; by default made from the name of OUT.
         epochs: passes over the training images.
+        minutes: time for the epochs; where it is too short for all of them there are fewer, as many as the
+            machine's pace allows, and the schedule ends with them. By default there is no limit.
         processes: worker processes to start on this machine (under torchrun: leave at 1).
         device: `auto` is CUDA where there is one.
         seed: everything random follows from it.
@@ -249,6 +251,7 @@ class TrainConfig:
     service: str | None = None
     run_name: str | None = None
     epochs: int = 20
+    minutes: float | None = None
     processes: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -269,6 +272,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "epochs", "processes")
         _at_least(self, 0, "seed")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes} must be more than 0")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other: give one of them")
         if self.run_name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", self.run_name):

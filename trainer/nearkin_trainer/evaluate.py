@@ -147,10 +147,10 @@ def _summary(results: torch.Tensor) -> Retrieval:
     return Retrieval(rank1, rank5, rank10, float(precision.mean()), len(first), left_out)
 
 
-def qaconv_scores(head: QAConv, gallery_features: torch.Tensor) -> Scores:
+def qaconv_scores(head: QAConv, gallery_features: torch.Tensor, backend: str = "auto") -> Scores:
     """Scores by a QAConv head in evaluation mode; `gallery_features` `[G, C, H, W]`."""
     head = head.eval()
-    return lambda query_features: head.pairwise(query_features, gallery_features)
+    return lambda query_features: head.pairwise(query_features, gallery_features, backend=backend)
 
 
 def cosine_scores(gallery_features: torch.Tensor) -> Scores:

@@ -27,6 +27,7 @@ from nearkin_trainer.distributed import (
     broadcast_module,
     gather_rows,
     sum_over_ranks,
+    tell_all,
 )
 from nearkin_trainer.evaluate import Retrieval
 from nearkin_trainer.feed import read_ahead
@@ -86,6 +87,7 @@ class Job:
         self.learner = Learner(self.config, self.world, self.model, self.sampler.steps * self.config.epochs)
         self.judge = Judge(self.world, self.data, image, self.config.evaluate.batch)
         self.progress = Progress()
+        self.epochs = self.config.epochs
 
     def run(self, start: Path | None) -> dict[str, Any]:
         """Trains from a checkpoint, or from the beginning; returns what `metrics.json` holds."""
@@ -100,7 +102,7 @@ class Job:
             write_json(self.config.out / CONFIG, self.config.plain())
         if start is None:
             self._prepare()
-        while self.progress.epoch < self.config.epochs:
+        while self.progress.epoch < self._plan():
             self._epoch(self.progress.epoch)
         return self._finish()
 
@@ -147,6 +149,16 @@ class Job:
 
     # ----------------------------------------------------------------------------------------- epochs
 
+    def _plan(self) -> int:
+        """How many epochs there are in all: as configured, or as many as the minutes allow at this pace."""
+        minutes, history = self.config.minutes, self.progress.history
+        if minutes is not None and history:
+            left = int((60 * minutes - self.progress.train_seconds) / history[-1]["seconds"])
+            total = min(self.config.epochs, self.progress.epoch + max(0, left))
+            self.epochs = int(tell_all(self.world, str(total) if self.world.leads else None))
+            self.learner.plan(self.sampler.steps * self.epochs)
+        return self.epochs
+
     def _epoch(self, epoch: int) -> None:
         checkpoint.seed_everything(self.config.seed, 1, epoch, self.world.rank)
         start, stalled = time.perf_counter(), self.neighbours.stall_seconds
@@ -156,7 +168,7 @@ class Job:
         seconds = time.perf_counter() - start
         self._note(epoch, seconds, self.neighbours.stall_seconds - stalled, losses)
         every = self.config.evaluate.every
-        if every and (epoch + 1) % every == 0 and epoch + 1 < self.config.epochs:
+        if every and (epoch + 1) % every == 0 and epoch + 1 < self.epochs:
             self._judge(epoch)
         self._save()
 
@@ -165,7 +177,7 @@ class Job:
         self.model.train()
         totals: dict[str, torch.Tensor] = {}
         batches = self.sampler.batches(epoch, table)
-        with self.report.bar(f"epoch {epoch + 1}/{self.config.epochs}", self.sampler.steps) as bar:
+        with self.report.bar(f"epoch {epoch + 1}/{self.epochs}", self.sampler.steps) as bar:
             for numbers, pixels in read_ahead(self.images, batches):
                 labels = self.labels[numbers]
                 neighbours = torch.from_numpy(table[labels.numpy()])
@@ -191,7 +203,7 @@ class Job:
         self.report.numbers(epoch + 1, {**numbers, "train/images_per_second": images / seconds})
         parts = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         self.report.say(
-            f"epoch {epoch + 1}/{self.config.epochs}: {parts}; {seconds:.1f} s, {images / seconds:.0f} "
+            f"epoch {epoch + 1}/{self.epochs}: {parts}; {seconds:.1f} s, {images / seconds:.0f} "
             f"images/s, waited {stalled:.2f} s for generation {self.neighbours.generation}"
         )
 
@@ -208,9 +220,9 @@ class Job:
     def _finish(self) -> dict[str, Any]:
         """Publishes the finished rows as one more generation, judges, and writes the metrics."""
         stalls = self._stalls()
-        self.neighbours.push(self.config.epochs, self.model.classes)
-        self.neighbours.fetch(self.config.epochs)
-        metrics = self._metrics(self._judge(self.config.epochs - 1), stalls)
+        self.neighbours.push(self.progress.epoch, self.model.classes)
+        self.neighbours.fetch(self.progress.epoch)
+        metrics = self._metrics(self._judge(self.progress.epoch - 1), stalls)
         if self.world.leads:
             write_json(self.config.out / METRICS, metrics)
         barrier(self.world)

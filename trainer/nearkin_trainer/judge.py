@@ -51,7 +51,7 @@ class Judge:
             queries = features[self._query.images]
             gallery = features[self._gallery.images]
             found = {
-                "qaconv": self._retrieve(queries, qaconv_scores(model.head, gallery)),
+                "qaconv": self._retrieve(queries, qaconv_scores(model.head, gallery, model.sparse.backend)),
                 "cosine": self._retrieve(queries, cosine_scores(gallery)),
             }
         model.train(was_training)

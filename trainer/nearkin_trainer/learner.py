@@ -38,6 +38,10 @@ class Learner:
         self._optimiser = make_optimiser(config.optimise, model)
         self._row_optimiser = make_row_optimiser(config.embedding, model)
 
+    def plan(self, total_steps: int) -> None:
+        """Makes the schedule end after `total_steps`, those already taken included."""
+        self._total = total_steps
+
     def learn(
         self, pixels: torch.Tensor, labels: torch.Tensor, neighbours: torch.Tensor
     ) -> dict[str, torch.Tensor]:
