@@ -1,0 +1,174 @@
+"""Shared memory as a training job meets it: by itself, said aloud, and never in the way."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient
+from nearkin_client.local import LocalService
+from nearkin_client.testing import neighbour_service
+from nearkin_client.wire import Wire
+
+from tests.client.oracle import assert_is_table, similarities
+
+generator = np.random.default_rng(5)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[LocalService]:
+    with neighbour_service(listen=("127.0.0.1:0",)) as started:
+        yield started
+
+
+def leftovers(service: LocalService) -> list[Path]:
+    return list((service.data_dir / "segments").iterdir())
+
+
+@pytest.mark.parametrize("shape", [(16,), (7, 3, 2), (1 << 19,)])
+@pytest.mark.parametrize("wire_dtype", [None, "float16", "bfloat16"])
+def test_a_table_through_shared_memory(
+    service: LocalService, caplog: pytest.LogCaptureFixture, shape: tuple[int, ...], wire_dtype: str | None
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.client.shared")
+    rows = generator.standard_normal((40, *shape)).astype(np.float32)
+    run = f"shared-{len(shape)}-{shape[0]}-{wire_dtype}".lower()
+    with NeighbourClient(service.address, run=run, shared_memory=True) as client:
+        client.push(rows, epoch=0, k=4, wire_dtype=wire_dtype)  # type: ignore[arg-type]
+        table = client.table(epoch=0, timeout=60)
+    with NeighbourClient(service.address, run=f"{run}-plain", shared_memory=False) as client:
+        client.push(rows, epoch=0, k=4, wire_dtype=wire_dtype)  # type: ignore[arg-type]
+        plain = client.table(epoch=0, timeout=60)
+    assert "rows go through shared memory" in caplog.text
+    np.testing.assert_array_equal(table.ids, plain.ids)
+    np.testing.assert_array_equal(table.scores, plain.scores)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_torch_tensors_are_copied_once_into_shared_memory(service: LocalService, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    rows = torch.randn(60, 12, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    strided = torch.stack([rows, rows * 0], dim=1)[:, 0].requires_grad_()
+    with NeighbourClient(service.address, run=f"torch-{dtype}", shared_memory=True) as client:
+        client.push(strided, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows.float().numpy()))
+
+
+def test_many_ranks_share_and_send_side_by_side(service: LocalService) -> None:
+    rows = generator.standard_normal((90, 33)).astype(np.float32)
+    for lo, shared in ((60, True), (0, False), (30, "auto")):
+        with NeighbourClient(service.address, run="ranks", shared_memory=shared) as client:  # type: ignore[arg-type]
+            client.push(rows[lo : lo + 30], epoch=0, row_start=lo, num_classes=90, k=4)
+    with NeighbourClient(service.address, run="ranks") as client:
+        table = client.table(epoch=0, timeout=60)
+        assert table.scores is not None
+        assert_is_table(table.ids, table.scores, similarities(rows))
+        client.push(rows, epoch=0, k=4)
+        with pytest.raises(AlreadyExists):
+            client.push(rows + 1, epoch=0, k=4)
+
+
+def test_a_wrong_row_is_named(service: LocalService) -> None:
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    rows[17, 3] = np.nan
+    with (
+        NeighbourClient(service.address, run="nan", shared_memory=True) as client,
+        pytest.raises(InvalidArgument, match="row 17"),
+    ):
+        client.push(rows, epoch=0, k=4)
+
+
+def test_where_it_cannot_be_had_the_rows_go_through_the_connection(
+    service: LocalService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that sees the socket but not the data directory."""
+    caplog.set_level(logging.INFO, "nearkin.client.shared")
+    monkeypatch.setattr(
+        "nearkin_client.shared.os.open",
+        lambda path, flags: (_ for _ in ()).throw(FileNotFoundError(2, "No such file", path)),
+    )
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="elsewhere") as client:
+        client.push(rows, epoch=0, k=4)
+    assert "rows go through the connection" in caplog.text
+    with (
+        NeighbourClient(service.address, run="elsewhere", shared_memory=True) as client,
+        pytest.raises(FailedPrecondition, match="shared_memory"),
+    ):
+        client.push(rows, epoch=1, k=4)
+
+
+def test_a_segment_that_was_taken_back_is_no_error(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    ask: Any = Wire.ask
+
+    def with_unknown_segment(*args: Any, **kwargs: Any) -> Any:
+        reply: Any = ask(*args, **kwargs)
+        if isinstance(reply, pb.BeginPushResponse) and reply.HasField("shared_memory"):
+            reply.shared_memory.segment = "taken-back"
+        return reply
+
+    monkeypatch.setattr("nearkin_client.wire.Wire.ask", with_unknown_segment)
+    with NeighbourClient(service.address, run="taken") as client:
+        client.push(rows, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+_DYING = """
+import os, sys
+import numpy as np
+from nearkin_client import NeighbourClient, shared
+real = shared.SharedRows.message
+def message(self, start, stop, over):
+    if start >= 20: os._exit(9)
+    return real(self, start, stop, over)
+shared.SharedRows.message = message
+rows = np.random.default_rng(0).standard_normal((40, 1 << 19)).astype(np.float32)
+NeighbourClient(sys.argv[1], run="dying", shared_memory=True).push(rows, epoch=0, k=4)
+"""
+
+
+def test_a_client_that_dies_leaves_nothing_and_another_goes_on(service: LocalService) -> None:
+    before = leftovers(service)
+    died = subprocess.run([sys.executable, "-c", _DYING, service.address], check=False, capture_output=True)
+    assert died.returncode == 9, died.stderr
+    assert set(leftovers(service)) <= set(before)
+    rows = np.random.default_rng(0).standard_normal((40, 1 << 19)).astype(np.float32)
+    with NeighbourClient(service.address, run="dying", shared_memory=True) as client:
+        client.push(rows, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_a_push_through_shared_memory_goes_on_after_the_service_was_killed() -> None:
+    rows = generator.standard_normal((48, 1 << 20)).astype(np.float32)
+    with (
+        neighbour_service() as service,
+        NeighbourClient(service.address, run="killed", shared_memory=True) as client,
+    ):
+        pushing = threading.Thread(target=lambda: client.push(rows, epoch=0, k=4, timeout=60))
+        pushing.start()
+        time.sleep(0.05)
+        service.kill()
+        service.start()
+        pushing.join()
+        table = client.table(epoch=0, timeout=60)
+        assert leftovers(service) == []
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
