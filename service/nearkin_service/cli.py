@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from nearkin_service import token_commands
+from nearkin_service import logs, settings, token_commands
 from nearkin_service.access import TlsFiles
-from nearkin_service.config import Limits, ServiceConfig
+from nearkin_service.config import ServiceConfig
+from nearkin_service.resources import allow_many_connections
 
 log = logging.getLogger("nearkin.service")
 
@@ -92,13 +93,20 @@ def serve(  # noqa: PLR0917 - one parameter per option
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error; the log goes to stderr.")
     ] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE, such as max_push_bytes=100GiB; repeatable. `nearkin info` shows all."),
+    ] = None,
+    limits: Annotated[Path | None, typer.Option(help="TOML file of limits, NAME = VALUE.")] = None,
 ) -> None:
     if context.invoked_subcommand is not None:
         return
     if data_dir is None:
         raise typer.BadParameter("it is needed", param_hint="--data-dir")
-    _configure_log(log_level)
     try:
+        logs.configure(log_level, log_format)
+        allow_many_connections()
         config = ServiceConfig(
             data_dir=data_dir,
             listen=tuple(listen or ["127.0.0.1:50051"]),
@@ -112,7 +120,7 @@ def serve(  # noqa: PLR0917 - one parameter per option
             tls=TlsFiles.given(tls_certificate, tls_key, tls_client_ca),
             token_file=token_file,
             require_tokens=require_tokens,
-            limits=Limits(),
+            limits=settings.limits(limits, limit or ()),
         )
         asyncio.run(_serve(config, ready_file))
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nearkin_service.access import TlsFiles
+from nearkin_service.resources import memory_bytes
 from nearkin_service.values import MAX_INT32, Retention
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -28,6 +29,10 @@ class Limits:
     max_nearest_queries: int = 8_192
     max_waiting_readers: int = 10_000
     min_free_disk_bytes: int = 256 * MIB
+    max_memory_bytes: int = field(default_factory=memory_bytes)
+    max_run_bytes: int = 4 * TIB
+    max_waiting_readers_per_run: int = 5_000
+    max_stream_idle_seconds: int = 300
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

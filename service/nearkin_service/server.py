@@ -17,6 +17,7 @@ from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.http import HealthServer
+from nearkin_service.observing import RunHealth, RunMetrics
 from nearkin_service.operations import Builds, Core, Engines, Pushing, Searching
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
@@ -26,6 +27,8 @@ log = logging.getLogger("nearkin.service")
 _HEALTH_NAMES = ("", wire.SERVICE_NAME)
 _BEAT_SECONDS, _DEAD_SECONDS = 1.0, 15.0
 _LAST_REPLIES_SECONDS = 2.0
+_MOST_STREAMS = 16_384
+"""Of one connection: more than readers may wait, so that no waiting reader ever keeps a push out."""
 
 
 class NeighbourServer:
@@ -37,7 +40,7 @@ class NeighbourServer:
         _check_doors(config, self._tokens)
         self._config = config
         self.core = Core(config, DataDirectory(config.data_dir), engines, device)
-        self._health = health.aio.HealthServicer()
+        self._health = RunHealth(self.core.catalogue)
         self._http: HealthServer | None = None
         self._beat = time.monotonic()
         self._ready = False
@@ -126,6 +129,7 @@ class NeighbourServer:
         core.metrics.runs.set_function(lambda: len(core.catalogue.runs))
         core.metrics.quarantined.set_function(lambda: core.directory.quarantined)
         core.metrics.disk_free.set_function(core.directory.free_bytes)
+        core.metrics.registry.register(RunMetrics(core.catalogue))
         try:
             return HealthServer(
                 address,
@@ -214,4 +218,8 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
         ("grpc.http2.max_frame_size", 16 * MIB - 1),
         ("grpc.http2.write_buffer_size", 4 * MIB),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", _MOST_STREAMS),
+        ("grpc.keepalive_time_ms", 60_000),  # finds callers that vanished without a word
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

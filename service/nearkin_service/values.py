@@ -120,6 +120,12 @@ class PushSpec:
         return self.num_classes * self.row_bytes
 
     @property
+    def build_bytes(self) -> int:
+        """Memory that building needs at the least: normalised float32 keys, and the table."""
+        key_elements = self.row_elements if self.key == "flat" else self.row_shape[0]
+        return self.num_classes * key_elements * 4 + self.tables_bytes
+
+    @property
     def tables_bytes(self) -> int:
         """Bytes of ids and scores together."""
         return self.num_classes * self.k * 8

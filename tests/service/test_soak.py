@@ -150,6 +150,7 @@ def soak(tmp_path: Path, rounds: int, seed: int) -> None:
     process = Process(tmp_path)
     tally = Soak(process, seed).run(rounds)
     caller = Caller(process.address)
+    persistently(lambda: all_generations(caller, LIBRARY))  # a channel waits a while after many failures
     for run, story in ((LIBRARY, Story(LIBRARY, seed)), (SPARSE, Story(SPARSE, seed))):
         story.table(caller, tally.epochs_pushed[run] - 1)
         for generation in all_generations(caller, run):

@@ -73,6 +73,7 @@ class Pushing:
             "max_row_bytes": spec.row_bytes,
             "max_push_bytes": spec.rows_bytes,
             "max_k": spec.k,
+            "max_memory_bytes": spec.build_bytes,
         }
         for name, value in asked.items():
             if value > getattr(limits, name):
@@ -109,8 +110,22 @@ class Pushing:
                 "max_generations_per_run", f"run {run.name!r} has {len(run.generations)}; delete some"
             )
 
+    def _require_share(self, run: Run, spec: PushSpec) -> None:
+        """No run may fill the disk on its own."""
+        limit = self._core.config.limits.max_run_bytes
+        published = sum(g.bytes_on_disk for g in run.generations.values())
+        expected = sum(push.spec.rows_bytes + push.spec.tables_bytes for push in run.live_pushes)
+        needed = published + expected + spec.rows_bytes + spec.tables_bytes
+        if needed > limit:
+            raise LimitExceededError(
+                "max_run_bytes",
+                f"run {run.name!r} would have {needed:,} bytes on disk, of {limit:,} that a run may have; "
+                "delete generations, or keep fewer with its retention",
+            )
+
     async def _create(self, run: Run, spec: PushSpec) -> Push:
         self._require_room_for_push(run)
+        self._require_share(run, spec)
         core = self._core
         promised = sum(
             p.spec.rows_bytes + p.spec.tables_bytes - len(p.stored) * p.spec.row_bytes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +58,7 @@ class Reading:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()
 
     def generation(self, run: str, number: int) -> Generation:
         """A generation by its number; 0: the newest. NotFoundError: no such run or generation."""
@@ -76,7 +78,7 @@ class Reading:
         found = self._look(run, epoch)
         if found is not None:
             return found
-        with self._counted():
+        with self._counted(run):
             try:
                 async with asyncio.timeout(seconds):
                     return await self._wait(run, epoch)
@@ -102,13 +104,27 @@ class Reading:
                 raise NotFoundError(f"run {name!r} was deleted")
             existed = name in self._core.catalogue.runs
 
-    def _counted(self) -> _Counted:
-        limit = self._core.config.limits.max_waiting_readers
-        if self._waiting >= limit:
-            raise LimitExceededError(
-                "max_waiting_readers", f"{self._waiting} readers wait already; try again"
-            )
-        return _Counted(self)
+    @contextmanager
+    def _counted(self, run: str) -> Iterator[None]:
+        limits = self._core.config.limits
+        counts = {
+            "max_waiting_readers": self._waiting.total(),
+            "max_waiting_readers_per_run": self._waiting[run],
+        }
+        for name, waiting in counts.items():
+            if waiting >= getattr(limits, name):
+                raise LimitExceededError(name, f"{waiting} readers wait already; try again")
+        self._count(run, 1)
+        try:
+            yield
+        finally:
+            self._count(run, -1)
+
+    def _count(self, run: str, change: int) -> None:
+        self._waiting[run] += change
+        if not self._waiting[run]:
+            del self._waiting[run]
+        self._core.metrics.waiting_readers.set(self._waiting.total())
 
     def _why_not_yet(self, name: str, epoch: int) -> str:
         run = self._core.catalogue.runs.get(name)

@@ -18,6 +18,7 @@ from nearkin_service.errors import InvalidArgumentError, UnimplementedError
 from nearkin_service.operations import Core, Pushing, Sharing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
+from nearkin_service.wire.liveliness import lively
 from nearkin_service.wire.handlers import Context, is_local
 
 _STREAM_DEPTH = 2
@@ -64,8 +65,9 @@ class PushMethods:
         self, messages: AsyncIterator[bulk.WriteRows], _context: Context
     ) -> pb.WriteRowsResponse:
         """Whatever the stream's fate, a message once handed over is stored to its end."""
+        idle = self._config.limits.max_stream_idle_seconds
         with ExitStack() as held:
-            return await self._write_rows(messages, held)
+            return await self._write_rows(lively(messages, idle), held)
 
     async def _write_rows(
         self, messages: AsyncIterator[bulk.WriteRows], held: ExitStack
