@@ -134,17 +134,6 @@ def _device(name: str) -> Literal["auto", "cpu", "cuda"]:
     return name  # type: ignore[return-value]
 
 
-def _configure_log(level: str) -> None:
-    """This process's log is ours: `nearkin` goes to stderr, everyone else's loggers stay as they are."""
-    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise typer.BadParameter(f"{level!r} is not debug, info, warning or error", param_hint="--log-level")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    nearkin = logging.getLogger("nearkin")
-    nearkin.addHandler(handler)
-    nearkin.setLevel(level.upper())
-
-
 async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
     from nearkin_service import engines
     from nearkin_service.server import NeighbourServer

@@ -33,9 +33,6 @@ class Metrics:
         self.runs = self._gauge("runs", "Runs")
         self.quarantined = self._gauge("quarantined", "Damaged things set aside at this start")
         self.disk_free = self._gauge("disk_free_bytes", "Free bytes of the data directory's disk")
-        self.generation_time = self._gauge(
-            "newest_generation_timestamp_seconds", "When a run's newest generation was published", "run"
-        )
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"nearkin_{name}", what, labels, registry=self.registry)

@@ -119,7 +119,6 @@ class NeighbourServer:
                     core.spawn(self._builds.flush(generation))
             if run.newest is not None:
                 core.spawn(self._builds.sweep(run, run.newest))
-                core.metrics.generation_time.labels(run.name).set(run.newest.published)
 
     # --------------------------------------------------------------------------------------------- health
 

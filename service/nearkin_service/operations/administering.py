@@ -81,7 +81,6 @@ class Administering:
         await self._core.io(self._core.directory.delete_generation, generation)
         log.info("run %s: generation %d deleted", name, number)
 
-
     async def pin(self, name: str, number: int, *, pinned: bool) -> Generation:
         """Keeps a generation whatever retention says, or no longer. NotFoundError: there is none."""
         if number < 0:

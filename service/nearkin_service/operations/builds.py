@@ -188,7 +188,6 @@ class Builds:
         metrics.build_seconds.labels("total").observe(generation.build_seconds)
         for stage, seconds in generation.stage_seconds.items():
             metrics.build_seconds.labels(stage).observe(seconds)
-        metrics.generation_time.labels(generation.run).set(generation.published)
         log.info(
             "run %s epoch %d: generation %d published, engine %s on %s, %.2f s",
             generation.run,

@@ -136,10 +136,6 @@ class Reading:
         missing = f", {len(push.missing)} rows are missing" if len(push.missing) else ""
         return f"epoch {epoch} of run {name!r} was not published in time: its push is {push.state}{missing}"
 
-    def add_waiting(self, change: int) -> None:
-        self._waiting += change
-        self._core.metrics.waiting_readers.set(self._waiting)
-
     async def columns(self, generation: Generation, *, scores: bool) -> list[TableBlocks]:
         """Ids and, if asked for, scores. NotFoundError: the generation was just removed."""
         wanted = [(IDS, generation.ids), (SCORES, generation.scores)][: 2 if scores else 1]
@@ -150,17 +146,6 @@ class Reading:
 
     async def load(self, blocks: TableBlocks, rows: RowRange) -> Block:
         return await self._core.io(blocks.block, rows)
-
-
-class _Counted:
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
-
-    def __enter__(self) -> None:
-        self._reading.add_waiting(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._reading.add_waiting(-1)
 
 
 def _epoch(generation: Generation | None) -> str:

@@ -18,8 +18,8 @@ from nearkin_service.errors import InvalidArgumentError, UnimplementedError
 from nearkin_service.operations import Core, Pushing, Sharing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
-from nearkin_service.wire.liveliness import lively
 from nearkin_service.wire.handlers import Context, is_local
+from nearkin_service.wire.liveliness import lively
 
 _STREAM_DEPTH = 2
 """Messages of one stream that are stored while the next one is received."""
