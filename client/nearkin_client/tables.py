@@ -13,8 +13,16 @@ from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from numpy.typing import NDArray
 
-from nearkin_client.errors import DataLoss, NotReadyInTime, PushFailed, error_from_rpc, status_of
+from nearkin_client.errors import (
+    DataLoss,
+    FailedPrecondition,
+    NotReadyInTime,
+    PushFailed,
+    error_from_rpc,
+    status_of,
+)
 from nearkin_client.patience import Deadline, Persistence, interrupted
+from nearkin_client.shared import map_table
 from nearkin_client.values import NeighbourTable
 from nearkin_client.wire import Wire
 
@@ -24,13 +32,21 @@ DAMAGED_ATTEMPTS = 3
 """How often a table that arrived damaged is read again before `DataLoss` is raised."""
 
 
-def read_table(wire: Wire, request: pb.ReadTableRequest, deadline: Deadline, doing: str) -> NeighbourTable:
-    """The whole answer to `request`; waits for its epoch up to the deadline, through outages."""
+def read_table(
+    wire: Wire, request: pb.ReadTableRequest, deadline: Deadline, doing: str, *, must_share: bool = False
+) -> NeighbourTable:
+    """The whole answer to `request`; waits for its epoch up to the deadline, through outages.
+
+    FailedPrecondition: shared memory must be used and cannot be had.
+    """
     persistence = Persistence(deadline, wire.patience.outage)
     damaged = 0
     while True:
         try:
-            return _Reading(request).finish(wire.read_table(request, deadline.remaining))
+            return _Reading(request, must_share).finish(wire.read_table(request, deadline.remaining))
+        except _NotMapped as why:
+            log.info("%s: read through the connection: %s", doing, why)
+            request.accept_shared_memory = False
         except grpc.RpcError as error:
             if not interrupted(error):
                 raise _meaning(error, request, deadline, doing) from error
@@ -53,17 +69,24 @@ def _meaning(error: grpc.RpcError, request: pb.ReadTableRequest, deadline: Deadl
     return error_from_rpc(error)
 
 
+class _NotMapped(Exception):  # noqa: N818 - nothing is wrong: the blocks are read instead
+    """The service's files cannot be opened here, or are gone already."""
+
+
 class _Reading:
     """One attempt. Once the header is there, `request` asks for that generation and no other."""
 
-    def __init__(self, request: pb.ReadTableRequest) -> None:
+    def __init__(self, request: pb.ReadTableRequest, must_share: bool) -> None:
         self._request = request
+        self._must_share = must_share and not request.row_count
 
     def finish(self, messages: Iterator[bytes]) -> NeighbourTable:
         header = bulk.decode_table_message(next(messages))
         if not isinstance(header, pb.TableHeader):
             raise DataLoss("a neighbour table arrived without its header")
         self._request.generation = header.generation.generation
+        if header.ids_path or self._must_share:
+            return self._table(header, self._mapped(header))
         shape = (header.row_count, header.k)
         columns: dict[int, NDArray[Any]] = {pb.TABLE_COLUMN_IDS: np.empty(shape, "<i4")}
         if header.with_scores:
@@ -79,6 +102,22 @@ class _Reading:
         if any(missing.values()):
             raise DataLoss("a neighbour table ended before its last row")
         return self._table(header, columns)
+
+    def _mapped(self, header: pb.TableHeader) -> dict[int, NDArray[Any]]:
+        """The service's own files, one copy for all readers; they last while they are mapped."""
+        try:
+            return {
+                column: map_table(path, (header.row_count, header.k), dtype)
+                for column, path, dtype in (
+                    (pb.TABLE_COLUMN_IDS, header.ids_path, "<i4"),
+                    (pb.TABLE_COLUMN_SCORES, header.scores_path, "<f4"),
+                )
+                if column == pb.TABLE_COLUMN_IDS or header.with_scores
+            }
+        except (OSError, ValueError) as error:
+            if self._must_share:
+                raise FailedPrecondition(f"shared_memory=True: {error}", field="shared_memory") from error
+            raise _NotMapped(str(error)) from error
 
     @staticmethod
     def _table(header: pb.TableHeader, columns: dict[int, NDArray[Any]]) -> NeighbourTable:

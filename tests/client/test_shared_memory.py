@@ -172,3 +172,50 @@ def test_a_push_through_shared_memory_goes_on_after_the_service_was_killed() -> 
         assert leftovers(service) == []
     assert table.scores is not None
     assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_mapped_table_is_the_same_and_outlives_its_generation(service: LocalService) -> None:
+    rows = generator.standard_normal((50, 8)).astype(np.float32)
+    with (
+        NeighbourClient(service.address, run="mapped", shared_memory=True) as client,
+        NeighbourClient(service.address, run="mapped", shared_memory=False) as plain,
+    ):
+        client.push(rows, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+        copied = plain.table(epoch=0)
+        with pytest.raises(ValueError, match="read-only"):
+            table.ids[0, 0] = 1
+        client.push(rows, epoch=1, k=4)
+        client.table(epoch=1, timeout=60)
+        client.delete_generation(table.generation)
+        assert table.ids.tobytes() == copied.ids.tobytes()
+        assert table.scores is not None
+        assert copied.scores is not None
+        assert table.scores.tobytes() == copied.scores.tobytes()
+        assert client.table(rows=(10, 20)).ids.tobytes() == copied.ids[10:20].tobytes()
+        assert client.table(scores=False).scores is None
+
+
+def test_a_table_whose_files_cannot_be_opened_is_read_through_the_connection(
+    service: LocalService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.client.table")
+    rows = generator.standard_normal((50, 8)).astype(np.float32)
+
+    def gone(*_: object) -> Any:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with NeighbourClient(service.address, run="unmapped") as client:
+        client.push(rows, epoch=0, k=4)
+        mapped = client.table(epoch=0, timeout=60)
+        monkeypatch.setattr("nearkin_client.tables.map_table", gone)
+        assert client.table(epoch=0).ids.tobytes() == mapped.ids.tobytes()
+    assert "through the connection" in caplog.text
+    with (
+        NeighbourClient(service.address, run="unmapped", shared_memory=True) as client,
+        pytest.raises(FailedPrecondition, match="shared_memory"),
+    ):
+        client.table(epoch=0)

@@ -144,6 +144,11 @@ class Reading:
             for name, checksums in wanted
         ]
 
+    def paths(self, generation: Generation) -> tuple[str, str]:
+        """Where ids and scores lie, for a caller on this host to map; what is mapped outlives its removal."""
+        ids, scores = (self._core.directory.column_path(generation, name) for name in (IDS, SCORES))
+        return str(ids), str(scores)
+
     async def load(self, blocks: TableBlocks, rows: RowRange) -> Block:
         return await self._core.io(blocks.block, rows)
 

@@ -254,5 +254,9 @@ class DataDirectory:
                 f"generation {generation.number} of run {generation.run!r} was removed"
             ) from None
 
+    def column_path(self, generation: Generation, name: str) -> Path:
+        """The absolute path of `ids.bin` or `scores.bin`."""
+        return (self._layout.generation(generation.run, generation.number) / name).absolute()
+
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._layout.root).free

@@ -40,7 +40,7 @@ class Segment:
     def __init__(self, directory: Path, size: int) -> None:
         """LimitExceededError: the disk is full."""
         self.name = secrets.token_hex(16)
-        self.path = directory / self.name
+        self.path = (directory / self.name).absolute()
         self.size = size
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

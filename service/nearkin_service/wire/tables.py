@@ -13,7 +13,7 @@ from nearkin_service.operations import Core, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
 from nearkin_service.values import Generation
 from nearkin_service.wire import convert
-from nearkin_service.wire.handlers import Context
+from nearkin_service.wire.handlers import Context, is_local
 
 _COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 _MARGIN_SECONDS = 0.05
@@ -38,6 +38,10 @@ class TableMethods:
             k=generation.spec.k,
             with_scores=request.with_scores,
         )
+        if request.accept_shared_memory and is_local(context) and len(rows) == generation.spec.num_classes:
+            paths = self._reading.paths(generation)
+            header.ids_path, header.scores_path = paths[0], paths[1] if request.with_scores else ""
+            columns = []
         yield bulk.encode_table_message(header)
         for column, blocks in zip(_COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
