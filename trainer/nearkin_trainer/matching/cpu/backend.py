@@ -20,18 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from nearkin_trainer.matching.cpu import kernels
-from nearkin_trainer.matching.cpu.instructions import HAS_BF16
+from nearkin_trainer.matching.cpu.kernels import STEP_CHANNELS, Pairs, Probes, Table
 from nearkin_trainer.matching.cpu.memory import empty_on_huge_pages
-from nearkin_trainer.matching.plain import units
 from nearkin_trainer.matching.request import Request
 from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
-PADDING = 32  # channels of a unit, so that every row of locations is whole vectors
+PADDING = 32  # channels of a unit are a multiple of it, so that a location is whole vectors
+ALIASED = 256  # channels: at such a distance, neighbours in a column fight for the same few cache lines
 
 
 def location_maxima_cpu(request: Request) -> Tensor:
@@ -39,19 +38,20 @@ def location_maxima_cpu(request: Request) -> Tensor:
     reason = unsupported(request)
     if reason:
         raise ValueError(f"backend 'cpu' {reason}; use backend 'plain'")
-    classes, ids, sparse = request.classes, request.touched.ids, request.sparse_gradient
-    probe_units_BCP = units(request.probes.float(), request.probe_visibility)
-    probe_units_BPC = F.pad(probe_units_BCP.transpose(1, 2), (0, -request.probes.shape[1] % PADDING))
+    classes, touched, sparse = request.classes, request.touched, request.sparse_gradient
     visibility = request.class_visibility
     if visibility is not None:
-        visibility = take_rows(visibility, ids, sparse=sparse).flatten(1).float()
+        visibility = _packed(take_rows(visibility, touched.ids, sparse=sparse).flatten(1))
+    probe_visibility = request.probe_visibility
+    if probe_visibility is not None:
+        probe_visibility = _packed(probe_visibility)
     if classes.dtype != torch.float32 or not classes.is_contiguous():
         # The kernels read float32 rows in place; of any other table the touched rows are copied.
-        classes = take_rows(classes, ids, sparse=sparse).float().contiguous()
-        ids, sparse = torch.arange(len(ids)), False
-    touched = Touched(ids, request.touched.slots)
+        classes = _packed(take_rows(classes, touched.ids, sparse=sparse))
+        touched, sparse = Touched(torch.arange(len(touched.ids)), touched.slots), False
+    probes = _packed(request.probes)
     maxima: Tensor = _Maxima.apply(  # type: ignore[no-untyped-call]
-        probe_units_BPC, classes, visibility, touched, sparse
+        probes, classes, probe_visibility, visibility, touched, sparse
     )
     return maxima
 
@@ -69,14 +69,9 @@ def unsupported(request: Request) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs (probe · M + candidate) of a step, grouped by the class they want.
+    """How a step is shared among threads. cuts: each thread's range of touched classes, equal in work."""
 
-    starts: int64 [U + 1] into pairs. cuts: the range of classes of each thread, equal in pairs.
-    """
-
-    ids: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    pairs: NDArray[np.int64]
+    pairs: Pairs
     cuts: tuple[tuple[int, int], ...]
     shape: tuple[int, int]
 
@@ -88,135 +83,153 @@ class Plan:
         # A class costs about as much to read and lay out as two pairs cost to multiply.
         work = np.arange(len(starts)) * 2 + starts - starts[0]
         edges = np.searchsorted(work, np.linspace(0, work[-1], threads + 1)).tolist()
-        cuts = tuple((a, b) for a, b in itertools.pairwise(edges) if b > a)
         probes, candidates = touched.slots.shape
-        return Plan(touched.ids.numpy(), starts, order, cuts, (probes, candidates))
+        pairs = Pairs(touched.ids.numpy(), starts, order, candidates)
+        return Plan(pairs, _ranges(edges), (probes, candidates))
 
-    def run(self, work: Callable[[int, int, int], None]) -> None:
-        """`work(thread, first, last)` on every cut, each on a thread of its own."""
-        waiting = [_pool().submit(work, thread, *cut) for thread, cut in enumerate(self.cuts[1:], start=1)]
-        if self.cuts:
-            work(0, *self.cuts[0])
-        for future in waiting:
-            future.result()
+    def classes(self, work: Callable[[int, int, int], None]) -> None:
+        """`work(thread, first, last)` on every cut of the classes."""
+        _run(work, self.cuts)
+
+    def probes(self, work: Callable[[int, int, int], None]) -> None:
+        """`work(thread, first, last)` on as many equal parts of the probes."""
+        parts = max(len(self.cuts), 1)
+        _run(work, _ranges([self.shape[0] * part // parts for part in range(parts + 1)]))
 
 
 class _Maxima(Function):
     @staticmethod
     def forward(  # noqa: PLR0917
         ctx: Any,
-        units_BPC: Tensor,
+        probes: Tensor,
         classes: Tensor,
-        visibility_UQ: Tensor | None,
+        probe_visibility: Tensor | None,
+        visibility: Tensor | None,
         touched: Touched,
         sparse: bool,
     ) -> Tensor:
         plan = Plan.of(touched, min(torch.get_num_threads(), MOST_THREADS))
-        maxima, where = _forward(plan, units_BPC, classes, visibility_UQ)
-        ctx.plan, ctx.where, ctx.sparse, ctx.ids = plan, where, sparse, touched.ids
-        ctx.save_for_backward(units_BPC, classes, visibility_UQ)
-        return maxima.view(*plan.shape, maxima.shape[1])
+        laid_out = _prepare(plan, _table(probes, probe_visibility))
+        maxima, where = _forward(plan, _table(classes, visibility), laid_out)
+        # These go through save_for_backward, which notices if someone changes them in between.
+        ctx.save_for_backward(probes, classes, probe_visibility, visibility)
+        ctx.plan, ctx.probes, ctx.where, ctx.sparse = plan, laid_out, where, sparse
+        return torch.from_numpy(maxima).view(*plan.shape, maxima.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        _, classes, visibility_UQ = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[1:3])
-        found = _backward(ctx.plan, ctx.saved_tensors, ctx.where, weights, rows=wanted)
+        probes, classes, probe_visibility, visibility = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        step = _Step(ctx.plan, ctx.probes, ctx.where, _packed(weights.flatten(0, 1)).numpy())
+        sums, rows, row_visibility = _backward(step, _table(classes, visibility), rows=wanted[1] or wanted[3])
+        maps, map_visibility = _finish(step, _table(probes, probe_visibility), sums)
         table = None
-        if ctx.needs_input_grad[1]:
-            rows = found.rows.view(-1, *classes.shape[1:])
-            table = rows_gradient(ctx.ids, rows, classes.shape, sparse=ctx.sparse)
-        return found.units, table, found.visibility if visibility_UQ is not None else None, None, None
+        if wanted[1]:
+            ids, rows = torch.from_numpy(ctx.plan.pairs.ids), rows.view(-1, *classes.shape[1:])
+            table = rows_gradient(ids, rows, classes.shape, sparse=ctx.sparse)
+        found = (maps.view(probes.shape), table, map_visibility, row_visibility, None, None)
+        return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    units: Tensor
-    rows: Tensor
-    visibility: Tensor
+class _Step:
+    """What backward takes over from forward, and weights [B · M, P + Q], the gradient it is given."""
+
+    plan: Plan
+    probes: Probes
+    where: NDArray[np.int16]
+    weights: NDArray[np.float32]
 
 
-def _forward(
-    plan: Plan, units_BPC: Tensor, classes: Tensor, visibility_UQ: Tensor | None
-) -> tuple[Tensor, NDArray[np.int16]]:
-    table = classes.detach().flatten(2)
-    probe_units = _packed(units_BPC, torch.float32)
-    pairs, places = plan.shape[0] * plan.shape[1], probe_units.shape[1] + table.shape[2]
-    maxima, where = torch.zeros(pairs, places), np.zeros((pairs, places), np.int16)
-    tiles = _packed(units_BPC, torch.bfloat16 if HAS_BF16 else torch.float32).view(torch.int32)
-    tops = torch.linalg.vector_norm(probe_units, dim=2).max(dim=1).values.numpy()
+def _prepare(plan: Plan, maps: Table) -> Probes:
+    count, channels, locations = maps.maps.shape
+    padded = -(-channels // PADDING) * PADDING
+    if padded % ALIASED == 0:
+        padded += PADDING
+    laid_out = Probes(
+        np.zeros((count, locations, padded), np.float32),
+        np.empty((count, locations, padded // STEP_CHANNELS), np.uint32),
+        np.empty((count, locations), np.float32),
+        np.empty((count, locations), np.float32),
+        np.empty(count, np.float32),
+    )
+    plan.probes(lambda _, first, last: kernels.prepare(first, last, maps, laid_out))
+    return laid_out
 
-    def work(_thread: int, first: int, last: int) -> None:
-        kernels.forward(
-            first,
-            last,
-            plan.ids,
-            plan.starts,
-            plan.pairs,
-            plan.shape[1],
-            table.numpy(),
-            _visibility(visibility_UQ, table.shape[2]),
-            probe_units.numpy(),
-            tiles.numpy().view(np.uint32),
-            tops,
-            maxima.numpy(),
-            where,
-        )
 
-    plan.run(work)
+def _forward(plan: Plan, table: Table, probes: Probes) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    shape = (plan.shape[0] * plan.shape[1], probes.units.shape[1] + table.maps.shape[2])
+    maxima, where = np.zeros(shape, np.float32), np.zeros(shape, np.int16)
+    plan.classes(
+        lambda _, first, last: kernels.forward(first, last, table, plan.pairs, probes, maxima, where)
+    )
     return maxima, where
 
 
-def _backward(
-    plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    where: NDArray[np.int16],
-    weights: Tensor,
-    *,
-    rows: bool,
-) -> _Gradients:
-    units_BPC, classes, visibility_UQ = inputs
-    table = classes.detach().flatten(2)
-    written = len(plan.ids) if rows else 0
-    row_gradients = empty_on_huge_pages(written, *table.shape[1:])
-    visibility = torch.empty(written, table.shape[2])
-    flat = weights.flatten(0, 1).contiguous().numpy()
-    probe_units = _packed(units_BPC, torch.float32)
-    # One sum per thread, added up in order: the same threads give the same bits.
-    sums = torch.zeros(len(plan.cuts), *units_BPC.shape)
+def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.float32], Tensor, Tensor]:
+    """Gradients of the units, one sum per thread, and those of the touched rows and their visibilities."""
+    plan = step.plan
+    written = len(plan.pairs.ids) if rows else 0
+    row_gradients = empty_on_huge_pages(written, *table.maps.shape[1:])
+    visibility = torch.empty(written, table.maps.shape[2])
+    sums = np.zeros((max(len(plan.cuts), 1), *step.probes.units.shape), np.float32)
 
     def work(thread: int, first: int, last: int) -> None:
         kernels.backward(
             first,
             last,
-            plan.ids,
-            plan.starts,
+            table,
             plan.pairs,
-            plan.shape[1],
-            table.numpy(),
-            _visibility(visibility_UQ, table.shape[2]),
-            probe_units.numpy(),
-            where,
-            flat,
-            sums[thread].numpy(),
+            step.probes,
+            step.where,
+            step.weights,
+            sums[thread],
             row_gradients.numpy(),
             visibility.numpy(),
         )
 
-    plan.run(work)
-    return _Gradients(sums.sum(dim=0), row_gradients, visibility)
+    plan.classes(work)
+    return sums, row_gradients, visibility
 
 
-def _packed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy whose strides are those of its shape, also where a dimension of 1 would let them be anything."""
-    return torch.empty(values.shape, dtype=dtype).copy_(values.detach())
+def _finish(step: _Step, maps: Table, sums: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    gradients = np.empty(maps.maps.shape, np.float32)
+    visibility = np.empty((maps.maps.shape[0], maps.maps.shape[2]), np.float32)
+    step.plan.probes(
+        lambda _, first, last: kernels.finish(first, last, maps, step.probes, sums, gradients, visibility)
+    )
+    return torch.from_numpy(gradients), torch.from_numpy(visibility)
 
 
-def _visibility(visibility_UQ: Tensor | None, locations: int) -> NDArray[np.float32]:
-    if visibility_UQ is None:
-        return np.ones((1, locations), np.float32)
-    return visibility_UQ.detach().contiguous().numpy()
+def _packed(values: Tensor) -> Tensor:
+    """float32, with the strides of its shape, also where a dimension of 1 would let them be anything."""
+    values = values.float()
+    return values if values.is_contiguous() else values.clone(memory_format=torch.contiguous_format)
+
+
+def _table(maps: Tensor, visibility: Tensor | None) -> Table:
+    locations = maps.detach().flatten(2)
+    if visibility is None:
+        return Table(locations.numpy(), np.ones((1, locations.shape[2]), np.float32))
+    return Table(locations.numpy(), visibility.detach().numpy())
+
+
+def _ranges(edges: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((first, last) for first, last in itertools.pairwise(edges) if last > first)
+
+
+def _run(work: Callable[[int, int, int], None], cuts: tuple[tuple[int, int], ...]) -> None:
+    """Each cut on a thread of its own, the first on this one.
+
+    PyTorch's own parallel loops are avoided before and between: its idle threads spin for a while on the
+    cores that these threads need.
+    """
+    waiting = [_pool().submit(work, thread, *cut) for thread, cut in enumerate(cuts[1:], start=1)]
+    if cuts:
+        work(0, *cuts[0])
+    for future in waiting:
+        future.result()
 
 
 @cache

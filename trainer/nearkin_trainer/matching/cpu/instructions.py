@@ -1,10 +1,13 @@
 # ruff: noqa: PLR0917 (compiled functions take no keywords)
+# mypy: disable-error-code="untyped-decorator,no-untyped-call"
 """Vector instructions that Numba's Python cannot say, written as LLVM for its compiled functions.
 
 All take addresses in bytes. Lanes are 16 float32 wide; LLVM splits them where registers are narrower.
 
 product_tile   sims[r, v] of up to 6 rows against 16, 32, 48 or 64 columns, accumulated in registers
 hits           which of 16 approximate sims may be the true maximum of their row or column
+highest        the largest of many values
+add_both       two rows added to two others at once, each times a weight
 transpose_16   a 16 × 16 block of float32, transposed
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _intrinsic
 
@@ -70,13 +73,18 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
 def _multiply_add(builder: Any, left: Any, right: Any, total: Any, bf16: bool) -> Any:
     """Total + left · right; in bfloat16 each lane holds a pair of channels."""
     if bf16:
-        name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(F32x16, [F32x16, BF16x32, BF16x32])
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
         operands = [total, builder.bitcast(left, BF16x32), builder.bitcast(right, BF16x32)]
     else:
-        name, kind = "llvm.fma.v16f32", ir.FunctionType(F32x16, [F32x16] * 3)
-        operands = [left, right, total]
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        name, operands = "llvm.fma.v16f32", [left, right, total]
+    function = _declared(builder, name, F32x16, [operand.type for operand in operands])
     return builder.call(function, operands)
+
+
+def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """LLVM's own function of that name."""
+    kind = ir.FunctionType(result, arguments)
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
@@ -120,7 +128,7 @@ def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
     return function
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def product_tile(
     typing: Any,
     rows: Any,
@@ -156,7 +164,7 @@ def product_tile(
     return types.int64(*[types.int64] * 9), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def hits(typing: Any, sims: Any, column_bounds: Any, row_bound: Any) -> Any:
     """Bits of the lanes where sims ≥ row_bound or sims ≥ column_bounds."""
 
@@ -170,7 +178,47 @@ def hits(typing: Any, sims: Any, column_bounds: Any, row_bound: Any) -> Any:
     return types.int64(types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
+def highest(typing: Any, values: Any, blocks: Any) -> Any:
+    """The largest of 16 · blocks float32; blocks ≥ 1."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        values, blocks = arguments
+        best = cgutils.alloca_once_value(builder, _load(builder, values, 0, F32x16))
+        with cgutils.for_range(builder, blocks) as loop:
+            offset = builder.mul(loop.index, ir.Constant(I64, 64))
+            found = _load(builder, builder.add(values, offset), 0, F32x16)
+            top = builder.load(best)
+            builder.store(builder.select(builder.fcmp_ordered(">", found, top), found, top), best)
+        reduce = _declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
+        return builder.call(reduce, [builder.load(best)])
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def add_both(
+    typing: Any, weight: Any, scaled: Any, a: Any, b: Any, a_gradient: Any, b_gradient: Any, blocks: Any
+) -> Any:
+    """b_gradient += weight · a and a_gradient += scaled · b, each of 16 · blocks float32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        weight, scaled, a, b, a_gradient, b_gradient, blocks = arguments
+        weights, scaleds = _splat(builder, weight, F32x16), _splat(builder, scaled, F32x16)
+        with cgutils.for_range(builder, blocks) as loop:
+            offset = builder.mul(loop.index, ir.Constant(I64, 64))
+            for factor, source, target in ((weights, a, b_gradient), (scaleds, b, a_gradient)):
+                value = _load(builder, builder.add(source, offset), 0, F32x16)
+                total = _load(builder, builder.add(target, offset), 0, F32x16)
+                total = _multiply_add(builder, factor, value, total, False)
+                _store(builder, total, builder.add(target, offset), 0)
+        return ir.Constant(I64, 0)
+
+    kinds = [types.float32] * 2 + [types.int64] * 5
+    return types.int64(*kinds), codegen
+
+
+@intrinsic
 def lowest_bit(typing: Any, bits: Any) -> Any:
     """Position of the lowest set bit; `bits` must not be 0."""
 
@@ -180,7 +228,7 @@ def lowest_bit(typing: Any, bits: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float_bits(typing: Any, value: Any) -> Any:
     """The 32 bits of a float32."""
 
@@ -190,7 +238,7 @@ def float_bits(typing: Any, value: Any) -> Any:
     return types.uint32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def transpose_16(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
     """target[j, i] = source[i, j] of a 16 × 16 float32 block; strides in bytes."""
 

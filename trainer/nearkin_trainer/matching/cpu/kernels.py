@@ -18,7 +18,7 @@ Maps of a probe are [P, C] (units); a class is [C, Q] in the table, `tall` [Q, C
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -28,7 +28,9 @@ from nearkin_trainer.matching.cpu.instructions import (
     HAS_BF16,
     MOST_VECTORS,
     ROWS,
+    add_both,
     float_bits,
+    highest,
     hits,
     lowest_bit,
     product_tile,
@@ -110,6 +112,12 @@ def _lengths(row: Floats, visibility: Floats, scales: Floats, lengths: Floats) -
 
 
 @compiled
+def _of(visibility: Floats, index: int) -> Floats:
+    row: Floats = visibility[index if visibility.shape[0] > 1 else 0]
+    return row
+
+
+@compiled
 def _rounded(value: np.float32) -> np.uint32:
     """The bits of a float32 after rounding it to bfloat16, ties to even, in the upper half."""
     bits: np.uint32 = float_bits(value)
@@ -160,19 +168,15 @@ def _bounds(
     """Scale the sims; what reaches these bounds may be the maximum of its row or column."""
     column_bounds[:] = -np.inf
     for p in range(sims.shape[0]):
-        for q in range(sims.shape[1]):
-            sims[p, q] *= scales[q]
-            column_bounds[q] = sims[p, q] if sims[p, q] > column_bounds[q] else column_bounds[q]
-        best = np.float32(-np.inf)
-        for q in range(locations):
-            best = sims[p, q] if sims[p, q] > best else best
-        row_bounds[p] = best - slack
+        row = sims[p]
+        for q in range(row.shape[0]):
+            row[q] *= scales[q]
+            column_bounds[q] = row[q] if row[q] > column_bounds[q] else column_bounds[q]
+        # The padding's sims are 0 and must not be anyone's maximum.
+        row[locations:] = -np.inf
+        row_bounds[p] = highest(row.ctypes.data, row.shape[0] // 16) - slack
     for q in range(sims.shape[1]):
         column_bounds[q] = column_bounds[q] - slack if q < locations else np.inf
-    # The padding's sims are 0 and must not pass a negative row bound.
-    for p in range(sims.shape[0]):
-        for q in range(locations, sims.shape[1]):
-            sims[p, q] = -np.inf
 
 
 @compiled
@@ -232,49 +236,86 @@ def _all_finite(values: Floats) -> bool:
     return bool(np.all(np.isfinite(values)))
 
 
+class Probes(NamedTuple):
+    """Every probe, laid out by `prepare`.
+
+    units: float32 [B, P, C], visibility · unit length. tiles: [B, P, steps], the same for the tile.
+    scales: [B, P], visibility / length. lengths: [B, P]. tops: [B], the top |visibility|, or NaN.
+    """
+
+    units: Floats
+    tiles: Bits
+    scales: Floats
+    lengths: Floats
+    tops: Floats
+
+
+class Pairs(NamedTuple):
+    """The pairs (probe · candidates + candidate) of a step, grouped by the class they want.
+
+    ids: int64 [U], the classes. starts: int64 [U + 1] into pairs. candidates: M, to find a pair's probe.
+    """
+
+    ids: Ids
+    starts: Ids
+    pairs: Ids
+    candidates: int
+
+
+class Table(NamedTuple):
+    """maps: float32 [N, C, Q]. visibility: float32 [U, Q], of the touched classes, or [1, Q] for all."""
+
+    maps: Floats
+    visibility: Floats
+
+
+@compiled
+def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
+    """Lay out the probes first to last, whose maps and visibilities `table` holds."""
+    for b in range(first, last):
+        scales, lengths, units = probes.scales[b], probes.lengths[b], probes.units[b]
+        top = _lengths(table.maps[b], _of(table.visibility, b), scales, lengths)
+        probes.tops[b] = top if _all_finite(lengths) and _all_finite(scales) else np.nan
+        _transpose(table.maps[b], units)
+        for p in range(units.shape[0]):
+            for c in range(units.shape[1]):
+                units[p, c] *= scales[p]
+            for step in range(probes.tiles.shape[2]):
+                if HAS_BF16:
+                    high = _rounded(units[p, 2 * step + 1]) & np.uint32(0xFFFF0000)
+                    probes.tiles[b, p, step] = (_rounded(units[p, 2 * step]) >> np.uint32(16)) | high
+                else:
+                    probes.tiles[b, p, step] = float_bits(units[p, step])
+
+
 @compiled
 def forward(
-    first: int,
-    last: int,
-    ids: Ids,
-    starts: Ids,
-    pairs: Ids,
-    candidates: int,
-    table: Floats,
-    visibility: Floats,
-    units: Floats,
-    tiles: Bits,
-    tops: Floats,
-    maxima: Floats,
-    where: Places,
+    first: int, last: int, table: Table, pairs: Pairs, probes: Probes, maxima: Floats, where: Places
 ) -> None:
-    """Maxima [pairs, P + Q] and their places for the classes ids[first:last].
-
-    starts [U + 1] into pairs: the pairs (probe · candidates + candidate) that want each class.
-    units [B, P, C] float32; tiles [B, P, steps] the same for the tile; tops [B] largest length.
-    """
-    locations = table.shape[2]
+    """Maxima [B · M, P + Q] and their places, for the classes ids[first:last]."""
+    probe_locations, locations = probes.units.shape[1], table.maps.shape[2]
     padded = (locations + 15) // 16 * 16
-    wide = np.zeros((tiles.shape[2], padded), np.uint32)
-    tall = np.zeros((locations, units.shape[2]), np.float32)
-    sims = np.empty((units.shape[1], padded), np.float32)
+    wide = np.zeros((probes.tiles.shape[2], padded), np.uint32)
+    tall = np.zeros((locations, probes.units.shape[2]), np.float32)
+    sims = np.empty((probe_locations, padded), np.float32)
     scales, lengths = np.empty(padded, np.float32), np.empty(padded, np.float32)
-    row_bounds, column_bounds = np.empty(units.shape[1], np.float32), np.empty(padded, np.float32)
+    row_bounds, column_bounds = np.empty(probe_locations, np.float32), np.empty(padded, np.float32)
     for u in range(first, last):
-        row = table[ids[u]]
-        top = _lengths(row, visibility[u if visibility.shape[0] > 1 else 0], scales, lengths)
+        row = table.maps[pairs.ids[u]]
+        top = _lengths(row, _of(table.visibility, u), scales, lengths)
         finite = _all_finite(lengths) and _all_finite(scales)
         _transpose(row, tall)
         _widen(row, wide)
-        for pair in pairs[starts[u] : starts[u + 1]]:
-            b = pair // candidates
-            if finite and np.isfinite(tops[b]):
-                _products(tiles[b], wide, sims)
-                slack = np.float32(2) * BOUND * top * tops[b]
+        for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+            b = pair // pairs.candidates
+            units, found, places = probes.units[b], maxima[pair], where[pair]
+            if finite and np.isfinite(probes.tops[b]):
+                _products(probes.tiles[b], wide, sims)
+                slack = np.float32(2) * BOUND * top * probes.tops[b]
                 _bounds(sims, scales, locations, slack, row_bounds, column_bounds)
-                _measured(units[b], tall, scales, sims, row_bounds, column_bounds, maxima[pair], where[pair])
+                _measured(units, tall, scales, sims, row_bounds, column_bounds, found, places)
             else:
-                _strictly_measured(units[b], tall, scales, maxima[pair], where[pair])
+                _strictly_measured(units, tall, scales, found, places)
 
 
 @compiled
@@ -287,10 +328,15 @@ def _spread(
     class_gradient: Floats,
 ) -> None:
     """The gradient `weight` of one sim, to both its locations."""
-    scaled = weight * scale
-    for c in range(unit.shape[0]):
-        class_gradient[c] += weight * unit[c]
-        unit_gradient[c] += scaled * tall_row[c]
+    add_both(
+        weight,
+        weight * scale,
+        unit.ctypes.data,
+        tall_row.ctypes.data,
+        unit_gradient.ctypes.data,
+        class_gradient.ctypes.data,
+        unit.shape[0] // 16,
+    )
 
 
 @compiled
@@ -312,43 +358,63 @@ def _through_length(
 def backward(
     first: int,
     last: int,
-    ids: Ids,
-    starts: Ids,
-    pairs: Ids,
-    candidates: int,
-    table: Floats,
-    visibility: Floats,
-    units: Floats,
+    table: Table,
+    pairs: Pairs,
+    probes: Probes,
     where: Places,
     weights: Floats,
     unit_gradients: Floats,
     row_gradients: Floats,
     visibility_gradients: Floats,
 ) -> None:
-    """Gradients from `weights` [pairs, P + Q], those of the maxima, for the classes ids[first:last].
+    """Gradients from `weights` [B · M, P + Q], those of the maxima, for the classes ids[first:last].
 
     unit_gradients [B, P, C] is added to. row_gradients [U, C, Q] and visibility_gradients [U, Q] are written
     unless they have no rows.
     """
-    channels, locations = table.shape[1], table.shape[2]
-    probe_locations = units.shape[1]
-    tall = np.zeros((locations, units.shape[2]), np.float32)
-    gradients = np.empty((locations, units.shape[2]), np.float32)
+    channels, locations = table.maps.shape[1], table.maps.shape[2]
+    probe_locations = probes.units.shape[1]
+    tall = np.zeros((locations, probes.units.shape[2]), np.float32)
+    gradients = np.empty((locations, probes.units.shape[2]), np.float32)
     scales, lengths = np.empty(locations, np.float32), np.empty(locations, np.float32)
     for u in range(first, last):
-        row = table[ids[u]]
-        _lengths(row, visibility[u if visibility.shape[0] > 1 else 0], scales, lengths)
+        row = table.maps[pairs.ids[u]]
+        _lengths(row, _of(table.visibility, u), scales, lengths)
         _transpose(row, tall)
         gradients[:] = 0
-        for pair in pairs[starts[u] : starts[u + 1]]:
-            b = pair // candidates
+        for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+            b = pair // pairs.candidates
             for p in range(probe_locations):
                 q = where[pair, p]
-                _spread(weights[pair, p], units[b, p], tall[q], scales[q], unit_gradients[b, p], gradients[q])
+                weight = weights[pair, p]
+                _spread(weight, probes.units[b, p], tall[q], scales[q], unit_gradients[b, p], gradients[q])
             for q in range(locations):
                 p = where[pair, probe_locations + q]
                 weight = weights[pair, probe_locations + q]
-                _spread(weight, units[b, p], tall[q], scales[q], unit_gradients[b, p], gradients[q])
+                _spread(weight, probes.units[b, p], tall[q], scales[q], unit_gradients[b, p], gradients[q])
         if row_gradients.shape[0]:
             _through_length(tall, scales, lengths, gradients, visibility_gradients[u])
             _transpose(gradients[:, :channels], row_gradients[u])
+
+
+@compiled
+def finish(
+    first: int,
+    last: int,
+    table: Table,
+    probes: Probes,
+    unit_gradients: Floats,
+    map_gradients: Floats,
+    visibility_gradients: Floats,
+) -> None:
+    """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, B, P, C]."""
+    channels = table.maps.shape[1]
+    tall = np.zeros(unit_gradients.shape[2:], np.float32)
+    for b in range(first, last):
+        total = unit_gradients[0, b]
+        # In order, so that the same threads give the same bits.
+        for thread in range(1, unit_gradients.shape[0]):
+            total += unit_gradients[thread, b]
+        _transpose(table.maps[b], tall)
+        _through_length(tall, probes.scales[b], probes.lengths[b], total, visibility_gradients[b])
+        _transpose(total[:, :channels], map_gradients[b])
