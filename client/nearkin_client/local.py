@@ -52,7 +52,8 @@ class LocalService:
         # Not below data_dir: the path of a unix socket may not be longer than about 100 bytes.
         self._scratch = Path(tempfile.mkdtemp(prefix="nearkin-"))
         self.data_dir = Path(data_dir) if data_dir is not None else self._scratch / "data"
-        self.address = f"unix://{self._scratch / 'service.sock'}"
+        self._socket = self._scratch / "service.sock"
+        self.address = f"unix://{self._socket}"
         self.log_path = Path(log_path) if log_path is not None else self._scratch / "service.log"
         self._listen = (self.address, *listen)
         self._options = tuple(options)
@@ -83,6 +84,7 @@ class LocalService:
         for address in self._listen:
             command += ["--listen", address]
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._socket.unlink(missing_ok=True)  # a killed service left it
         self._spawn([*command, *self._options])
         self._wait_until_ready()
         log.info("private service on %s, data in %s", self.address, self.data_dir)
@@ -124,14 +126,16 @@ class LocalService:
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + self._start_seconds
-        problem: NearkinError | None = None
+        problem: NearkinError | str | None = "there is no socket"
         while self.running and time.monotonic() < end:
+            time.sleep(0.02)
+            if not self._socket.exists():
+                continue
             problem = self._problem()
             if problem is None:
                 return
             if not isinstance(problem, Unavailable | DeadlineExceeded):
                 break
-            time.sleep(0.02)
         what = f"does not answer ({problem})" if self.running else "ended while it started"
         said = self.output()
         self._end()

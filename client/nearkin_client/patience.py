@@ -71,6 +71,26 @@ def interrupted(error: grpc.RpcError) -> bool:
     )
 
 
+class Stalled(grpc.RpcError):
+    """A connection that is up and moves nothing, found by ourselves; to its callers a lost connection."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def code(self) -> grpc.StatusCode:
+        """As of a connection that broke."""
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        """What was noticed."""
+        return f"nothing moved for {self._seconds:g} s"
+
+    def trailing_metadata(self) -> tuple[()]:
+        """Empty: the service did not say anything."""
+        return ()
+
+
 class Persistence:
     """Decides, attempt after attempt, whether to try again, and sleeps before it says yes."""
 

@@ -32,7 +32,7 @@ log = logging.getLogger("nearkin.client.push")
 STREAM_BYTES = 1 << 30
 """A stream is closed and acknowledged after this much, and the next one opened."""
 SMALLEST_MESSAGE = 256 << 10
-SMALLEST_SHARE = 64
+SMALLEST_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
 DAMAGED_ATTEMPTS = 3
 """How often a stream that arrived damaged is sent again before it is given up."""

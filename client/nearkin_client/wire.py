@@ -12,11 +12,17 @@ from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import Cancelled
-from nearkin_client.patience import Deadline, Patience, once, repeat_until
+from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
 
 Request_contra = TypeVar("Request_contra", contravariant=True)
 Response_co = TypeVar("Response_co", covariant=True)
 _SERVICE = "/nearkin.v1.NeighbourService/"
+
+
+STALL_SECONDS = 30.0
+"""A bulk stream that moves nothing for so long is taken for dead, and begun again on a new connection."""
+CLOSE_SECONDS = 5.0
+"""A connection that cannot be closed within this time, because its peer takes no bytes, is left to itself."""
 
 
 class Unary(Protocol[Request_contra, Response_co]):
@@ -80,14 +86,26 @@ class Wire:
         return once(attempt, deadline)
 
     def write_rows(self, messages: Iterable[bytes], seconds: float) -> pb.WriteRowsResponse:
-        """One WriteRows stream of messages that are encoded already. Raises grpc.RpcError."""
-        call: Any = self._bulk().stream_unary(
+        """One WriteRows stream of messages that are encoded already. Raises grpc.RpcError.
+
+        gRPC's blocking form would wait for ever, deadline or not, for a dead peer to take a message.
+        """
+        channel, taken = self._bulk(), _Counted(messages)
+        call: Any = channel.stream_unary(
             _SERVICE + "WriteRows", response_deserializer=pb.WriteRowsResponse.FromString
         )
-        # Not the blocking form: it waits for ever when the connection is cut while a message is being written.
-        pending = call.future(iter(messages), timeout=seconds, metadata=self._metadata)
-        response: pb.WriteRowsResponse = pending.result()
-        return response
+        pending = call.future(taken, timeout=seconds, metadata=self._metadata)
+        while True:
+            before = taken.count
+            try:
+                response: pb.WriteRowsResponse = pending.result(timeout=STALL_SECONDS)
+            except grpc.FutureTimeoutError:
+                if taken.count == before:
+                    pending.cancel()
+                    self._abandon(channel)
+                    raise Stalled(STALL_SECONDS) from None
+            else:
+                return response
 
     def read_table(self, request: pb.ReadTableRequest, seconds: float) -> Stream[bytes]:
         """One ReadTable stream of messages that are not decoded. Raises grpc.RpcError while iterated."""
@@ -105,9 +123,16 @@ class Wire:
         """End every call that is under way. Idempotent."""
         with self._lock:
             self._closed = True
-            self._channel.close()
-            if self._bulk_channel is not None:
-                self._bulk_channel.close()
+            channels = [self._channel, *([self._bulk_channel] if self._bulk_channel else [])]
+        for channel in channels:
+            _close(channel, CLOSE_SECONDS)
+
+    def _abandon(self, channel: grpc.Channel) -> None:
+        """Give a dead connection up; the next bulk call opens another."""
+        with self._lock:
+            if self._bulk_channel is channel:
+                self._bulk_channel = None
+        _close(channel, 0)
 
     def _bulk(self) -> grpc.Channel:
         with self._lock:
@@ -116,3 +141,23 @@ class Wire:
             if self._bulk_channel is None:
                 self._bulk_channel = self.endpoint.open_channel()
             return self._bulk_channel
+
+
+class _Counted(Iterator[bytes]):
+    """Messages on their way, and how many gRPC has taken."""
+
+    def __init__(self, messages: Iterable[bytes]) -> None:
+        self._messages = iter(messages)
+        self.count = 0
+
+    def __next__(self) -> bytes:
+        message = next(self._messages)
+        self.count += 1
+        return message
+
+
+def _close(channel: grpc.Channel, seconds: float) -> None:
+    """Close it; no longer than that, as gRPC waits for messages that a dead peer does not take."""
+    closing = threading.Thread(target=channel.close, name="nearkin-close", daemon=True)
+    closing.start()
+    closing.join(seconds)

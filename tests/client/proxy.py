@@ -17,7 +17,9 @@ class CuttingProxy:
         bytes_up: bytes passed on to the service so far.
     """
 
-    def __init__(self, target: str, cut_after: int, cuts: int) -> None:
+    def __init__(self, target: str, cut_after: int, cuts: int, deaf: bool = False) -> None:
+        self._deaf = deaf
+        self._closed = threading.Event()
         self._target = target.removeprefix("unix://")
         self._cut_after = cut_after
         self.cuts_left = cuts
@@ -29,30 +31,36 @@ class CuttingProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        self._closed.set()
         self._listener.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                down, _ = self._listener.accept()
-                up = socket.socket(socket.AF_UNIX)
-                try:
-                    up.connect(self._target)
-                except OSError:
-                    down.close()
-                    continue
-                threading.Thread(target=self._pass, args=(down, up, True), daemon=True).start()
-                threading.Thread(target=self._pass, args=(up, down, False), daemon=True).start()
+                self._join(self._listener.accept()[0])
+
+    def _join(self, down: socket.socket) -> None:
+        up = socket.socket(socket.AF_UNIX)
+        try:
+            up.connect(self._target)
+        except OSError:
+            down.close()
+            return
+        for source, sink in ((down, up), (up, down)):
+            threading.Thread(target=self._pass, args=(source, sink, source is down), daemon=True).start()
 
     def _pass(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 sink.sendall(data)
                 if upwards and self._cut_now(len(data)):
+                    if self._deaf:
+                        self._closed.wait()  # both ends stay open, and nothing moves any more
                     break
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+                end.close()
 
     def _cut_now(self, count: int) -> bool:
         with self._lock:
@@ -66,8 +74,9 @@ class CuttingProxy:
 
 
 @contextlib.contextmanager
-def cutting_proxy(target: str, cut_after: int, cuts: int) -> Iterator[CuttingProxy]:
-    proxy = CuttingProxy(target, cut_after, cuts)
+def cutting_proxy(target: str, cut_after: int, cuts: int, deaf: bool = False) -> Iterator[CuttingProxy]:
+    """`deaf`: instead of closing a connection it keeps it open and takes nothing more."""
+    proxy = CuttingProxy(target, cut_after, cuts, deaf)
     try:
         yield proxy
     finally:

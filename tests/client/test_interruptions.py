@@ -32,7 +32,7 @@ def service() -> Iterator[LocalService]:
 
 
 def test_a_push_cut_ten_times_moves_little_more_than_its_bytes(service: LocalService) -> None:
-    rows = generator.standard_normal((48, 1 << 18)).astype(np.float32)
+    rows = generator.standard_normal((2048, 1 << 14)).astype(np.float32)
     with cutting_proxy(service.address, cut_after=rows.nbytes // 12, cuts=10) as proxy:
         with NeighbourClient(proxy.address, run="cut") as client:
             client.push(rows, epoch=0, k=4, timeout=60)
@@ -42,6 +42,18 @@ def test_a_push_cut_ten_times_moves_little_more_than_its_bytes(service: LocalSer
         table = client.table(epoch=0, timeout=60)
     assert table.scores is not None
     assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_a_connection_that_moves_nothing_is_left(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nearkin_client.wire.STALL_SECONDS", 0.5)
+    rows = generator.standard_normal((1024, 1 << 14)).astype(np.float32)
+    with cutting_proxy(service.address, cut_after=rows.nbytes // 3, cuts=2, deaf=True) as proxy:
+        with NeighbourClient(proxy.address, run="deaf") as client:
+            push = client.push(rows, epoch=0, k=4, timeout=60)
+        assert push.rows_stored == 1024
+        assert proxy.cuts_left == 0
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
