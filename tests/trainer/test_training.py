@@ -239,7 +239,7 @@ def test_images_that_do_not_fit_into_memory(data: Path, tmp_path: Path, nearkin_
 
 
 def test_a_time_limit_makes_fewer_epochs_and_a_generation_for_each(data: Path, tmp_path: Path) -> None:
-    metrics = _train(data, tmp_path / "out", "--epochs", "100000", "--minutes", "0.02")
+    metrics = _train(data, tmp_path / "out", "--epochs", "100000", "--minutes", "0.03")
     assert 1 <= metrics["epochs"] < 1000
     assert len(metrics["history"]) == metrics["epochs"]
     assert metrics["generation"] == metrics["epochs"] + 1

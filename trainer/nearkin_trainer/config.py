@@ -236,8 +236,8 @@ class TrainConfig:
             NEARKIN_SERVICE holds, or else a private one, with its data in OUT/service.
         run_name: of the training job at the service; by default made from the name of OUT.
         epochs: passes over the training images.
-        minutes: time for the epochs; where it is too short for all of them there are fewer, as many as the
-            machine's pace allows, and the schedule ends with them. By default there is no limit.
+        minutes: time for the epochs and for saving after each. Where it is too short for all, there are as
+            many as the machine's pace allows, and the schedule ends with them. By default there is no limit.
         processes: worker processes to start on this machine (under torchrun: leave at 1).
         device: `auto` is CUDA where there is one.
         seed: everything random follows from it.

@@ -88,6 +88,7 @@ class Job:
         self.judge = Judge(self.world, self.data, image, self.config.evaluate.batch)
         self.progress = Progress()
         self.epochs = self.config.epochs
+        self._turns: list[float] = []  # when epochs began, of this call of `run`
 
     def run(self, start: Path | None) -> dict[str, Any]:
         """Trains from a checkpoint, or from the beginning; returns what `metrics.json` holds."""
@@ -151,12 +152,13 @@ class Job:
 
     def _plan(self) -> int:
         """How many epochs there are in all: as configured, or as many as the minutes allow at this pace."""
-        minutes, history = self.config.minutes, self.progress.history
-        if minutes is not None and history:
-            left = int((60 * minutes - self.progress.train_seconds) / history[-1]["seconds"])
+        now, minutes = time.perf_counter(), self.config.minutes
+        if minutes is not None and self._turns:
+            left = int((60 * minutes - (now - self._turns[0])) / (now - self._turns[-1]))
             total = min(self.config.epochs, self.progress.epoch + max(0, left))
             self.epochs = int(tell_all(self.world, str(total) if self.world.leads else None))
             self.learner.plan(self.sampler.steps * self.epochs)
+        self._turns.append(now)
         return self.epochs
 
     def _epoch(self, epoch: int) -> None:
@@ -210,7 +212,8 @@ class Job:
     # ------------------------------------------------------------------------------------------- end
 
     def _judge(self, epoch: int) -> dict[str, Retrieval]:
-        found = self.judge.features(self.model)
+        with self.report.bar("judging unseen images", self.judge.my_queries) as bar:
+            found = self.judge.features(self.model, bar.advance)
         for kind, result in found.items():
             self.report.numbers(epoch + 1, {f"{kind}/rank1": result.rank1, f"{kind}/mAP": result.mAP})
         qaconv, cosine = _line(found["qaconv"]), _line(found["cosine"])
