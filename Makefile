@@ -31,6 +31,13 @@ $(VENV)/.measuring: $(VENV)/.developing requirements-bench.txt
 	@$(PIP) -r requirements-bench.txt
 	@touch $@
 
+$(VENV)/.demonstrating: $(VENV)/.installed requirements-demo.txt
+	@$(PIP) -r requirements-demo.txt
+	@touch $@
+
+demo: $(VENV)/.demonstrating
+	@$(BIN)/python -m examples.demo
+
 test: $(VENV)/.developing
 	$(BIN)/python -m pytest
 

@@ -1,0 +1,1 @@
+"""The demo: emoji recognised across vendors, emoji included that were never learned."""
