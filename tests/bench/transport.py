@@ -1,0 +1,290 @@
+"""Moving embeddings and tables: shared memory, unix socket and TCP beside Arrow Flight and a plain copy.
+
+    python -m tests.bench.transport [--quick]
+
+Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, so
+that whatever else the machine does meets all of them alike; figures are medians of five rounds after two of
+warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows on file; Flight keeps what
+it received in memory and checks nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nearkin_client import NeighbourClient
+from nearkin_client.local import LocalService
+from numpy.typing import NDArray
+
+from tests.bench import flight_peer
+from tests.client.proxy import cutting_proxy
+
+MIB, GIB = 1 << 20, 1 << 30
+ROUNDS = 5
+BATCHES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+WIDTHS = (25_088, 12_347)
+READERS, READING_PROCESSES = 64, 8
+Row = dict[str, Any]
+
+
+def run(quick: bool) -> list[Row]:
+    """All measurements; `quick` only shows that they run."""
+    size = 32 * MIB if quick else GIB
+    results: list[Row] = []
+    for width in WIDTHS:
+        results += _shown(_pushes(_rows(size // (4 * width), width)))
+    results += _shown(_fetches(size))
+    results += _shown([_interrupted(size // 4), _memory(4 * size), _readers(quick, size // 4)])
+    return results
+
+
+def _rows(count: int, width: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
+
+
+def _shown(rows: list[Row]) -> list[Row]:
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return rows
+
+
+@contextmanager
+def _service(*options: str) -> Iterator[tuple[LocalService, str]]:
+    """A service and its TCP address."""
+    with tempfile.TemporaryDirectory(prefix="nearkin-bench-") as data:
+        tcp = f"127.0.0.1:{_free_port()}"
+        with LocalService(data, listen=(tcp,), options=options) as service:
+            yield service, tcp
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _alternating(ways: dict[str, Callable[[], float]], nbytes: int) -> dict[str, float]:
+    """Median GB/s of each way, which returns the seconds it took; the first two rounds are the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(2 + ROUNDS):
+        for name, way in ways.items():
+            seconds[name].append(way())
+    return {name: round(nbytes / 1e9 / statistics.median(each[2:]), 2) for name, each in seconds.items()}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+# -------------------------------------------------------------------------------------------------- pushing
+
+
+class _Pusher:
+    """Epoch after epoch of one run; what was measured is dropped, so that no build runs beside the next."""
+
+    def __init__(self, address: str, run: str, rows: NDArray[np.float32], shared: bool) -> None:
+        self._client = NeighbourClient(address, run=run, shared_memory=shared)
+        self._rows = rows
+        self._epoch = 0
+
+    def __call__(self) -> float:
+        self._epoch += 1
+        began = time.perf_counter()
+        push = self._client.push(self._rows, epoch=self._epoch, k=16, commit=False)
+        seconds = time.perf_counter() - began
+        self._client.abort(push)
+        return seconds
+
+
+def _pushes(rows: NDArray[np.float32]) -> list[Row]:
+    with ExitStack() as stack:
+        service, tcp = stack.enter_context(_service())
+        peers = _flight_peers(stack)
+        goal = np.empty_like(rows)
+        ways: dict[str, Callable[[], float]] = {
+            "shared memory": _Pusher(service.address, "shm", rows, True),
+            "unix socket": _Pusher(service.address, "unix", rows, False),
+            "TCP": _Pusher(tcp, "tcp", rows, False),
+            "plain copy": lambda: _timed(lambda: np.copyto(goal, rows)),
+        }
+        for name, peer in peers.items():
+            for batch in BATCHES:
+                pieces = flight_peer.batches(rows, batch)
+                ways[f"{name} {batch // MIB} MiB"] = _put(peer, pieces)
+        return _beside_flight("push", rows.shape[1], _alternating(ways, rows.nbytes))
+
+
+def _flight_peers(stack: ExitStack) -> dict[str, flight_peer.Peer]:
+    directory = stack.enter_context(tempfile.TemporaryDirectory())
+    places = {
+        "Flight unix": f"grpc+unix://{directory}/flight.sock",
+        "Flight TCP": f"grpc://127.0.0.1:{_free_port()}",
+    }
+    return {name: stack.enter_context(flight_peer.serving(place)) for name, place in places.items()}
+
+
+def _put(peer: flight_peer.Peer, pieces: list[Any]) -> Callable[[], float]:
+    return lambda: _timed(lambda: peer.put(pieces))
+
+
+def _beside_flight(what: str, width: int, speeds: dict[str, float]) -> list[Row]:
+    best = max(speed for name, speed in speeds.items() if name.startswith("Flight"))
+    return [
+        {
+            "what": what,
+            "row_width": width,
+            "by": name,
+            "GB/s": speed,
+            "of_flights_best": round(speed / best, 2),
+        }
+        for name, speed in speeds.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- fetching
+
+
+def _fetches(size: int) -> list[Row]:
+    """A table of `size` bytes, ids and scores. Mapping one moves nothing; it is checked whole all the same."""
+    count = int((size / 4) ** 0.5)
+    k = count // 2
+    with ExitStack() as stack:
+        service, tcp = stack.enter_context(_service())
+        with NeighbourClient(service.address, run="table") as client:
+            client.push(_rows(count, 4), epoch=0, k=k)
+            client.table(epoch=0, timeout=3600)
+        ways: dict[str, Callable[[], float]] = {
+            "shared memory": _fetcher(service.address, shared=True),
+            "unix socket": _fetcher(service.address, shared=False),
+            "TCP": _fetcher(tcp, shared=False),
+        }
+        for name, peer in _flight_peers(stack).items():
+            for batch in BATCHES:
+                ways[f"{name} {batch // MIB} MiB"] = _getter(peer, _rows(size // 4096, 1024), batch)
+        return _beside_flight("fetch", k, _alternating(ways, count * k * 8))
+
+
+def _fetcher(address: str, *, shared: bool) -> Callable[[], float]:
+    client = NeighbourClient(address, run="table", shared_memory=shared)
+    return lambda: _timed(lambda: client.table(timeout=600))
+
+
+def _getter(peer: flight_peer.Peer, rows: NDArray[np.float32], batch: int) -> Callable[[], float]:
+    def get() -> float:
+        peer.put(flight_peer.batches(rows, batch))
+        return _timed(peer.get)
+
+    return get
+
+
+# ------------------------------------------------------------------------------------------------ hardships
+
+
+def _interrupted(size: int) -> Row:
+    """Bytes that a push moves whose connection is cut ten times, as a share of its own."""
+    rows = _rows(size // (4 * WIDTHS[0]), WIDTHS[0])
+    with _service() as (service, _), cutting_proxy(service.address, rows.nbytes // 12, 10) as proxy:
+        with NeighbourClient(proxy.address, run="cut") as client:
+            client.push(rows, epoch=0, k=4, commit=False, timeout=600)
+        assert proxy.cuts_left == 0
+        return {"what": "push cut ten times", "bytes_moved": round(proxy.bytes_up / rows.nbytes, 3)}
+
+
+def _memory(size: int) -> Row:
+    """Peak memory of the service while four writers push by socket: its own pages, not the page cache."""
+    rows = _rows(size // 4 // (4 * WIDTHS[0]), WIDTHS[0])
+    with _service() as (service, _):
+        before = _peak_bytes(service.pid)
+        writers = [
+            threading.Thread(target=_write_part, args=(service.address, rows, part)) for part in range(4)
+        ]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        peak = _peak_bytes(service.pid)
+    return {
+        "what": f"peak memory of the service, {rows.nbytes * 4 / 1e9:.1f} GB from 4 writers",
+        "before_MB": before // 1_000_000,
+        "peak_MB": peak // 1_000_000,
+    }
+
+
+def _write_part(address: str, rows: NDArray[np.float32], part: int) -> None:
+    with NeighbourClient(address, run="memory", shared_memory=False) as client:
+        start, total = part * len(rows), 4 * len(rows)
+        client.push(rows, epoch=0, row_start=start, num_classes=total, k=4, commit=False, timeout=600)
+
+
+def _peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def _readers(quick: bool, size: int) -> Row:
+    """64 readers of a 100k x 64 table, from eight processes by TCP, while a push and a build go on."""
+    count, k = (2_000, 16) if quick else (100_000, 64)
+    rows = _rows(size // (4 * WIDTHS[0]), WIDTHS[0])
+    with _service() as (service, tcp), NeighbourClient(service.address, run="read") as client:
+        client.push(_rows(count, 8), epoch=0, k=k)
+        table = client.table(epoch=0, timeout=3600)
+        pusher = _Pusher(service.address, "beside", rows, False)
+        alone = statistics.median(pusher() for _ in range(3))
+        expected = f"{np.bitwise_xor.reduce(table.ids.view(np.uint32), axis=None):08x}"
+        with _reading(tcp) as processes:
+            client.push(_rows(count, 8) + 1, epoch=1, k=k)  # its build goes on beside
+            beside = [pusher()]
+            while any(process.poll() is None for process in processes):
+                beside.append(pusher())
+            answers = [line for process in processes for line in process.communicate()[0].split()]
+    return {
+        "what": f"{READERS} readers of {count} x {k} beside a push and a build",
+        "failed": READERS - len(answers),
+        "different": sum(answer != expected for answer in answers),
+        "push_rate_kept": round(alone / statistics.median(beside), 2),
+    }
+
+
+@contextmanager
+def _reading(address: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes of eight reading threads each, connected, that begin together."""
+    command = [sys.executable, "-m", "tests.bench.readers", address, str(READERS // READING_PROCESSES)]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(READING_PROCESSES)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    yield processes
+    for process in processes:
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.transport", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
+    run(parser.parse_args().quick)
+
+
+if __name__ == "__main__":
+    main()
