@@ -12,6 +12,7 @@ from nearkin_service.engines.contract import (
     Searcher,
 )
 from nearkin_service.engines.devices import resolve_device
+from nearkin_service.engines.workers import worker_count
 
 __all__ = [
     "BuildCancelled",
@@ -26,4 +27,5 @@ __all__ = [
     "describe_engines",
     "open_searcher",
     "resolve_device",
+    "worker_count",
 ]

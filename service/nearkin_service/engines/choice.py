@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.auto import ENGINES, Job, choose, mixed_lacks
@@ -19,10 +22,18 @@ from nearkin_service.engines.contract import (
 from nearkin_service.engines.devices import faiss_version, resolve_device
 from nearkin_service.engines.flat import FlatSearcher, build_flat
 from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.qaconv import (
+    CANDIDATES_PER_NEIGHBOUR,
+    LocationScore,
+    LocationSearcher,
+    all_maps,
+    best_by_location,
+)
 
 log = logging.getLogger("nearkin.engines")
 
-_KEYS = ("flat", "pooled")
+_KEYS = ("flat", "pooled", "qaconv")
+_NO_WEIGHTS = np.empty(0, np.float32)
 
 
 def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMonitor) -> BuiltTable:
@@ -35,8 +46,14 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
     _check(rows_NR, request)
     device = resolve_device(request.device)
     source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
-    engine, why = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), device)
-    log.info("%d x %d, key %s, k %d: engine %s; %s", *rows_NR.shape, request.key, request.k, engine, why)
+    if request.key == "qaconv":
+        return _build_qaconv(source, request, device, monitor)
+    return _build(source, request, device, monitor)
+
+
+def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
+    engine, why = choose(request.engine, Job(len(source.rows), source.key_size, request.k), device)
+    log.info("%d x %d, key %s, k %d: engine %s; %s", *source.rows.shape, source.key, request.k, engine, why)
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed
 
@@ -44,15 +61,37 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
     return build_flat(source, request.k, device, monitor)
 
 
+def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
+    score = LocationScore(request.row_shape, request.qaconv_weights)
+    wanted = request.qaconv_candidates or CANDIDATES_PER_NEIGHBOUR * request.k
+    candidates = max(request.k, min(wanted, len(source.rows) - 1))
+    pooled = _build(source, replace(request, k=candidates), device, monitor)
+    began = time.monotonic()
+    maps_NCL = all_maps(source, score)
+    best = best_by_location(
+        lambda row: maps_NCL[row], maps_NCL, pooled.ids, score, k=request.k, monitor=monitor
+    )
+    seconds = {**pooled.stage_seconds, "rerank by location": time.monotonic() - began}
+    return replace(pooled, ids=best.ids, scores=best.scores, stage_seconds=seconds)
+
+
 def open_searcher(
     rows_NR: NDArray[Any],
     row_shape: tuple[int, ...],
     key: KeyName,
-    absent: NDArray[Any],
+    absent: NDArray[np.int64],
     device: str,
+    *,
+    qaconv_weights: NDArray[np.float32] = _NO_WEIGHTS,
 ) -> Searcher:
-    """Exact nearest-class answers on these rows."""
-    return FlatSearcher(KeyedRows(rows_NR, row_shape, key, absent), resolve_device(device))
+    """Exact nearest-class answers on these rows.
+
+    `qaconv_weights` are those that a table of key "qaconv" was built with.
+    """
+    source = KeyedRows(rows_NR, row_shape, key, absent)
+    if key == "qaconv":
+        return LocationSearcher(source, LocationScore(row_shape, qaconv_weights), resolve_device(device))
+    return FlatSearcher(source, resolve_device(device))
 
 
 def describe_engines() -> list[EngineDescription]:

@@ -57,6 +57,7 @@ def in_threads(
             stop.set()
     for future in running:
         future.result()
+    meanwhile(len(items))
 
 
 def _ended(running: list[Future[None]]) -> bool:

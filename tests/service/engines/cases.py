@@ -95,14 +95,14 @@ def near_ties_a_little_apart(random: np.random.Generator) -> Case:
 @_case
 def tiny_after_normalisation(random: np.random.Generator) -> Case:
     rows = _random(random, 1100, 80) * np.float32(1e-38)
-    rows[:, 0] = random.choice(np.float32([1, -1]), 1100)
+    rows[:, 0] = random.choice(np.array([1, -1], np.float32), 1100)
     rows[:, 1] = np.float32(1e-3) * _random(random, 1100)
     return rows, 10
 
 
 @_case
 def huge_and_tiny_rows(random: np.random.Generator) -> Case:
-    scale = np.where(np.arange(1100) % 2, np.float32(1e30), np.float32(1e-36))
+    scale = np.where(np.arange(1100) % 2, 1e30, 1e-36).astype(np.float32)
     return _random(random, 1100, 40) * scale[:, None], 10
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from nearkin_service.engines import auto
+
 from tests.service.engines.cases import CASES
 from tests.service.engines.oracle import assert_agrees, build, true_scores
 

@@ -1,0 +1,151 @@
+"""Exact tables beside their peers: `python -m tests.bench.tables [--quick]`.
+
+All sides are given the same normalised float32 keys in memory and the same cores, and are warmed up alike.
+FAISS and ours take turns, and the ratio is of medians. "Ours" is a whole build: keys, products, certificate,
+order. The peak is what a plain square matrix product reaches here in the same minute; ours, which computes
+half of the products, is held against the bfloat16 peak, FAISS and the N x N matrix against float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from nearkin_service.engines import BuildRequest, build_table, worker_count
+from nearkin_service.engines.pacing import Silence
+from numpy.typing import NDArray
+
+from tests.bench import tables_peers as peers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """N classes of D elements, k neighbours; `groups` clusters, or none."""
+
+    N: int
+    D: int
+    k: int
+    groups: int = 0
+    rounds: int = 3
+    approximate: bool = False
+    matrix: bool = True
+
+    def __str__(self) -> str:
+        kind = f"{self.groups} clusters" if self.groups else "unclustered"
+        return f"{self.N:,} x {self.D:,}, k={self.k}, {kind}"
+
+    def keys(self) -> NDArray[np.float32]:
+        random = np.random.default_rng(2026)
+        rows = random.standard_normal((self.N, self.D), dtype=np.float32)
+        if self.groups:
+            centres = random.standard_normal((self.groups, self.D), dtype=np.float32)
+            rows = centres[random.integers(0, self.groups, self.N)] + 0.5 * rows
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
+
+
+PROBLEMS = (
+    Problem(20_000, 512, 32, approximate=True),
+    Problem(20_000, 512, 32, groups=200),
+    Problem(5_000, 25_088, 32),
+    Problem(5_000, 25_088, 32, groups=50),
+    Problem(100_000, 512, 64, rounds=1, matrix=False),
+    Problem(100_000, 512, 64, groups=1000, rounds=1, matrix=False),
+)
+QUICK = (Problem(3_000, 128, 16, approximate=True), Problem(3_000, 128, 16, groups=60))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a square matrix product, best of five."""
+    matrix = torch.randn(size, size).to(dtype)
+    torch.mm(matrix, matrix)
+    return 2.0 * size**3 / min(seconds(lambda: torch.mm(matrix, matrix)) for _ in range(5))
+
+
+def ours(keys: NDArray[np.float32], k: int, engine: str = "auto") -> Any:
+    request = BuildRequest((keys.shape[1],), "flat", k, engine, "cpu", np.empty(0, np.int64))
+    return build_table(keys, request, Silence())
+
+
+def measure(problem: Problem) -> list[dict[str, Any]]:
+    keys = problem.keys()
+    ours(keys[: max(1200, 5 * problem.k)], problem.k)  # compiles the loops, wakes the threads
+    peers.faiss_flat(keys[:1000], problem.k)
+    torch.set_num_threads(worker_count())
+    peaks = {"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)}
+    times: dict[str, list[float]] = {"FAISS flat": [], "nearkin auto": []}
+    for _ in range(problem.rounds):
+        times["FAISS flat"].append(seconds(lambda: peers.faiss_flat(keys, problem.k)))
+        times["nearkin auto"].append(seconds(lambda: ours(keys, problem.k)))
+    if problem.matrix:
+        times["N x N matrix + topk"] = [seconds(lambda: peers.matrix_topk(keys, problem.k))]
+    table = ours(keys, problem.k)
+    rows = [_row(problem, name, taken, times["FAISS flat"], peaks) for name, taken in times.items()]
+    rows[1] |= {
+        "engine": table.engine,
+        "recomputed_rows": table.recomputed_rows,
+        "stages": dict(table.stage_seconds),
+    }
+    if problem.approximate:
+        for name, search in peers.APPROXIMATE.items():
+            taken, ids = search(keys, problem.k)
+            row = _row(problem, name, [taken], times["FAISS flat"], peaks)
+            rows.append(row | {"recall": recall(ids, table.ids), "share_of_peak": None})
+    return rows
+
+
+def _row(
+    problem: Problem, name: str, taken: list[float], faiss: list[float], peaks: dict[str, float]
+) -> dict[str, Any]:
+    middle = statistics.median(taken)
+    half = name == "nearkin auto"
+    products = problem.N * problem.N * problem.D * (1.0 if half else 2.0)
+    return {
+        "problem": str(problem),
+        "what": name,
+        "seconds": round(middle, 4),
+        "times_faiss": round(statistics.median(faiss) / middle, 2),
+        "share_of_peak": round(products / middle / peaks["bfloat16" if half else "float32"], 3),
+        "peak_gflops": {dtype: round(value / 1e9) for dtype, value in peaks.items()},
+        "recall": 1.0,
+    }
+
+
+def recall(found: NDArray[Any], truth: NDArray[Any]) -> float:
+    hits = sum(len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True))
+    return round(hits / truth.size, 4)
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """Measure, print a table, and return its rows."""
+    rows = []
+    for problem in QUICK if quick else PROBLEMS:
+        measured = measure(problem)
+        print(f"\n{problem}   (peaks, GFLOP/s: {measured[0]['peak_gflops']})")
+        print(f"  {'':24}{'seconds':>10}{'x FAISS':>9}{'of peak':>9}{'recall':>8}")
+        for row in measured:
+            share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
+            print(
+                f"  {row['what']:24}{row['seconds']:10.3f}{row['times_faiss']:9.2f}"
+                f"{share:>9}{row['recall']:8.3f}"
+            )
+        rows += measured
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.tables", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
+    run(quick=parser.parse_args().quick)

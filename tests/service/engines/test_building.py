@@ -1,0 +1,151 @@
+"""Builds report, stop when told, and refuse what they cannot do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from nearkin_service.engines import (
+    BuildCancelled,
+    BuildRequest,
+    auto,
+    build_table,
+    describe_engines,
+    open_searcher,
+    resolve_device,
+)
+from nearkin_service.engines.pacing import Silence
+
+from tests.service.engines.oracle import assert_agrees, build, true_scores
+from tests.service.engines.test_exact import ENGINES
+
+NOBODY = np.empty(0, np.int64)
+
+
+class Patience:
+    """A monitor that gives up after so many seconds and remembers what it was told."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.began = time.monotonic()
+        self.told: list[tuple[str, int, int]] = []
+
+    def progress(self, stage: str, rows_done: int, rows_total: int) -> None:
+        self.told.append((stage, rows_done, rows_total))
+
+    def check(self) -> None:
+        if time.monotonic() - self.began > self.seconds:
+            raise BuildCancelled("out of time")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rows", ["random", "ties"])
+def test_a_deadline_is_honoured(engine: str, rows: str) -> None:
+    keys = np.random.default_rng(0).standard_normal((40_000, 256), dtype=np.float32)
+    if rows == "ties":
+        keys[:] = keys[0]
+    build(keys[:1100], 8, engine)  # compiles
+    monitor = Patience(0.3)
+    with pytest.raises(BuildCancelled):
+        build_table(keys, BuildRequest((256,), "flat", 32, engine, "cpu", NOBODY), monitor)
+    assert time.monotonic() - monitor.began < 0.3 + 3.0, "within a second on idle cores"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_rises_to_the_total(engine: str) -> None:
+    rows = np.random.default_rng(0).standard_normal((3000, 64), dtype=np.float32)
+    monitor = Patience(300)
+    build_table(rows, BuildRequest((64,), "flat", 8, engine, "cpu", NOBODY), monitor)
+    for stage in dict.fromkeys(stage for stage, _, _ in monitor.told):
+        done = [rows_done for named, rows_done, _ in monitor.told if named == stage]
+        assert done == sorted(done)
+        assert done[-1] == 3000
+    assert {total for _, _, total in monitor.told} == {3000}
+
+
+def test_auto_says_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nearkin.engines"):
+        table = build(np.eye(20, dtype=np.float32), 3, "auto")
+    assert table.engine == "flat"
+    assert "fewer than" in caplog.text or "not installed" in caplog.text or "none of" in caplog.text
+
+
+def test_auto_without_the_extra_is_flat_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "find_spec", lambda name: None)
+    auto.mixed_lacks.cache_clear()
+    rows = np.random.default_rng(0).standard_normal((1500, 16), dtype=np.float32)
+    with caplog.at_level(logging.INFO, "nearkin.engines"):
+        assert build(rows, 5, "auto").engine == "flat"
+    assert "nearkin-service[mixed]" in caplog.text
+    with pytest.raises(ValueError, match=r"nearkin-service\[mixed\]"):
+        build(rows, 5, "mixed")
+    auto.mixed_lacks.cache_clear()
+
+
+def test_cuda_without_a_gpu_is_an_error() -> None:
+    from nearkin_service.engines.devices import gpu_count
+
+    if gpu_count():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match="sees no GPU"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k: 0 is not in"),
+        ({"k": 10}, "k: 10 is not in"),
+        ({"engine": "fast"}, "engine: 'fast'"),
+        ({"key": "best"}, "key: 'best'"),
+        ({"device": "tpu"}, "device: 'tpu'"),
+    ],
+)
+def test_requests_are_checked(change: dict[str, Any], message: str) -> None:
+    given = {"row_shape": (4,), "key": "flat", "k": 3, "engine": "flat", "device": "cpu", "absent": NOBODY}
+    with pytest.raises(ValueError, match=message):
+        build_table(np.ones((10, 4), np.float32), BuildRequest(**{**given, **change}), Silence())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "class 7.*NaN"), (np.inf, "class 7.*NaN"), (0.0, "class 7.*zero")]
+)
+def test_rows_without_a_direction_are_named(value: float, message: str) -> None:
+    rows = np.ones((12, 4), np.float32)
+    rows[7] = value
+    with pytest.raises(ValueError, match=message):
+        build(rows, 2)
+
+
+def test_queries_agree_with_the_table() -> None:
+    random = np.random.default_rng(6)
+    rows = np.repeat(random.standard_normal((400, 20), dtype=np.float32), 2, axis=0)
+    absent = np.array([5, 6, 700])
+    table = build(rows, 9, absent=absent)
+    searcher = open_searcher(rows, (20,), "flat", absent, "cpu")
+    found = searcher.nearest_to_classes(np.arange(800), 9)
+    np.testing.assert_array_equal(found.ids, table.ids)
+    np.testing.assert_array_equal(found.scores, table.scores)
+    assert searcher.memory_bytes >= 797 * 20 * 4
+    by_vector = searcher.nearest_to_vectors(rows[[3, 9]] * 2, 2)
+    np.testing.assert_array_equal(by_vector.ids, [[2, 3], [8, 9]])
+    assert_agrees(table, true_scores(rows, absent))
+
+
+@pytest.mark.parametrize("classes", [[-1], [800], [3, 900]])
+def test_unknown_classes_are_refused(classes: list[int]) -> None:
+    searcher = open_searcher(np.ones((800, 2), np.float32), (2,), "flat", NOBODY, "cpu")
+    with pytest.raises(ValueError, match="not a class id"):
+        searcher.nearest_to_classes(np.asarray(classes), 1)
+
+
+def test_engines_describe_themselves() -> None:
+    described = {engine.name: engine for engine in describe_engines()}
+    assert described["flat"].available
+    assert described["flat"].exact
+    assert described["mixed"].reason
