@@ -17,7 +17,11 @@ MODULE = "nearkin_trainer"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0 done, 1 the service failed, 2 something to correct."""
+    """Runs the command.
+
+    Returns:
+        The exit status: 0 done, 1 the service failed, 2 something to correct, 130 interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
     console = Console(stderr=True, highlight=False)
@@ -29,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nearkin_trainer.train import train
 
         train(config)
+    except KeyboardInterrupt:
+        console.print("nearkin-train: interrupted; --resume continues after the last finished epoch")
+        return 130
     except (ValueError, NearkinError) as error:
         who = f" (process {rank})" if rank else ""
         console.print(f"nearkin-train{who}: {error}", style="red", markup=False, soft_wrap=True)

@@ -1,5 +1,7 @@
 """A model judged on the validation images of a data set, and what raw pixels would achieve there."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,8 +41,21 @@ class Judge:
             world, paths, image.height, image.width, memory_bytes=image.memory_bytes
         )
 
-    def features(self, model: Model) -> dict[str, Retrieval]:
-        """Retrieval by QAConv scores (`qaconv`) and by the cosine of flattened maps (`cosine`)."""
+    @property
+    def my_queries(self) -> int:
+        """How many queries this process judges."""
+        mine = self._world.share(len(self._query))
+        return int(mine.stop) - int(mine.start)
+
+    def features(
+        self, model: Model, progress: Callable[[int], None] = lambda _: None
+    ) -> dict[str, Retrieval]:
+        """Retrieval by QAConv scores (`qaconv`) and by the cosine of flattened maps (`cosine`).
+
+        Args:
+            model: what is judged, in evaluation mode meanwhile.
+            progress: told how many of `my_queries` are done, now and then.
+        """
         if not len(self._query):
             nothing = Retrieval.of_nothing()
             return {"qaconv": nothing, "cosine": nothing}
@@ -51,7 +66,9 @@ class Judge:
             queries = features[self._query.images]
             gallery = features[self._gallery.images]
             found = {
-                "qaconv": self._retrieve(queries, qaconv_scores(model.head, gallery, model.sparse.backend)),
+                "qaconv": self._retrieve(
+                    queries, qaconv_scores(model.head, gallery, model.sparse.backend), progress
+                ),
                 "cosine": self._retrieve(queries, cosine_scores(gallery)),
             }
         model.train(was_training)
@@ -65,8 +82,10 @@ class Judge:
         queries, gallery = everything[self._query.images], everything[self._gallery.images]
         return self._retrieve(queries, euclidean_scores(gallery))
 
-    def _retrieve(self, queries: torch.Tensor, scores: Scores) -> Retrieval:
-        return retrieve(self._world, queries, self._query, self._gallery, scores)
+    def _retrieve(
+        self, queries: torch.Tensor, scores: Scores, progress: Callable[[int], None] = lambda _: None
+    ) -> Retrieval:
+        return retrieve(self._world, queries, self._query, self._gallery, scores, progress=progress)
 
     def _take(self, numbers: NDArray[np.int64]) -> torch.Tensor:
         return to_floats(self._images.take(numbers), self._world.device)
