@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nearkin_service import logs, settings, token_commands
+from nearkin_service import logs, offline_commands, settings, token_commands
 from nearkin_service.access import TlsFiles
 from nearkin_service.config import ServiceConfig
 from nearkin_service.resources import allow_many_connections
@@ -22,6 +22,8 @@ log = logging.getLogger("nearkin.service")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(token_commands.app, name="token")
+app.add_typer(offline_commands.snapshot, name="snapshot")
+app.command()(offline_commands.check)
 
 _HELP = """Builds and serves neighbour tables of class embeddings.
 

@@ -36,7 +36,14 @@ DTYPES: dict[pb.DType.ValueType, Any] = {
 }
 WAIT = 30.0
 T = TypeVar("T")
-ANY_LENGTH = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+ANY_LENGTH = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # services of these tests die and come back at once
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 @dataclass

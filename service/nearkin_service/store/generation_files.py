@@ -13,7 +13,8 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -155,18 +156,35 @@ def _from_manifest(body: Mapping[str, Any]) -> Generation:
 
 def load(directory: Path, run: str, number: int) -> Generation:
     """Reads a generation back and verifies its tables. DataLossError: something is damaged or missing."""
-    try:
+    generation = read_tables(directory, run, number)
+    with _damage(directory):
+        return replace(
+            generation,
+            embeddings=_recover_embeddings(directory, generation),
+            pinned=(directory / PINNED).exists(),
+        )
+
+
+def read_tables(directory: Path, run: str, number: int) -> Generation:
+    """What a generation says of itself, its table verified; the state of its embeddings is not looked up.
+
+    DataLossError: something is damaged or missing.
+    """
+    with _damage(directory):
         generation = _from_manifest(read_document(directory / MANIFEST))
         if (generation.run, generation.number) != (run, number):
             raise DataLossError(f"it says it is generation {generation.number} of run {generation.run!r}")
         for name, expected in ((IDS, generation.ids), (SCORES, generation.scores)):
             _verify_column(directory / name, generation, expected)
         read_absent(directory, generation)
-        return replace(
-            generation,
-            embeddings=_recover_embeddings(directory, generation),
-            pinned=(directory / PINNED).exists(),
-        )
+    return generation
+
+
+@contextmanager
+def _damage(directory: Path) -> Iterator[None]:
+    """A file that cannot be read is one that is damaged."""
+    try:
+        yield
     except OSError as error:
         raise DataLossError(
             f"{directory.name}: {error.strerror}: {Path(str(error.filename)).name}"
