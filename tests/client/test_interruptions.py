@@ -32,7 +32,7 @@ def service() -> Iterator[LocalService]:
 
 
 def test_a_push_cut_ten_times_moves_little_more_than_its_bytes(service: LocalService) -> None:
-    rows = generator.standard_normal((2048, 1 << 14)).astype(np.float32)
+    rows = generator.standard_normal((256, 1 << 17)).astype(np.float32)
     with cutting_proxy(service.address, cut_after=rows.nbytes // 12, cuts=10) as proxy:
         with NeighbourClient(proxy.address, run="cut") as client:
             client.push(rows, epoch=0, k=4, timeout=60)
