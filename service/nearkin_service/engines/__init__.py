@@ -1,6 +1,6 @@
 """Engines: neighbour tables and nearest-class queries on normalised keys. FAISS lives here; gRPC does not."""
 
-from nearkin_service.engines.choice import build_table, describe_engines, open_searcher
+from nearkin_service.engines.choice import build_table, describe_engines, open_searcher, update_table
 from nearkin_service.engines.contract import (
     BuildCancelled,
     BuildMonitor,
@@ -12,6 +12,7 @@ from nearkin_service.engines.contract import (
     Searcher,
 )
 from nearkin_service.engines.devices import resolve_device
+from nearkin_service.engines.incremental import Parent
 from nearkin_service.engines.workers import worker_count
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "EngineDescription",
     "MeasuredRecall",
     "Neighbours",
+    "Parent",
     "Searcher",
     "build_table",
     "describe_engines",
     "open_searcher",
     "resolve_device",
+    "update_table",
     "worker_count",
 ]

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-ENGINES = ("auto", "flat", "mixed")
+ENGINES = ("auto", "flat", "mixed", "ivf")
 LEAST_CLASSES = 1000
 _PACKAGES = ("torch", "numba")
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")

@@ -21,6 +21,8 @@ from nearkin_service.engines.contract import (
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
 from nearkin_service.engines.flat import FlatSearcher, build_flat
+from nearkin_service.engines.incremental import Parent, changed_classes, fits, update_flat
+from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.qaconv import (
     CANDIDATES_PER_NEIGHBOUR,
@@ -33,6 +35,7 @@ from nearkin_service.engines.qaconv import (
 log = logging.getLogger("nearkin.engines")
 
 _KEYS = ("flat", "pooled", "qaconv")
+_UPDATED_SHARE = {"flat": 0.2, "mixed": 0.08}  # beyond, a full build is as fast
 _NO_WEIGHTS = np.empty(0, np.float32)
 
 
@@ -58,7 +61,31 @@ def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: Build
         from nearkin_service.engines.mixed.cpu import build_mixed
 
         return build_mixed(source, request.k, monitor)
+    if engine == "ivf":
+        return build_ivf(source, request.k, request.target_recall, monitor)
     return build_flat(source, request.k, device, monitor)
+
+
+def update_table(
+    rows_NR: NDArray[Any], request: BuildRequest, parent: Parent, monitor: BuildMonitor
+) -> BuiltTable:
+    """The same table as `build_table`, bit for bit, sooner if little changed since the exact parent.
+
+    Falls back to a full build, and logs why, if the parent's shape, k or dtype differ, if the engine is
+    approximate, or if too many rows changed.
+    """
+    _check(rows_NR, request)
+    source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
+    engine, _ = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), "cpu")
+    if engine == "ivf" or not fits(source, request.k, parent):
+        log.info("full build: engine %s, or the parent's table differs in shape, dtype or k", engine)
+        return build_table(rows_NR, request, monitor)
+    changed = changed_classes(source, parent, monitor)
+    share = len(changed) / len(rows_NR)
+    if share > _UPDATED_SHARE[engine]:
+        log.info("full build: %.0f %% of the rows changed since the parent", 100 * share)
+        return build_table(rows_NR, request, monitor)
+    return replace(update_flat(source, request.k, parent, changed, monitor), engine=engine)
 
 
 def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
@@ -100,6 +127,7 @@ def describe_engines() -> list[EngineDescription]:
     return [
         EngineDescription("flat", True, faiss_version(), exact=True),
         EngineDescription("mixed", lacking is None, lacking or "bfloat16 instructions are there", exact=True),
+        EngineDescription("ivf", True, faiss_version(), exact=False),
     ]
 
 
@@ -108,5 +136,7 @@ def _check(rows_NR: NDArray[Any], request: BuildRequest) -> None:
         raise ValueError(f"key: {request.key!r} is not one of {', '.join(_KEYS)}")
     if request.engine not in ENGINES:
         raise ValueError(f"engine: {request.engine!r} is not one of {', '.join(ENGINES)}")
+    if not 0 < request.target_recall <= 1:
+        raise ValueError(f"target_recall: {request.target_recall} is not in (0, 1]")
     if not 1 <= request.k <= len(rows_NR) - 1:
         raise ValueError(f"k: {request.k} is not in [1, {len(rows_NR) - 1}] for {len(rows_NR)} classes")

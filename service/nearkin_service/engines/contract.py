@@ -30,6 +30,7 @@ class BuildRequest:
         absent: ids of classes without an embedding, int64, ascending, unique.
         qaconv_candidates: pooled candidates per class that key "qaconv" re-ranks; 0: the engine's default.
         qaconv_weights: float32 [2 * H * W] or empty, for key "qaconv".
+        target_recall: what approximate engines tune themselves to, in (0, 1].
     """
 
     row_shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class BuildRequest:
     absent: NDArray[np.int64]
     qaconv_candidates: int = 0
     qaconv_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    target_recall: float = 0.99
 
 
 @dataclass(frozen=True, slots=True)

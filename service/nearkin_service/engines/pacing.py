@@ -24,7 +24,7 @@ class Pace:
     """Asks the monitor after every block whether to go on, and reports a few times a second."""
 
     def __init__(self, monitor: BuildMonitor, stage: str, rows_total: int) -> None:
-        self._monitor = monitor
+        self.monitor = monitor
         self._stage = stage
         self._total = rows_total
         self._reported = time.monotonic()
@@ -33,11 +33,11 @@ class Pace:
 
     def done(self, rows: int) -> None:
         """So many rows of this stage are done. Raises `BuildCancelled` if the build must stop."""
-        self._monitor.check()
+        self.monitor.check()
         now = time.monotonic()
         if rows >= self._total or now - self._reported >= _BETWEEN_REPORTS:
             self._reported = now
-            self._monitor.progress(self._stage, min(rows, self._total), self._total)
+            self.monitor.progress(self._stage, min(rows, self._total), self._total)
 
 
 class BlockSize:

@@ -43,7 +43,7 @@ def true_scores(
 
 
 def assert_agrees(table: BuiltTable, truth: NDArray[np.float64]) -> None:
-    """Every row holds the k best, but for pairs that the truth tells apart by less than `GAP` at the k-th place."""
+    """Every row holds the k best, but where the truth at the k-th place is closer than `GAP`."""
     ids, scores = table.ids, table.scores
     assert ids.dtype == np.int32
     assert scores.dtype == np.float32
