@@ -136,7 +136,7 @@ class Soak:
         caller = Caller(self.process.address)
         while not self.stopped.is_set():
             if self.tally.epochs_pushed.get(run):
-                table = persistently(lambda: caller.table(run=run))
+                table = persistently(lambda: caller.table(run=run, min_epoch=0))
                 with suppress(grpc.RpcError):  # its embeddings may just have been dropped
                     found = caller.nearest([13], run=run, generation=table.generation.generation)
                     if found.rows[0].ids != table.ids[13].tolist():

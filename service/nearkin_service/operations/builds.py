@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -58,6 +59,13 @@ class _Monitor:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
+
+
+def _why(error: Exception) -> str:
+    """What a caller is told of a build that broke."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the data directory's disk is full: the table could not be written; push the epoch again"
+    return f"the build failed: {type(error).__name__}: {error}"
 
 
 class Builds:
@@ -136,7 +144,7 @@ class Builds:
         except Exception as error:
             if push.live:
                 log.exception("run %s epoch %d: the build failed", push.spec.run, push.spec.epoch)
-            await self.end(push, PushState.FAILED, f"the build failed: {type(error).__name__}: {error}")
+            await self.end(push, PushState.FAILED, _why(error))
         finally:
             del self._running[push.push_id]
 
@@ -207,7 +215,10 @@ class Builds:
             self._core.metrics.builds_failed.inc()
         log.info("run %s epoch %d: push %s %s %s", push.spec.run, push.spec.epoch, push.push_id, state, error)
         self._core.catalogue.push_changed(push)
-        await self._core.io(self._core.directory.finish_push, push.spec.run, push.push_id, state, error)
+        try:
+            await self._core.io(self._core.directory.finish_push, push.spec.run, push.push_id, state, error)
+        except OSError as trouble:  # a full disk; the next start finds the push as it was and tries again
+            log.warning("run %s: the end of push %s is not on disk: %s", push.spec.run, push.push_id, trouble)
         await self._forget_old(push.spec.run)
 
     def drop(self, push: Push, state: PushState, error: str) -> None:

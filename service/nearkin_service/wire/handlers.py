@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -128,6 +129,8 @@ class _Guard:
 
     async def _refuse(self, name: str, error: Exception, context: Context) -> NoReturn:
         """Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
         if isinstance(error, MemoryError):
             error = LimitExceededError("memory", "the service has not enough memory for this call")
         if not isinstance(error, NearkinError):
