@@ -1,4 +1,4 @@
-"""A disk that is full, at every step of a push: what was published stays, and all works once there is room."""
+"""A disk that is full, at each step of a push: what was published stays, and all works once there is room."""
 
 from __future__ import annotations
 

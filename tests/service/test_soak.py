@@ -21,6 +21,7 @@ import grpc
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
+from nearkin_client.patience import Patience
 
 from tests.service.conftest import Caller, code_of
 from tests.service.faulting import Process, Story, Tally, litter, persistently, segments
@@ -78,7 +79,8 @@ class Soak:
     def _write_by_library(self) -> None:
         """Two ranks of a push, one after the other, through the client library; it repeats by itself."""
         story = self.stories[LIBRARY]
-        with NeighbourClient(self.process.address, run=LIBRARY) as client:
+        patience = Patience(call=600, table=600, outage=600)  # it is never up for long here
+        with NeighbourClient(self.process.address, run=LIBRARY, patience=patience) as client:
             for epoch in self._epochs(LIBRARY):
                 rows, absent = story.rows(epoch), story.absent(epoch)
                 half, total = len(rows) // 2, len(rows)
@@ -149,6 +151,7 @@ def soak(tmp_path: Path, rounds: int, seed: int) -> None:
     before, began = segments(), time.monotonic()
     process = Process(tmp_path)
     tally = Soak(process, seed).run(rounds)
+    assert not tally.losses, tally.losses
     caller = Caller(process.address)
     persistently(lambda: all_generations(caller, LIBRARY))  # a channel waits a while after many failures
     for run, story in ((LIBRARY, Story(LIBRARY, seed)), (SPARSE, Story(SPARSE, seed))):
