@@ -49,6 +49,7 @@ SHAPES = (
     Shape(16, 64, 128, 24, 8, 4_096),
 )
 QUICK = (Shape(4, 8, 64, 7, 7, 256), Shape(4, 8, 32, 24, 8, 128))
+OURS_PER_ROUND = 3  # ours are short
 DENSE = Shape(32, 256, 512, 7, 7, 10_240)
 TARGETS = {"plain": (80, 20, 25), "gathered": (3, 5, 6), "dense": (250,)}
 
@@ -112,26 +113,37 @@ class Measured:
     extra_mib: float
 
 
-def measure(step: Step, inputs: Inputs, repeats: int) -> Measured:
-    """Medians and the highest peak, after one warm-up where there is more than one repeat."""
-    forwards, totals, extra = [], [], 0.0
-    for repeat in range(repeats + (repeats > 1)):
-        inputs.clear()
-        gc.collect()
-        before = _reset_peak()
-        started = time.perf_counter()
-        found = step()
-        forward = time.perf_counter() - started
-        torch.autograd.backward(found, inputs.weights)
-        total = time.perf_counter() - started
-        peak = _peak() - before
-        del found
-        if repeat or repeats == 1:
-            extra = max(extra, peak)
-            forwards.append(forward)
-            totals.append(total)
+def once(step: Step, inputs: Inputs) -> Measured:
+    """One step, from inputs without gradients."""
     inputs.clear()
-    return Measured(statistics.median(forwards), statistics.median(totals), extra)
+    gc.collect()
+    before = _reset_peak()
+    started = time.perf_counter()
+    found = step()
+    forward = time.perf_counter() - started
+    torch.autograd.backward(found, inputs.weights)
+    total = time.perf_counter() - started
+    return Measured(forward, total, _peak() - before)
+
+
+def side_by_side(ours: Step, theirs: Step, inputs: Inputs, rounds: int) -> tuple[Measured, Measured]:
+    """Medians of both, in turns, so that what else the machine does falls on both; a first turn warms up."""
+    pairs = []
+    for turn in range(rounds + (rounds > 1)):
+        own = [once(ours, inputs) for _ in range(OURS_PER_ROUND)]
+        other = once(theirs, inputs)
+        if turn or rounds == 1:
+            pairs.append((own, other))
+    inputs.clear()
+    return _median([one for own, _ in pairs for one in own]), _median([other for _, other in pairs])
+
+
+def _median(found: list[Measured]) -> Measured:
+    return Measured(
+        statistics.median(one.forward for one in found),
+        statistics.median(one.seconds for one in found),
+        max(one.extra_mib for one in found),
+    )
 
 
 def matmul_rate(dtype: torch.dtype, size: int) -> float:
@@ -148,12 +160,12 @@ def run(quick: bool) -> list[dict[str, object]]:
     for number, shape in enumerate(QUICK if quick else SHAPES):
         inputs = Inputs.of(shape)
         work = steps(shape, inputs)
-        ours = measure(work["ours"], inputs, 3 if quick else 9)
-        repeats = {"gathered": 3, "plain": 1 if not quick else 3}
+        once(work["ours"], inputs)
+        rounds = {"gathered": 3, "plain": 1}
         if shape == DENSE or quick:
-            repeats["dense"] = 1
-        for peer, count in repeats.items():
-            theirs = measure(work[peer], inputs, count)
+            rounds["dense"] = 1
+        for peer, count in rounds.items():
+            ours, theirs = side_by_side(work["ours"], work[peer], inputs, count)
             targets = TARGETS[peer]
             target = None if quick else targets[min(number, len(targets) - 1)]
             rows.append(_row(shape, ours, peer, theirs, rate, target))
