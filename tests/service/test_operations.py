@@ -71,11 +71,12 @@ def test_a_push_beyond_a_limit_is_refused_by_name(start_service: Start, limits: 
 
 def test_one_run_cannot_take_every_place_of_waiting_readers(start_service: Start) -> None:
     limits = Limits(max_waiting_readers=10, max_waiting_readers_per_run=2)
-    caller = start_service(limits=limits).caller()
+    service = start_service(limits=limits, http="127.0.0.1:0")
+    caller = service.caller()
     request = pb.ReadTableRequest(run="greedy", min_epoch=1)
     waiting = [caller.stub.ReadTable(request, timeout=WAIT) for _ in range(2)]
-    third = eventually(lambda: outcome(caller, "greedy"), lambda code: code == "RESOURCE_EXHAUSTED")
-    assert third == "RESOURCE_EXHAUSTED"
+    eventually(lambda: scrape(service)["nearkin_waiting_readers"], lambda count: count == 2)
+    assert outcome(caller, "greedy") == "RESOURCE_EXHAUSTED"
     assert outcome(caller, "modest") == "DEADLINE_EXCEEDED"
     for stream in waiting:
         stream.cancel()

@@ -101,6 +101,18 @@ def test_one_process(data: Path, tmp_path: Path, nearkin_server: LocalService, k
         assert (client.table(epoch=2).ids[:, 0] == similarity.argmax(1).numpy()).all()
 
 
+def test_curves_for_tensorboard(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    service = ("--service", nearkin_server.address, "--run-name", "curves")
+    metrics = _train(data, tmp_path, *service, "--epochs", "2", "--evaluate.every", "1", "--tensorboard")
+    curves = EventAccumulator(str(tmp_path / "tensorboard"))  # type: ignore[no-untyped-call]
+    curves.Reload()  # type: ignore[no-untyped-call]
+    losses = [event.value for event in curves.Scalars("train/loss")]  # type: ignore[no-untyped-call]
+    assert losses == pytest.approx([entry["loss"] for entry in metrics["history"]], rel=1e-5)
+    assert len(curves.Scalars("qaconv/rank1")) == 2  # type: ignore[no-untyped-call]
+
+
 def test_training_learns(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
     still = [f"--augment.{name}" for name in ("rotate", "zoom", "hue", "grey", "erase")]
     history = _train(
@@ -112,11 +124,17 @@ def test_training_learns(data: Path, tmp_path: Path, nearkin_server: LocalServic
             "--run-name",
             "learns",
             "--epochs",
-            "4",
+            "6",
             "--batch.steps",
             "12",
         ),
-        *("--optimise.rate", "0.01", "--embedding.rate", "0.03", *(x for name in still for x in (name, "0"))),
+        *(
+            "--optimise.rate",
+            "0.003",
+            "--embedding.rate",
+            "0.03",
+            *(x for name in still for x in (name, "0")),
+        ),
     )["history"]
     assert history[-1]["softmax"] < 0.8 * history[0]["softmax"]
 
