@@ -7,6 +7,7 @@ Dimension letters: n rows given, N classes, k neighbours, Q queries, C·H·W or 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +19,13 @@ from nearkin.v1 import neighbours_pb2 as pb
 from numpy.typing import NDArray
 
 from nearkin_client import decoding
-from nearkin_client.arrays import as_rows
+from nearkin_client.arrays import Rows, as_rows
 from nearkin_client.channel import Certificates, Endpoint
-from nearkin_client.errors import InvalidArgument, Unimplemented, invalid
+from nearkin_client.errors import FailedPrecondition, InvalidArgument, PushFailed, Unimplemented, invalid
 from nearkin_client.patience import Deadline, Patience
-from nearkin_client.push import Sender, begin_request
+from nearkin_client.push import Sender, begin_request, changed_ranges
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
+from nearkin_client.ranges import Range
 from nearkin_client.tables import read_table
 from nearkin_client.values import (
     Comparison,
@@ -39,6 +41,8 @@ from nearkin_client.values import (
 )
 from nearkin_client.watching import watch
 from nearkin_client.wire import Wire
+
+log = logging.getLogger("nearkin.client")
 
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -112,6 +116,8 @@ class NeighbourClient:
         wire_dtype: DTypeName | None = None,
         absent: Iterable[int] = (),
         commit: bool = True,
+        changed_rows: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        base_generation: int | None = None,
         timeout: float | None = None,
     ) -> Push:
         """Send this rank's rows of one epoch; return when the service has them (they survive its death).
@@ -133,6 +139,10 @@ class NeighbourClient:
             wire_dtype: convert to this dtype before sending: "float32", "float16" or "bfloat16".
             absent: classes that have no embedding yet, given by any one rank; their rows are ignored.
             commit: start the build with the last row; False only stores rows (see `commit()`).
+            changed_rows: send only these of the rows given (class ids) and take every other class's row from
+                `base_generation`. Should that be gone, all rows given are sent, and the log says so. Several
+                ranks push with `commit=False`; one of them calls `commit()` once all have.
+            base_generation: the generation that `changed_rows` changed from.
             timeout: seconds until this rank's rows have to be there; default `Patience.push`.
 
         Returns:
@@ -145,6 +155,12 @@ class NeighbourClient:
             PushFailed: the push was aborted, or its build failed, meanwhile.
             DeadlineExceeded, Unavailable, ResourceExhausted, DataLoss.
         """
+        if changed_rows is not None and base_generation is None:
+            raise InvalidArgument(
+                "base_generation: say which generation changed_rows changed from", field="base_generation"
+            )
+        if changed_rows is None:
+            base_generation = None
         rows = as_rows("embeddings", embeddings, wire_dtype)
         request = begin_request(
             rows,
@@ -158,16 +174,43 @@ class NeighbourClient:
             absent=absent,
             commit=commit,
             shared=self._accepts_shared,
+            base_generation=base_generation,
         )
+        todo = changed_ranges(changed_rows, row_start, rows.count)
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
+        if base_generation is None:
+            return self._push(request, rows, row_start, todo, deadline)
+        try:
+            push = self._push(request, rows, row_start, todo, deadline)
+            return self._commit_changes(push, deadline) if commit else push
+        except PushFailed:
+            raise
+        except FailedPrecondition as gone:
+            log.warning("epoch %d: %s; pushing all %d rows", epoch, gone.message, rows.count)
+        request.ClearField("base_generation")
+        request.commit_when_complete = commit
+        everything = changed_ranges(None, row_start, rows.count)
+        return self._push(request, rows, row_start, everything, deadline)
+
+    def _push(
+        self, request: pb.BeginPushRequest, rows: Rows, row_start: int, todo: list[Range], deadline: Deadline
+    ) -> Push:
         begun = self._wire.ask(
             lambda stub: stub.BeginPush,
             request,
-            doing=f"beginning epoch {epoch} of run {request.run!r}",
+            doing=f"beginning epoch {request.epoch} of run {request.run!r}",
             timeout=deadline.remaining,
         )
         sender = Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
-        return decoding.push(sender.send())
+        return decoding.push(sender.send(todo))
+
+    def _commit_changes(self, push: Push, deadline: Deadline) -> Push:
+        """FailedPrecondition: the base went meanwhile; nothing is left of the push then."""
+        try:
+            return self.commit(push, timeout=deadline.remaining)
+        except FailedPrecondition:
+            self.abort(push, timeout=deadline.remaining)
+            raise
 
     def push_state(self, push: Push | str, *, timeout: float | None = None) -> Push:
         """What has arrived of a push, and how far it is. NotFound: no such push."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 import numpy as np
@@ -51,6 +51,7 @@ def begin_request(
     absent: Iterable[int],
     commit: bool,
     shared: bool = False,
+    base_generation: int | None = None,
 ) -> pb.BeginPushRequest:
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
@@ -74,7 +75,8 @@ def begin_request(
         key=chosen("key", key, KEYS),
         engine=engine,
         absent=_absent(absent, classes),
-        commit_when_complete=commit,
+        commit_when_complete=commit and base_generation is None,
+        base_generation=base_generation,
         accept_shared_memory=shared and rows.count > 0,
     )
 
@@ -100,6 +102,24 @@ def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
         invalid("absent", int(wrong), f"is not within 0..{classes - 1}")
     found: list[int] = ids.tolist()
     return found
+
+
+def changed_ranges(changed: Any, row_start: int, count: int) -> list[ranges.Range]:
+    """The rows to send as ranges of classes; all of them when nobody says which changed."""
+    if changed is None:
+        return [(row_start, row_start + count)] if count else []
+    ids = np.unique(np.asarray(changed))
+    if not ids.size:
+        return []
+    if ids.dtype.kind not in "iu":
+        invalid("changed_rows", ids.dtype.name, "is not the dtype of class ids, which are integers")
+    if ids[0] < row_start or ids[-1] >= row_start + count:
+        wrong = ids[0] if ids[0] < row_start else ids[-1]
+        invalid(
+            "changed_rows", int(wrong), f"is not among the rows given, {row_start}..{row_start + count - 1}"
+        )
+    breaks = np.flatnonzero(np.diff(ids) > 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(ids, breaks)]
 
 
 class Sender:
@@ -131,9 +151,8 @@ class Sender:
         place_bytes = self._rows_per_message * rows.row_bytes
         self._shared = lent(begun, Source(rows, row_start), place_bytes, wanted, wire.endpoint)
 
-    def send(self) -> pb.Push:
-        """Return once the service has every row, or raise. Rows may end up stored in either case."""
-        todo = [(self._row_start, self._row_start + self._rows.count)] if self._rows.count else []
+    def send(self, todo: list[ranges.Range]) -> pb.Push:
+        """Return once the service has these classes' rows, or raise. Some may be stored in either case."""
         persistence = Persistence(self._deadline, self._wire.patience.outage)
         damaged = 0
         while todo:

@@ -62,9 +62,12 @@ class PushSpec:
     build_timeout: float | None = None
     qaconv_candidates: int = 0
     qaconv_weights: tuple[float, ...] = ()
+    base_generation: int = 0  # rows that are not sent are taken from it; 0: every row is sent
 
     def __post_init__(self) -> None:
         check_run_name(self.run)
+        if self.base_generation < 0:
+            raise InvalidArgumentError("base_generation", f"{self.base_generation} is negative")
         if self.epoch < 0:
             raise InvalidArgumentError("epoch", f"{self.epoch} is negative")
         if not 2 <= self.num_classes <= MAX_INT32:

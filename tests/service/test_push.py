@@ -277,9 +277,9 @@ def test_write_refuses_streams_that_make_no_sense(caller: Caller) -> None:
     assert refusal(lambda: caller.stub.WriteRows(iter(unknown))).code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_base_generation_is_refused_by_name(caller: Caller) -> None:
+def test_a_base_generation_that_is_gone_is_refused_by_name(caller: Caller) -> None:
     error = refusal(lambda: caller.begin(random_rows(10, 4), base_generation=1))
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "base_generation" in error.details()
 
 

@@ -19,6 +19,7 @@ from nearkin_service.errors import (
     LimitExceededError,
 )
 from nearkin_service.operations.builds import Builds
+from nearkin_service.operations.composing import Composing
 from nearkin_service.operations.core import Core
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import Arrival
@@ -35,6 +36,7 @@ class Pushing:
     def __init__(self, core: Core, builds: Builds) -> None:
         self._core = core
         self._builds = builds
+        self._composing = Composing(core)
         self._creating_run = asyncio.Lock()
 
     # ------------------------------------------------------------------------------------------ beginning
@@ -126,6 +128,8 @@ class Pushing:
     async def _create(self, run: Run, spec: PushSpec) -> Push:
         self._require_room_for_push(run)
         self._require_share(run, spec)
+        if spec.base_generation:
+            self._composing.base(spec)
         core = self._core
         promised = sum(
             p.spec.rows_bytes + p.spec.tables_bytes - len(p.stored) * p.spec.row_bytes
@@ -251,6 +255,7 @@ class Pushing:
         push = self._core.catalogue.push(push_id)
         push.require_usable()
         if push.state is PushState.OPEN:
+            await self._composing.compose(push)
             await self._require_complete(push)
         if rows_crc is not None:
             await self._require_checksum(push, rows_crc)

@@ -139,6 +139,12 @@ class PushFiles:
         self.note([Record(Kind.COMMITTED)], durable=True)
         faults.point("commit.noted")
 
+    def compose(self, base: RowsFile, rows: RowSet) -> None:
+        """Takes rows from another push's file, and notes them as if they had arrived."""
+        for each in rows:
+            for start, rows_nR in base.blocks(each.start, len(each)):
+                self.note([self.rows.write(start, as_bytes(rows_nR))])
+
     def blank(self, rows: RowSet) -> None:
         """Zeroes rows that never came: an old row may lie there, or what a writer left who died."""
         for each in rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,17 @@ class RowsFile:
                 return found
         return None
 
+    def blocks(self, start: int, count: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """These rows in pieces of some megabytes, each with the number of its first row."""
+        step = max(1, _SCAN_BYTES // self._spec.row_bytes)
+        for at in range(start, start + count, step):
+            yield at, self.read(at, min(step, start + count - at))
+
     def checksum(self, start: int, count: int) -> int:
         """CRC32C of these rows, as they lie in the file."""
-        crc, step = 0, max(1, _SCAN_BYTES // self._spec.row_bytes)
-        for at in range(start, start + count, step):
-            crc = crc32c.crc32c(as_bytes(self.read(at, min(step, start + count - at))), crc)
+        crc = 0
+        for _, rows_nR in self.blocks(start, count):
+            crc = crc32c.crc32c(as_bytes(rows_nR), crc)
         return crc
 
     def matches(self, record: Record) -> bool:

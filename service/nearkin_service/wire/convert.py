@@ -83,6 +83,7 @@ def push_spec(request: pb.BeginPushRequest) -> PushSpec:
         build_timeout=timeout.seconds + timeout.nanos / 1e9 if request.HasField("build_timeout") else None,
         qaconv_candidates=request.qaconv_candidates,
         qaconv_weights=tuple(request.qaconv_weights),
+        base_generation=request.base_generation,
     )
 
 
@@ -131,6 +132,7 @@ def generation(found: Generation) -> pb.Generation:
         versions=found.versions,
         pinned=found.pinned,
         push_id=found.push_id,
+        base_generation=found.spec.base_generation,
     )
     if found.recall is not None:
         recall = found.recall

@@ -36,10 +36,6 @@ class PushMethods:
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
     async def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
-        if request.HasField("base_generation"):
-            raise UnimplementedError(
-                "base_generation: this service takes whole epochs only; send every row and leave it out"
-            )
         if request.key == pb.KEY_QACONV:
             raise UnimplementedError(
                 "key: this service compares by KEY_FLAT and KEY_POOLED, not by KEY_QACONV yet"
