@@ -1,8 +1,9 @@
 """A table from its parent's, when few rows changed: bit-identical with a full build.
 
-An unchanged row keeps those of its neighbours that did not change, and may gain changed ones; whoever it did
-not list before scores no better than its old k-th. If k of the merged ones are at least that good, they are the
-k best; if not, the row is searched again like the changed ones. Canonical scores make the result the same bytes.
+An unchanged row keeps those of its neighbours that did not change, and may gain changed ones; whoever it
+did not list before scores no better than its old k-th. If k of the merged ones are at least that good, they
+are the k best; if not, the row is searched again like the changed ones. Canonical scores make the result the
+same bytes.
 
 Dimension letters: N classes, M present classes, U unchanged rows, V changed and present rows, k neighbours.
 """

@@ -67,7 +67,7 @@ def build_ivf(source: KeyedRows, k: int, target: float, monitor: BuildMonitor) -
 
 
 def measured_recall(found_Sk: NDArray[np.int64], truth_Sk: NDArray[np.int64]) -> MeasuredRecall:
-    """The share of true neighbours that were found; the 95 % interval is over rows, whose hits hang together."""
+    """The share of true neighbours found; the 95 % interval is over rows, whose hits hang together."""
     real = (truth_Sk != EMPTY).sum(axis=1)
     hits = np.array([np.isin(a, b[b != EMPTY]).sum() for a, b in zip(found_Sk, truth_Sk, strict=True)])
     shares = hits[real > 0] / real[real > 0]
@@ -79,7 +79,7 @@ def measured_recall(found_Sk: NDArray[np.int64], truth_Sk: NDArray[np.int64]) ->
 
 
 def _inverted_lists(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> Any:
-    """FAISS IVF over the keys, vectors stored in float16. Training sees a sample, adding goes block by block."""
+    """FAISS IVF over the keys, vectors in float16. Training sees a sample, adding goes block by block."""
     faiss = load_faiss()
     count, size = keys_MD.shape
     lists = max(1, min(count // _TRAINED_PER_LIST, int(2 * math.sqrt(count))))

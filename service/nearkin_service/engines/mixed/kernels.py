@@ -201,10 +201,19 @@ def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> 
 
 @_compiled
 def finish_rows(span: Any, k: Any, sieve: Any, kth: Any) -> None:
-    """Prune a range of sieves a last time and note each one's k-th value."""
+    """Prune a range of sieves a last time, note each one's k-th value, and order its entries by id."""
+    values, ids, counts = sieve.values, sieve.ids, sieve.counts
+    packed = np.empty(values.shape[1], np.int64)
     for row in range(span[0], span[1]):
         prune(row, k, sieve)
-        kth[row] = kth_largest(sieve.values[row].ctypes.data, sieve.values.shape[1], k)
+        kth[row] = kth_largest(values[row].ctypes.data, values.shape[1], k)
+        count = counts[row]
+        for place in range(count):
+            packed[place] = np.int64(ids[row, place]) << 16 | np.int64(values[row, place])
+        packed[:count].sort()
+        for place in range(count):
+            ids[row, place] = packed[place] >> 16
+            values[row, place] = np.int16(packed[place] & 0x7FFF)
 
 
 @_compiled
@@ -243,51 +252,104 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -
             while ids[row, place] != other:
                 place += 1
             exact_MW[row, place] = steps[pair]
-            for there in range(counts[other]):
-                if ids[other, there] == row:
-                    exact_MW[other, there] = steps[pair]
-                    break
+            low, high = 0, counts[other]
+            while low < high:
+                middle = (low + high) // 2
+                if ids[other, middle] < row:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low < counts[other] and ids[other, low] == row:
+                exact_MW[other, low] = steps[pair]
 
 
 @_compiled_loosely
-def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, chunk: Any, products: Any) -> None:
-    """Inner products in float64 of each query with its listed keys.
-
-    Chunk by chunk, so that the keys' parts stay in cache; four keys at a time, so that loads overlap.
-    """
+def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> None:
+    """Inner products in float64 of each query with its listed keys; four at once, so that loads overlap."""
     starts, others = pairs
     size = keys_MD.shape[1]
+    query = np.empty(size)
+    for row in range(starts.shape[0] - 1):
+        query[:] = queries_QD[row]
+        pair, end = starts[row], starts[row + 1]
+        while pair < end:
+            last = end - 1
+            key_0 = keys_MD[others[pair]]
+            key_1 = keys_MD[others[min(pair + 1, last)]]
+            key_2 = keys_MD[others[min(pair + 2, last)]]
+            key_3 = keys_MD[others[min(pair + 3, last)]]
+            sum_0 = sum_1 = sum_2 = sum_3 = 0.0
+            for column in range(size):
+                sum_0 += query[column] * np.float64(key_0[column])
+                sum_1 += query[column] * np.float64(key_1[column])
+                sum_2 += query[column] * np.float64(key_2[column])
+                sum_3 += query[column] * np.float64(key_3[column])
+            products[min(pair + 3, last)] = sum_3
+            products[min(pair + 2, last)] = sum_2
+            products[min(pair + 1, last)] = sum_1
+            products[pair] = sum_0
+            pair += 4
+
+
+@_compiled_loosely
+def add_packed_products(query: Any, packed_BC: Any, others: Any, first_key: Any, products: Any) -> None:
+    """Add one query's products with the listed keys, over the elements that are packed; four keys at once."""
+    pair, end = 0, others.shape[0]
+    while pair < end:
+        last = end - 1
+        key_0 = packed_BC[others[pair] - first_key]
+        key_1 = packed_BC[others[min(pair + 1, last)] - first_key]
+        key_2 = packed_BC[others[min(pair + 2, last)] - first_key]
+        key_3 = packed_BC[others[min(pair + 3, last)] - first_key]
+        sum_0 = sum_1 = sum_2 = sum_3 = 0.0
+        for column in range(query.shape[0]):
+            sum_0 += query[column] * key_0[column]
+            sum_1 += query[column] * key_1[column]
+            sum_2 += query[column] * key_2[column]
+            sum_3 += query[column] * key_3[column]
+        products[pair] += sum_0
+        if pair + 1 < end:
+            products[pair + 1] += sum_1
+        if pair + 2 < end:
+            products[pair + 2] += sum_2
+        if pair + 3 < end:
+            products[pair + 3] += sum_3
+        pair += 4
+
+
+@_compiled
+def wide_pair_products(
+    keys_MD: Any, queries_QD: Any, pairs: Any, blocking: tuple[int, int], products: Any
+) -> None:
+    """The same for wide rows whose listed keys ascend: a part of the keys at a time, packed into the cache.
+
+    `blocking` is (elements, keys) of that part. Rows of a power of two or nearly so would otherwise share
+    cache sets, and each piece of a row would lie in a page of its own.
+    """
+    starts, others = pairs
+    chunk, block = blocking
+    count, size = keys_MD.shape
     products[:] = 0.0
+    cursors = np.empty(starts.shape[0] - 1, np.int64)
+    packed_BC = np.empty((block, chunk))
     query = np.empty(chunk)
     for left in range(0, size, chunk):
         width = min(chunk, size - left)
-        for row in range(starts.shape[0] - 1):
-            for column in range(width):
-                query[column] = queries_QD[row, left + column]
-            pair, end = starts[row], starts[row + 1]
-            while pair + 4 <= end:
-                key_0 = keys_MD[others[pair], left : left + width]
-                key_1 = keys_MD[others[pair + 1], left : left + width]
-                key_2 = keys_MD[others[pair + 2], left : left + width]
-                key_3 = keys_MD[others[pair + 3], left : left + width]
-                sum_0 = sum_1 = sum_2 = sum_3 = 0.0
-                for column in range(width):
-                    sum_0 += query[column] * np.float64(key_0[column])
-                    sum_1 += query[column] * np.float64(key_1[column])
-                    sum_2 += query[column] * np.float64(key_2[column])
-                    sum_3 += query[column] * np.float64(key_3[column])
-                products[pair] += sum_0
-                products[pair + 1] += sum_1
-                products[pair + 2] += sum_2
-                products[pair + 3] += sum_3
-                pair += 4
-            while pair < end:
-                key_0 = keys_MD[others[pair], left : left + width]
-                sum_0 = 0.0
-                for column in range(width):
-                    sum_0 += query[column] * np.float64(key_0[column])
-                products[pair] += sum_0
-                pair += 1
+        cursors[:] = starts[:-1]
+        for first_key in range(0, count, block):
+            here = min(block, count - first_key)
+            packed_BC[:here, :width] = keys_MD[first_key : first_key + here, left : left + width]
+            for row in range(cursors.shape[0]):
+                begin = cursors[row]
+                end = begin
+                while end < starts[row + 1] and others[end] < first_key + here:
+                    end += 1
+                cursors[row] = end
+                if end > begin:
+                    query[:width] = queries_QD[row, left : left + width]
+                    add_packed_products(
+                        query[:width], packed_BC, others[begin:end], first_key, products[begin:end]
+                    )
 
 
 @_compiled

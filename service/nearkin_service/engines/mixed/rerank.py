@@ -26,12 +26,14 @@ from nearkin_service.engines.mixed.kernels import (
     finish_rows,
     list_pairs,
     pair_products,
+    wide_pair_products,
 )
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
-_CACHE_BYTES = 8 << 20
-_LEAST_CHUNK = 128
+_WIDE = 2048
+_PACKED = 128, 512  # elements and keys at a time: half a MiB in float64, in a core's own cache
+_PAIRS_PER_BLOCK = 4  # below, packing costs more than it saves
 _GROUP_PAIRS = 1 << 19
 
 
@@ -42,7 +44,6 @@ class Reranking:
         self._keys_MD, self._sieve, self._k, self._monitor = keys_MD, sieve, k, monitor
         self._best_Mk = np.full((len(keys_MD), k), EMPTY)
         self._exact_MW = np.empty((0, 0), np.int32)
-        self._chunk = chunk_elements(keys_MD)
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ranks int64 [M, k], and which rows are proved to be the exact k best."""
@@ -63,11 +64,24 @@ class Reranking:
         starts, others = list_pairs((first, last), least, self._sieve, self._exact_MW)
         queries_GD = self._keys_MD[first:last]
         products = np.empty(len(others))
-        pair_products(self._keys_MD, queries_GD, (starts, others), self._chunk, products)
+        terms = self._multiply(queries_GD, (starts, others), products)
         owners = np.repeat(np.arange(last - first), np.diff(starts))
-        terms = self._chunk + self._keys_MD.shape[1] // self._chunk + 1
         steps = settle_doubt(products, terms, (queries_GD, owners), (self._keys_MD, others))
         deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
+
+    def _multiply(
+        self,
+        queries_GD: NDArray[np.float32],
+        pairs: tuple[NDArray[np.int64], NDArray[np.int32]],
+        products: NDArray[np.float64],
+    ) -> int:
+        """Fill in the pairs' products; returns how many roundings each can have seen."""
+        count, size = self._keys_MD.shape
+        if size >= _WIDE and len(pairs[1]) * _PACKED[1] >= _PAIRS_PER_BLOCK * count * len(queries_GD):
+            wide_pair_products(self._keys_MD, queries_GD, pairs, _PACKED, products)
+            return _PACKED[0] + size // _PACKED[0] + 1
+        pair_products(self._keys_MD, queries_GD, pairs, products)
+        return size
 
     def _gather(self, first: int, last: int) -> None:
         best_known((first, last), self._sieve, self._exact_MW, self._best_Mk[first:last])
@@ -98,13 +112,6 @@ class Reranking:
         """The k-th best score so far, less the step that canonical rounding may have added."""
         kth: NDArray[np.float64] = (steps_of(self._best_Mk[:, -1]) - 1) / STEPS
         return kth
-
-
-def chunk_elements(keys_MD: NDArray[np.float32]) -> int:
-    """Elements of each key to work on at a time, so that all keys' parts stay in cache, if they can."""
-    count, size = keys_MD.shape
-    fitting = _CACHE_BYTES // (4 * max(1, count)) // 64 * 64
-    return int(min(size, fitting)) if fitting >= _LEAST_CHUNK else int(size)
 
 
 def as_scores(values: NDArray[np.int16]) -> NDArray[np.float64]:
