@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nearkin_trainer.checkpoint import seed_everything
 from nearkin_trainer.classes import Rows, exchange
+from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
 from nearkin_trainer.distributed import (
     World,
     average_buffers,
@@ -20,6 +22,8 @@ from nearkin_trainer.distributed import (
     tell_all,
     tell_node,
 )
+from nearkin_trainer.learner import Learner
+from nearkin_trainer.model import build_model
 from nearkin_trainer.node import node_array, wait_for_node
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +102,30 @@ def check_shared_memory(world: World) -> None:
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/nearkin-" in line]
     assert mapped
     assert all(line.endswith("(deleted)") for line in mapped)
+
+
+def check_learning(world: World) -> None:
+    """After a few steps on different batches, all processes hold the same bits."""
+    for keeping in ("learnable", "memory"):
+        config = TrainConfig(
+            data=Path("d"),
+            out=Path("o"),
+            image=ImageConfig(height=16, width=16),
+            model=ModelConfig(channels=8, width=4, matching="plain"),
+            embedding=EmbeddingConfig(keeping=keeping),  # type: ignore[arg-type]
+        )
+        seed_everything(0)
+        model = build_model(config.model, config.image, 30, keeping=keeping, device=world.device)  # type: ignore[arg-type]
+        learner = Learner(config, world, model.train(), total_steps=3)
+        seed_everything(1, world.rank)
+        for _ in range(3):
+            labels = torch.randint(0, 30, (4,)).repeat_interleave(2)
+            pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+            learner.learn(pixels, labels, torch.randint(0, 30, (8, 5)))
+        average_buffers(world, model)
+        for name, tensor in {**model.state_dict(), **learner.state()["row_optimiser"]}.items():
+            copies = gather_rows(world, tensor[None].float())
+            assert all(torch.equal(copies[0], copy) for copy in copies), (keeping, name)
 
 
 CHECKS: dict[str, Callable[[World], None]] = {

@@ -214,13 +214,13 @@ class RowAdam(RowOptimiser):
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         ids, values = gradient.ids, gradient.values
         steps = self.steps[ids] + 1
-        first = torch.lerp(self.first[ids], values, 1 - self.beta1)
-        second = torch.lerp(self.second[ids], values.square(), 1 - self.beta2)
+        first = self.first[ids].lerp_(values, 1 - self.beta1)
+        second = self.second[ids].mul_(self.beta2).addcmul_(values, values, value=1 - self.beta2)
         self.steps[ids], self.first[ids], self.second[ids] = steps, first, second
         steps = steps.double().view(-1, 1, 1, 1)  # 1 - 0.999 ** 1 has few digits left in float32
-        corrected = first / (1 - self.beta1**steps).float()
-        deviation = (second / (1 - self.beta2**steps).float()).sqrt() + self.epsilon
-        table.index_add_(0, ids, corrected / deviation, alpha=-rate)
+        deviation = second.div_((1 - self.beta2**steps).float()).sqrt_().add_(self.epsilon)
+        scale = (1 - self.beta1**steps).float()
+        table.index_add_(0, ids, first.div_(deviation).div_(scale), alpha=-rate)
 
 
 RowOptimiserName = Literal["sgd", "adagrad", "adam"]

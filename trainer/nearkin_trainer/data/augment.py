@@ -143,17 +143,16 @@ class Augment:
         c = self.config
         count, device = len(images), images.device
 
-        def chance(probability: float) -> torch.Tensor:
-            return (torch.rand(count, device=device) < probability).view(-1, 1, 1, 1)
-
         if c.gamma:
             exponent = ((1 + c.gamma) ** _either_way(count, device)).view(-1, 1, 1, 1)
             images = 2 * ((images + 1) / 2).clamp_min(1e-3) ** exponent - 1
         if c.invert:
-            images = torch.where(chance(c.invert), -images, images)
+            signs = 1 - 2 * (torch.rand(count, 1, 1, 1, device=device) < c.invert).float()
+            images = signs * images
         if c.blur:
-            amount = torch.where(chance(c.blur), torch.rand(count, 1, 1, 1, device=device), 0.0)
-            images = images + amount * (_smoothed(images) - images)
+            some = torch.nonzero(torch.rand(count, device=device) < c.blur).flatten()
+            amount = torch.rand(len(some), 1, 1, 1, device=device)
+            images = images.index_copy(0, some, torch.lerp(images[some], _smoothed(images[some]), amount))
         if c.noise:
             images = images + 2 * c.noise * torch.randn_like(images)
         return images.clamp(-1, 1)
