@@ -1,7 +1,9 @@
 """Sparse scores beside plain PyTorch: `python -m tests.bench.matching [--quick]`.
 
-Forward and backward, class gradient included; medians; both sides in this process, on the same cores. Memory
-is how far the resident set rises above the inputs, with everything a step leaves behind (the class gradient).
+Forward and backward, class gradient included; medians; both sides in this process, on the same cores.
+Memory is how far the resident set rises above the inputs; *working* leaves out what the step returns, which
+is mostly the gradient of the classes. *products*: the step's products, backward ones included, as a share of
+what this machine's bfloat16 matrix product would do in that time.
 """
 
 from __future__ import annotations
@@ -110,7 +112,13 @@ def steps(shape: Shape, inputs: Inputs) -> dict[str, Step]:
 class Measured:
     forward: float
     seconds: float
-    extra_mib: float
+    peak_mib: float
+    left_mib: float
+
+    @property
+    def working_mib(self) -> float:
+        """Of the peak, what is not the result: gone when the step is over."""
+        return self.peak_mib - self.left_mib
 
 
 def once(step: Step, inputs: Inputs) -> Measured:
@@ -123,7 +131,7 @@ def once(step: Step, inputs: Inputs) -> Measured:
     forward = time.perf_counter() - started
     torch.autograd.backward(found, inputs.weights)
     total = time.perf_counter() - started
-    return Measured(forward, total, _peak() - before)
+    return Measured(forward, total, _peak() - before, _status("VmRSS") - before)
 
 
 def side_by_side(ours: Step, theirs: Step, inputs: Inputs, rounds: int) -> tuple[Measured, Measured]:
@@ -142,7 +150,8 @@ def _median(found: list[Measured]) -> Measured:
     return Measured(
         statistics.median(one.forward for one in found),
         statistics.median(one.seconds for one in found),
-        max(one.extra_mib for one in found),
+        max(one.peak_mib for one in found),
+        statistics.median(one.left_mib for one in found),
     )
 
 
@@ -186,9 +195,11 @@ def _row(
         "peer_forward_seconds": theirs.forward,
         "ratio": theirs.seconds / ours.seconds,
         "target_ratio": target,
-        "ours_extra_mib": ours.extra_mib,
-        "peer_extra_mib": theirs.extra_mib,
-        "memory_ratio": ours.extra_mib / max(theirs.extra_mib, 1e-9),
+        "ours_extra_mib": ours.peak_mib,
+        "peer_extra_mib": theirs.peak_mib,
+        "memory_ratio": ours.peak_mib / max(theirs.peak_mib, 1e-9),
+        "ours_working_mib": ours.working_mib,
+        "peer_working_mib": theirs.working_mib,
         "share_of_matmul_peak": shape.products / ours.seconds / rate,
         "bf16_matmul_gflops": rate / 1e9,
     }
@@ -199,13 +210,14 @@ def _print(row: dict[str, object], *, first: bool) -> None:
         print(f"bfloat16 matrix products here: {row['bf16_matmul_gflops']:.0f} GFLOP/s, {_threads()}")
         print(
             f"{'shape':34} {'peer':9} {'ours s':>8} {'peer s':>8} {'ratio':>8} {'target':>7}"
-            f" {'ours MiB':>9} {'peer MiB':>9} {'memory':>7} {'peak':>6}"
+            f" {'ours MiB':>9} {'peer MiB':>9} {'memory':>7} {'working':>12} {'products':>9}"
         )
     target = "" if row["target_ratio"] is None else f"{row['target_ratio']}x"
     print(
         f"{row['shape']:34} {row['peer']:9} {row['ours_seconds']:8.4f} {row['peer_seconds']:8.3f}"
         f" {row['ratio']:7.1f}x {target:>7} {row['ours_extra_mib']:9.0f} {row['peer_extra_mib']:9.0f}"
-        f" {row['memory_ratio']:7.3f} {row['share_of_matmul_peak']:6.1%}",
+        f" {row['memory_ratio']:7.3f} {row['ours_working_mib']:5.0f}/{row['peer_working_mib']:<6.0f}"
+        f" {row['share_of_matmul_peak']:9.1%}",
         flush=True,
     )
 

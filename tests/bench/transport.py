@@ -159,7 +159,7 @@ def _beside_flight(what: str, width: int, speeds: dict[str, float]) -> list[Row]
 
 
 def _fetches(size: int) -> list[Row]:
-    """A table of `size` bytes, ids and scores. Mapping one moves nothing; it is checked whole all the same."""
+    """A table of `size` bytes, ids and scores. Mapping one moves nothing; it is checked all the same."""
     count = int((size / 4) ** 0.5)
     k = count // 2
     with ExitStack() as stack:
