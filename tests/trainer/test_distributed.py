@@ -112,10 +112,10 @@ def check_learning(world: World) -> None:
             out=Path("o"),
             image=ImageConfig(height=16, width=16),
             model=ModelConfig(channels=8, width=4, matching="plain"),
-            embedding=EmbeddingConfig(keeping=keeping),  # type: ignore[arg-type]
+            embedding=EmbeddingConfig(keeping=keeping),
         )
         seed_everything(0)
-        model = build_model(config.model, config.image, 30, keeping=keeping, device=world.device)  # type: ignore[arg-type]
+        model = build_model(config.model, config.image, 30, keeping=keeping, device=world.device)
         learner = Learner(config, world, model.train(), total_steps=3)
         seed_everything(1, world.rank)
         for _ in range(3):

@@ -106,11 +106,11 @@ def test_curves_for_tensorboard(data: Path, tmp_path: Path, nearkin_server: Loca
 
     service = ("--service", nearkin_server.address, "--run-name", "curves")
     metrics = _train(data, tmp_path, *service, "--epochs", "2", "--evaluate.every", "1", "--tensorboard")
-    curves = EventAccumulator(str(tmp_path / "tensorboard"))  # type: ignore[no-untyped-call]
-    curves.Reload()  # type: ignore[no-untyped-call]
-    losses = [event.value for event in curves.Scalars("train/loss")]  # type: ignore[no-untyped-call]
+    curves = EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    losses = [event.value for event in curves.Scalars("train/loss")]
     assert losses == pytest.approx([entry["loss"] for entry in metrics["history"]], rel=1e-5)
-    assert len(curves.Scalars("qaconv/rank1")) == 2  # type: ignore[no-untyped-call]
+    assert len(curves.Scalars("qaconv/rank1")) == 2
 
 
 def test_training_learns(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:

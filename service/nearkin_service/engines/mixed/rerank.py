@@ -76,7 +76,7 @@ class Reranking:
         products: NDArray[np.float64],
     ) -> int:
         """Fill in the pairs' products; returns how many roundings each can have seen."""
-        count, size = self._keys_MD.shape
+        count, size = map(int, self._keys_MD.shape)
         if size >= _WIDE and len(pairs[1]) * _PACKED[1] >= _PAIRS_PER_BLOCK * count * len(queries_GD):
             wide_pair_products(self._keys_MD, queries_GD, pairs, _PACKED, products)
             return _PACKED[0] + size // _PACKED[0] + 1
