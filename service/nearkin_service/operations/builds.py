@@ -16,6 +16,7 @@ import numpy as np
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
+from nearkin_service.errors import DataLossError
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.searching import Searching
 from nearkin_service.store import Finished
@@ -63,6 +64,8 @@ class _Monitor:
 
 def _why(error: Exception) -> str:
     """What a caller is told of a build that broke."""
+    if isinstance(error, DataLossError):
+        return f"DATA_LOSS: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the data directory's disk is full: the table could not be written; push the epoch again"
     return f"the build failed: {type(error).__name__}: {error}"
@@ -161,7 +164,17 @@ class Builds:
             qaconv_candidates=spec.qaconv_candidates,
             qaconv_weights=np.array(spec.qaconv_weights, np.float32),
         )
-        return self._core.engines.build_table(self._core.files[push.push_id].rows.map(), request, monitor)
+        files = self._core.files[push.push_id]
+        try:
+            table = self._core.engines.build_table(files.rows.map(), request, monitor)
+        except BuildCancelled:
+            raise
+        except Exception:
+            files.require_undamaged(monitor.check)  # an engine cannot know that its input was damaged
+            raise
+        # Afterwards, so that damage done while the engine was reading is seen as well.
+        files.require_undamaged(monitor.check)
+        return table
 
     # -------------------------------------------------------------------------------------------- the end
 

@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
 from nearkin_service.errors import DataLossError, FailedPreconditionError
-from nearkin_service.store import journal
 from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
-from nearkin_service.store.journal import Kind
+from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
 from nearkin_service.store.rows import RowsFile, as_bytes
@@ -231,22 +230,8 @@ def _read_embeddings_state(directory: Path) -> dict[str, Any]:
 
 def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
     """Compares the embeddings with the checksums of their arrival; returns and records their state."""
-    try:
-        records, _ = journal.read(directory / JOURNAL)
-    except FileNotFoundError:
-        return lose(directory, generation, "the journal is missing")
-    arrived = journal.row_set(records, Kind.ROWS)
-    absent = journal.row_set(records, Kind.ABSENT)
-    if len(arrived.union(absent)) != generation.spec.num_classes:
-        return lose(directory, generation, "the journal does not speak of every row")
-    rows = RowsFile(directory / ROWS, generation.spec)
-    try:
-        for record in records:
-            if record.kind is Kind.ROWS and not rows.matches(record):
-                return lose(directory, generation, f"a row at or after {record.start} was damaged")
-    finally:
-        rows.close()
-    return generation.embeddings
+    wrong = damage(directory / ROWS, directory / JOURNAL, generation.spec)
+    return generation.embeddings if wrong is None else lose(directory, generation, wrong)
 
 
 def lose(directory: Path, generation: Generation, why: str) -> EmbeddingsState:

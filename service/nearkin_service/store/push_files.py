@@ -6,6 +6,7 @@ Methods run on I/O threads, several at once; the caller sees to it that no two o
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.store.layout import boot_id
 from nearkin_service.store.rows import (
@@ -153,6 +155,12 @@ class PushFiles:
     def checksum(self) -> int:
         """CRC32C over all rows in order; what was never sent counts as zero bytes."""
         return self.rows.checksum(0, self._spec.num_classes)
+
+    def require_undamaged(self, check: Callable[[], None]) -> None:
+        """DataLossError: a stored row is not what arrived. `check` is called often, and may raise."""
+        wrong = damage(self.directory / ROWS, self.directory / JOURNAL, self._spec, check)
+        if wrong is not None:
+            raise DataLossError(f"{wrong}: they were damaged in the data directory; push the epoch again")
 
     def close(self) -> None:
         self.rows.close()

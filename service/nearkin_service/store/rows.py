@@ -21,6 +21,7 @@ from nearkin_service.store.journal import Kind, Record
 from nearkin_service.values import PushSpec
 
 _SCAN_BYTES = 8 << 20
+_CHECKSUM_BYTES = 512 << 10  # stays in a core's cache between being read and being summed
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
 
@@ -140,9 +141,14 @@ class RowsFile:
 
     def checksum(self, start: int, count: int) -> int:
         """CRC32C of these rows, as they lie in the file."""
-        crc = 0
-        for _, rows_nR in self.blocks(start, count):
-            crc = crc32c.crc32c(as_bytes(rows_nR), crc)
+        buffer, crc = memoryview(bytearray(_CHECKSUM_BYTES)), 0
+        at, end = start * self._spec.row_bytes, (start + count) * self._spec.row_bytes
+        while at < end:
+            got = os.preadv(self._descriptor, [buffer[: end - at]], at)
+            if not got:
+                raise DataLossError(f"row {at // self._spec.row_bytes} is missing from rows.bin")
+            crc = crc32c.crc32c(buffer[:got], crc)
+            at += got
         return crc
 
     def matches(self, record: Record) -> bool:

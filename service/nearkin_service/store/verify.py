@@ -11,9 +11,9 @@ from nearkin_service.errors import DataLossError, NearkinError
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import journal, push_files
 from nearkin_service.store.atomic import read_document
+from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind
 from nearkin_service.store.layout import FORMAT_VERSION
-from nearkin_service.store.rows import RowsFile
 from nearkin_service.values import EmbeddingsState, Generation, PushSpec
 
 SOUND, NOTE, DAMAGED = "sound", "note", "damaged"
@@ -71,17 +71,9 @@ def _generation(path: Path, run: str) -> tuple[str, str]:
 
 def _require_rows(path: Path, generation: Generation) -> None:
     """DataLossError: the embeddings are not what arrived."""
-    records, _ = journal.read(path / push_files.JOURNAL)
-    arrived = journal.row_set(records, Kind.ROWS).union(journal.row_set(records, Kind.ABSENT))
-    if len(arrived) != generation.spec.num_classes:
-        raise DataLossError("the table is sound; the embeddings' journal does not speak of every row")
-    rows = RowsFile(path / push_files.ROWS, generation.spec)
-    try:
-        for record in records:
-            if record.kind is Kind.ROWS and not rows.matches(record):
-                raise DataLossError(f"the table is sound; embeddings from row {record.start} on are damaged")
-    finally:
-        rows.close()
+    wrong = damage(path / push_files.ROWS, path / push_files.JOURNAL, generation.spec)
+    if wrong is not None:
+        raise DataLossError(f"the table is sound; the embeddings are not: {wrong}")
 
 
 def _push(path: Path) -> tuple[str, str]:
