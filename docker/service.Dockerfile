@@ -11,10 +11,10 @@ COPY protos ./protos
 COPY service ./service
 
 FROM build AS build-cpu
-RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[cpu]'
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[cpu,tracing]'
 
 FROM build AS build-gpu
-RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[gpu]'
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[gpu,tracing]'
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime
 # libgomp: FAISS's threads. The user's number is fixed so that volumes keep their owner across images.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+from nearkin.tracing import trace_channel
 
 from nearkin_client.errors import InvalidArgument, invalid
 
@@ -112,8 +113,10 @@ class Endpoint:
     def open_channel(self) -> grpc.Channel:
         """A new channel with a connection of its own. InvalidArgument: a certificate cannot be read."""
         if self.tls is not None and not self.is_local:
-            return grpc.secure_channel(self.address, self.tls.credentials(), options=_OPTIONS)
-        return grpc.insecure_channel(self.address, options=_OPTIONS)
+            channel = grpc.secure_channel(self.address, self.tls.credentials(), options=_OPTIONS)
+        else:
+            channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        return trace_channel(channel)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What accompanies every call."""

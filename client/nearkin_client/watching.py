@@ -43,5 +43,11 @@ def _events(
         else:
             return
         finally:
-            stream.cancel()
+            _end(stream)
         stream = wire.watch(request, deadline.remaining)
+
+
+def _end(stream: Stream[pb.RunEvent]) -> None:
+    """An application that traces its channels turns streams into generators, which are closed."""
+    end = getattr(stream, "cancel", None) or getattr(stream, "close")  # noqa: B009
+    end()

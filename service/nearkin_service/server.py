@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from nearkin import tracing
 
 from nearkin_service import faults, listening, wire
 from nearkin_service.access import Gate, TokenBook
@@ -72,7 +73,9 @@ class NeighbourServer:
 
     def _make_server(self) -> grpc.aio.Server:
         core = self.core
-        server = grpc.aio.server(interceptors=[self._make_gate()], options=_options(self._config))
+        # Only who the gate lets in leaves a trace.
+        interceptors = [self._make_gate(), *tracing.server_interceptors()]
+        server = grpc.aio.server(interceptors=interceptors, options=_options(self._config))
         behaviours = wire.behaviours(core, self._builds, self._searching)
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -10,8 +10,10 @@ import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from nearkin import tracing
 
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
@@ -79,6 +81,7 @@ class Builds:
         self._searching = searching
         self._waiting: OrderedDict[str, deque[Push]] = OrderedDict()
         self._running: dict[str, _Monitor] = {}
+        self._asked_by: dict[str, Any] = {}
         self._queued = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,6 +93,7 @@ class Builds:
 
     def enqueue(self, push: Push) -> None:
         self._waiting.setdefault(push.spec.run, deque()).append(push)
+        self._asked_by[push.push_id] = tracing.here()
         self._core.metrics.queued_builds.inc()
         self._idle.clear()
         self._queued.set()
@@ -118,7 +122,9 @@ class Builds:
                 self._queued.clear()
                 await self._queued.wait()
             elif push.state is PushState.BUILDING:
-                await self._build(push)
+                await self._traced_build(push)
+            else:
+                self._asked_by.pop(push.push_id, None)
 
     def _next(self) -> Push | None:
         """The oldest push of the run whose turn it is."""
@@ -130,6 +136,11 @@ class Builds:
             self._waiting[run] = pushes
         self._core.metrics.queued_builds.dec()
         return push
+
+    async def _traced_build(self, push: Push) -> None:
+        asked_by, spec = self._asked_by.pop(push.push_id, None), push.spec
+        with tracing.span("build", asked_by, run=spec.run, epoch=spec.epoch, push=push.push_id):
+            await self._build(push)
 
     async def _build(self, push: Push) -> None:
         monitor = _Monitor(self._core, push)
