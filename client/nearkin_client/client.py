@@ -118,6 +118,8 @@ class NeighbourClient:
         commit: bool = True,
         changed_rows: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         base_generation: int | None = None,
+        qaconv_candidates: int | None = None,
+        qaconv_weights: Sequence[float] | NDArray[np.floating[Any]] | None = None,
         timeout: float | None = None,
     ) -> Push:
         """Send this rank's rows of one epoch; return when the service has them (they survive its death).
@@ -143,6 +145,10 @@ class NeighbourClient:
                 `base_generation`. Should that be gone, all rows given are sent, and the log says so. Several
                 ranks push with `commit=False`; one of them calls `commit()` once all have.
             base_generation: the generation that `changed_rows` changed from.
+            qaconv_candidates: key "qaconv" re-ranks this many classes nearest by pooled key; by default the
+                service decides (8 k).
+            qaconv_weights: key "qaconv" sums the location maxima by these [2 * H * W] weights of a head
+                (probe locations, then class locations) instead of taking their mean.
             timeout: seconds until this rank's rows have to be there; default `Patience.push`.
 
         Returns:
@@ -175,6 +181,8 @@ class NeighbourClient:
             commit=commit,
             shared=self._accepts_shared,
             base_generation=base_generation,
+            qaconv_candidates=qaconv_candidates,
+            qaconv_weights=qaconv_weights,
         )
         todo = changed_ranges(changed_rows, row_start, rows.count)
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ def begin_request(
     commit: bool,
     shared: bool = False,
     base_generation: int | None = None,
+    qaconv_candidates: int | None = None,
+    qaconv_weights: Any = None,
 ) -> pb.BeginPushRequest:
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
@@ -78,7 +81,34 @@ def begin_request(
         commit_when_complete=commit and base_generation is None,
         base_generation=base_generation,
         accept_shared_memory=shared and rows.count > 0,
+        qaconv_candidates=_candidates(qaconv_candidates, key, k),
+        qaconv_weights=_weights(qaconv_weights, key, rows.shape),
     )
+
+
+def _candidates(candidates: int | None, key: str, k: int) -> int:
+    if candidates is None:
+        return 0
+    if key != "qaconv":
+        invalid("qaconv_candidates", candidates, f'is only for key "qaconv", not for {key!r}')
+    if candidates < k:
+        invalid("qaconv_candidates", candidates, f"is less than k = {k}")
+    return candidates
+
+
+def _weights(weights: Any, key: str, shape: tuple[int, ...]) -> list[float]:
+    if weights is None:
+        return []
+    found = np.asarray(weights, np.float32)
+    if key != "qaconv":
+        invalid("qaconv_weights", f"{found.size} weights", f'are only for key "qaconv", not for {key!r}')
+    wanted = 2 * math.prod(shape[1:])
+    if found.shape != (wanted,):
+        invalid("qaconv_weights", list(found.shape), f"is not [2 * H * W] = [{wanted}]")
+    if not np.isfinite(found).all():
+        raise InvalidArgument("qaconv_weights: holds NaN or Inf", field="qaconv_weights")
+    numbers: list[float] = found.tolist()
+    return numbers
 
 
 def _num_classes(count: int, row_start: int, num_classes: int | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nearkin_service.engines.contract import KeyName, MeasuredRecall
+from nearkin_service.engines.contract import KeyName, LocationOptions, MeasuredRecall
 from nearkin_service.errors import FailedPreconditionError, InvalidArgumentError
 from nearkin_service.ranges import RowRange, RowSet
 
@@ -107,6 +107,11 @@ class PushSpec:
             raise InvalidArgumentError("qaconv_weights", "holds NaN or Inf")
 
     @property
+    def qaconv(self) -> LocationOptions:
+        """For the engines; means nothing for other keys."""
+        return LocationOptions(self.qaconv_candidates, np.array(self.qaconv_weights, np.float32))
+
+    @property
     def numpy_dtype(self) -> np.dtype[Any]:
         return DTYPES[self.dtype]
 
@@ -124,9 +129,11 @@ class PushSpec:
 
     @property
     def build_bytes(self) -> int:
-        """Memory that building needs at the least: normalised float32 keys, and the table."""
-        key_elements = self.row_elements if self.key == "flat" else self.row_shape[0]
-        return self.num_classes * key_elements * 4 + self.tables_bytes
+        """Memory that building needs at the least: float32 keys (and maps, for qaconv), and the table."""
+        elements = self.row_elements if self.key == "flat" else self.row_shape[0]
+        if self.key == "qaconv":
+            elements += self.row_elements
+        return self.num_classes * elements * 4 + self.tables_bytes
 
     @property
     def tables_bytes(self) -> int:

@@ -31,6 +31,16 @@ def test_a_table_of_the_pushed_rows(nearkin: NeighbourClient) -> None:
     assert neighbours.generation == 2
 
 
+def test_a_table_by_location_wise_score(nearkin: NeighbourClient) -> None:
+    table = ClassEmbeddings(12, 3, 2, 2)
+    torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(1))
+    ids = Neighbours(World(), nearkin, NeighbourConfig(k=11, key="qaconv"), 12).refresh(0, table)
+    maps = torch.nn.functional.normalize(table.weight.detach().double().flatten(2), dim=1)
+    similar = torch.einsum("pcr,ncs->pnrs", maps, maps)
+    scores = (similar.amax(3).mean(2) + similar.amax(2).mean(2)).fill_diagonal_(-torch.inf)
+    np.testing.assert_array_equal(ids, scores.argsort(dim=1, descending=True)[:, :11])
+
+
 def test_k_is_cut_down_and_said(nearkin: NeighbourClient, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "nearkin"):
         neighbours = Neighbours(World(), nearkin, NeighbourConfig(k=50), 8)

@@ -34,7 +34,8 @@ class NeighbourConfig:
 
     Args:
         k: neighbours per class; at most the number of classes less one (more is cut down, and said).
-        key: what the service compares: `flat` (whole maps) or `pooled` (their means).
+        key: what the service compares: `flat` (whole maps), `pooled` (their means) or `qaconv` (location by
+            location, among the nearest by `pooled`).
         engine: what builds the table; `auto` leaves it to the service.
         wire_dtype: what rows are sent as; `float16` or `bfloat16` halve the bytes.
         timeout: seconds to wait for a table.

@@ -17,6 +17,7 @@ from nearkin_service.engines.contract import (
     BuiltTable,
     EngineDescription,
     KeyName,
+    LocationOptions,
     Searcher,
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
@@ -25,18 +26,18 @@ from nearkin_service.engines.incremental import Parent, changed_classes, fits, u
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.qaconv import (
-    CANDIDATES_PER_NEIGHBOUR,
     LocationScore,
     LocationSearcher,
     all_maps,
     best_by_location,
+    candidates_for,
 )
 
 log = logging.getLogger("nearkin.engines")
 
 _KEYS = ("flat", "pooled", "qaconv")
 _UPDATED_SHARE = {"flat": 0.2, "mixed": 0.08}  # beyond, a full build is as fast
-_NO_WEIGHTS = np.empty(0, np.float32)
+_DEFAULTS = LocationOptions()
 
 
 def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMonitor) -> BuiltTable:
@@ -89,9 +90,8 @@ def update_table(
 
 
 def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
-    score = LocationScore(request.row_shape, request.qaconv_weights)
-    wanted = request.qaconv_candidates or CANDIDATES_PER_NEIGHBOUR * request.k
-    candidates = max(request.k, min(wanted, len(source.rows) - 1))
+    score = LocationScore(request.row_shape, request.qaconv.weights)
+    candidates = candidates_for(request.k, request.qaconv.candidates, len(source.rows) - 1)
     pooled = _build(source, replace(request, k=candidates), device, monitor)
     began = time.monotonic()
     maps_NCL = all_maps(source, score)
@@ -109,15 +109,13 @@ def open_searcher(
     absent: NDArray[np.int64],
     device: str,
     *,
-    qaconv_weights: NDArray[np.float32] = _NO_WEIGHTS,
+    qaconv: LocationOptions = _DEFAULTS,
 ) -> Searcher:
-    """Exact nearest-class answers on these rows.
-
-    `qaconv_weights` are those that a table of key "qaconv" was built with.
-    """
+    """Exact nearest-class answers on these rows; `qaconv` is what a table of that key was built with."""
     source = KeyedRows(rows_NR, row_shape, key, absent)
     if key == "qaconv":
-        return LocationSearcher(source, LocationScore(row_shape, qaconv_weights), resolve_device(device))
+        score = LocationScore(row_shape, qaconv.weights)
+        return LocationSearcher(source, score, resolve_device(device), qaconv.candidates)
     return FlatSearcher(source, resolve_device(device))
 
 

@@ -18,6 +18,19 @@ NO_NEIGHBOUR = -1
 
 
 @dataclass(frozen=True, slots=True)
+class LocationOptions:
+    """What key "qaconv" can be told.
+
+    Attributes:
+        candidates: pooled candidates per class that are re-ranked; 0: the engine's default.
+        weights: float32 [2 * H * W], one per location maximum, or empty for the mean of the maxima.
+    """
+
+    candidates: int = 0
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
 class BuildRequest:
     """How a table is to be built from rows.
 
@@ -28,8 +41,7 @@ class BuildRequest:
         engine: an engine's name, or "auto".
         device: "auto", "cpu" or "cuda".
         absent: ids of classes without an embedding, int64, ascending, unique.
-        qaconv_candidates: pooled candidates per class that key "qaconv" re-ranks; 0: the engine's default.
-        qaconv_weights: float32 [2 * H * W] or empty, for key "qaconv".
+        qaconv: for key "qaconv" only.
         target_recall: what approximate engines tune themselves to, in (0, 1].
     """
 
@@ -39,8 +51,7 @@ class BuildRequest:
     engine: str
     device: str
     absent: NDArray[np.int64]
-    qaconv_candidates: int = 0
-    qaconv_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    qaconv: LocationOptions = field(default_factory=LocationOptions)
     target_recall: float = 0.99
 
 

@@ -29,6 +29,11 @@ _GATHERED = 1 << 23  # elements of candidates' maps at a time, per thread
 _MAPS_AT_A_TIME = 64
 
 
+def candidates_for(k: int, asked: int, most: int) -> int:
+    """How many candidates by pooled key are re-ranked for k neighbours; `asked` 0 means the default."""
+    return max(k, min(asked or CANDIDATES_PER_NEIGHBOUR * k, most))
+
+
 @dataclass(frozen=True, slots=True)
 class LocationScore:
     """How two feature maps are compared.
@@ -113,7 +118,8 @@ def all_maps(source: KeyedRows, score: LocationScore) -> NDArray[np.float32]:
 class LocationSearcher:
     """Nearest classes by location-wise score among the nearest by pooled key."""
 
-    def __init__(self, source: KeyedRows, score: LocationScore, device: str) -> None:
+    def __init__(self, source: KeyedRows, score: LocationScore, device: str, candidates: int = 0) -> None:
+        self._candidates = candidates
         self._pooled = FlatSearcher(source, device)
         self._score = score
         self._maps_NCL = all_maps(source, score)
@@ -135,7 +141,7 @@ class LocationSearcher:
         return self._rerank(lambda query: maps_QCL[query], found, k)
 
     def _wider(self, k: int) -> int:
-        return max(k, min(CANDIDATES_PER_NEIGHBOUR * k, len(self._maps_NCL)))
+        return candidates_for(k, self._candidates, len(self._maps_NCL))
 
     def _rerank(self, maps: Callable[[int], NDArray[np.float32]], found: Neighbours, k: int) -> Neighbours:
         return best_by_location(maps, self._maps_NCL, found.ids, self._score, k=k, monitor=Silence())

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from nearkin import tracing
 
 from nearkin_service import faults
@@ -172,8 +171,7 @@ class Builds:
             engine=config.engine if spec.engine in ("", "auto") else spec.engine,
             device=self._core.device,
             absent=push.absent.ids(),
-            qaconv_candidates=spec.qaconv_candidates,
-            qaconv_weights=np.array(spec.qaconv_weights, np.float32),
+            qaconv=spec.qaconv,
         )
         files = self._core.files[push.push_id]
         try:

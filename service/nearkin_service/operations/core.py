@@ -19,6 +19,7 @@ from nearkin_service.engines.contract import (
     BuiltTable,
     EngineDescription,
     KeyName,
+    LocationOptions,
     Searcher,
 )
 from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
@@ -46,6 +47,8 @@ class Engines(Protocol):
         absent: NDArray[np.int64],
         device: str,
         /,
+        *,
+        qaconv: LocationOptions,
     ) -> Searcher: ...
 
     def describe_engines(self) -> Sequence[EngineDescription]: ...

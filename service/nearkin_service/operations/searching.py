@@ -113,6 +113,7 @@ class Searching:
                 spec.key,
                 absent,
                 self._core.device,
+                qaconv=spec.qaconv,
             )
         finally:
             rows.close()

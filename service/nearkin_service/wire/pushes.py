@@ -14,7 +14,7 @@ from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.config import ServiceConfig
-from nearkin_service.errors import InvalidArgumentError, UnimplementedError
+from nearkin_service.errors import InvalidArgumentError
 from nearkin_service.operations import Core, Pushing, Sharing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
@@ -36,10 +36,6 @@ class PushMethods:
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
     async def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
-        if request.key == pb.KEY_QACONV:
-            raise UnimplementedError(
-                "key: this service compares by KEY_FLAT and KEY_POOLED, not by KEY_QACONV yet"
-            )
         view = await self._pushing.begin(
             convert.push_spec(request),
             convert.absent_ids(request),

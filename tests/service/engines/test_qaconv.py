@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nearkin_service.engines import BuildRequest, build_table, open_searcher
+from nearkin_service.engines import BuildRequest, LocationOptions, build_table, open_searcher
 from nearkin_service.engines.pacing import Silence
 
 from tests.service.engines.oracle import assert_ordered
@@ -22,7 +22,7 @@ def plain_score(one: np.ndarray, other: np.ndarray, weights: np.ndarray) -> floa
 
 
 def request(k: int, weights: np.ndarray, candidates: int, absent: np.ndarray = NOBODY) -> BuildRequest:
-    return BuildRequest(SHAPE, "qaconv", k, "auto", "cpu", absent, candidates, weights)
+    return BuildRequest(SHAPE, "qaconv", k, "auto", "cpu", absent, LocationOptions(candidates, weights))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -64,6 +64,14 @@ def test_queries_get_the_tables_rows() -> None:
     searcher = open_searcher(rows, SHAPE, "qaconv", NOBODY, "cpu")
     np.testing.assert_array_equal(searcher.nearest_to_classes(np.arange(50), 6).ids, table.ids)
     assert searcher.nearest_to_vectors(rows[3:4], 1).ids[0, 0] == 3
+
+
+def test_queries_rerank_as_many_candidates_as_the_table_did() -> None:
+    rows = np.random.default_rng(5).standard_normal((50, 36), dtype=np.float32)
+    options = LocationOptions(7, np.random.default_rng(6).standard_normal(12, dtype=np.float32))
+    table = build_table(rows, request(6, options.weights, options.candidates), Silence())
+    searcher = open_searcher(rows, SHAPE, "qaconv", NOBODY, "cpu", qaconv=options)
+    np.testing.assert_array_equal(searcher.nearest_to_classes(np.arange(50), 6).ids, table.ids)
 
 
 def test_weights_and_shapes_are_checked() -> None:
