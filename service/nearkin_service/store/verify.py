@@ -73,7 +73,7 @@ def _require_rows(path: Path, generation: Generation) -> None:
     """DataLossError: the embeddings are not what arrived."""
     wrong = damage(path / push_files.ROWS, path / push_files.JOURNAL, generation.spec)
     if wrong is not None:
-        raise DataLossError(f"the table is sound; the embeddings are not: {wrong}")
+        raise DataLossError(f"the table is sound; embeddings are damaged: {wrong}")
 
 
 def _push(path: Path) -> tuple[str, str]:
