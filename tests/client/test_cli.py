@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from nearkin_client import NeighbourClient, NeighbourTable
 from nearkin_client.cli.app import app
+from nearkin_client.errors import ServiceNotInstalled
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 from typer.testing import CliRunner
@@ -217,3 +218,24 @@ def test_every_command_teaches_by_example(command: str) -> None:
     told = CliRunner().invoke(app, [command, "--help"])
     assert told.exit_code == 0
     assert f"Example: nearkin {command}" in told.output
+
+
+def test_a_run_moves_by_snapshot(tmp_path: Path) -> None:
+    file, here, there = tmp_path / "run.tar", tmp_path / "here", tmp_path / "there"
+    with LocalService(here) as started, NeighbourClient(started.address, run=RUN) as client:
+        client.push(np.eye(20, dtype=np.float32), epoch=0, k=4)
+        before = client.table(epoch=0).ids.copy()
+    nearkin("snapshot", "save", str(file), "--run", RUN, "--data-dir", str(here))
+    assert f"run {RUN} restored" in nearkin("snapshot", "restore", str(file), "--data-dir", str(there)).stdout
+    with LocalService(there) as started, NeighbourClient(started.address, run=RUN) as client:
+        np.testing.assert_array_equal(client.table(generation=1).ids, before)
+    assert "already" in nearkin("snapshot", "restore", str(file), "--data-dir", str(there), status=2).stderr
+    assert "restore" in nearkin("snapshot", "--help").stdout
+
+
+def test_snapshot_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = CliRunner().invoke(app, ["snapshot", "save"])
+    assert isinstance(done.exception, ServiceNotInstalled)
+    assert "nearkin-service" in str(done.exception)

@@ -16,6 +16,7 @@ from nearkin_client.cli.following import follow
 from nearkin_client.cli.names import read_names, resolved
 from nearkin_client.client import NeighbourClient
 from nearkin_client.errors import InvalidArgument, NearkinError
+from nearkin_client.local import serve_command
 from nearkin_client.patience import Patience
 
 ROWS_SHOWN = 10
@@ -257,3 +258,17 @@ def info(service: Service = None, json: Json = False, timeout: Timeout = 10.0) -
     with _client(service, timeout) as client:
         found, address = client.server_info(), client.address
     machine.emit(found) if json else human.server(found, address)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: nearkin snapshot save faces.tar --run faces --data-dir /data",
+)
+def snapshot(context: typer.Context) -> None:
+    """Move a run between servers: `save` and `restore` on data directories that no service uses.
+
+    It is `nearkin-serve snapshot`, which has to be installed where the data directory lies.
+    """
+    command = serve_command()
+    os.execv(command, [command, "snapshot", *(context.args or ["--help"])])  # noqa: S606 - ours, no shell
