@@ -14,6 +14,7 @@ import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service import engines
 from nearkin_service.config import Limits
+from nearkin_service.engines import Parent
 from nearkin_service.engines.contract import BuildMonitor, BuildRequest, BuiltTable
 
 from tests.service.conftest import (
@@ -50,6 +51,11 @@ class HeldEngines:
         if self.error is not None:
             raise self.error
         return engines.build_table(rows, request, monitor)
+
+    def update_table(
+        self, rows: Any, request: BuildRequest, _parent: Parent, monitor: BuildMonitor
+    ) -> BuiltTable:
+        return self.build_table(rows, request, monitor)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nearkin_service.engines.contract import (
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
 from nearkin_service.engines.flat import FlatSearcher, build_flat
-from nearkin_service.engines.incremental import Parent, changed_classes, fits, update_flat
+from nearkin_service.engines.incremental import Parent, fits, update_flat
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.qaconv import (
@@ -36,7 +36,7 @@ from nearkin_service.engines.qaconv import (
 log = logging.getLogger("nearkin.engines")
 
 _KEYS = ("flat", "pooled", "qaconv")
-_UPDATED_SHARE = {"flat": 0.2, "mixed": 0.08}  # beyond, a full build is as fast
+_FULL_BUILD = {"flat": 1.0, "mixed": 0.3}  # its time, over that of all products in float32
 _DEFAULTS = LocationOptions()
 
 
@@ -73,20 +73,20 @@ def update_table(
     """The same table as `build_table`, bit for bit, sooner if little changed since the exact parent.
 
     Falls back to a full build, and logs why, if the parent's shape, k or dtype differ, if the engine is
-    approximate, or if too many rows changed.
+    approximate or works on a GPU, or if a full build would take no longer.
     """
     _check(rows_NR, request)
     source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
-    engine, _ = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), "cpu")
-    if engine == "ivf" or not fits(source, request.k, parent):
-        log.info("full build: engine %s, or the parent's table differs in shape, dtype or k", engine)
+    device = resolve_device(request.device)
+    engine, _ = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), device)
+    if engine == "ivf" or device != "cpu" or not fits(source, request.k, parent):
+        log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
-    changed = changed_classes(source, parent, monitor)
-    share = len(changed) / len(rows_NR)
-    if share > _UPDATED_SHARE[engine]:
-        log.info("full build: %.0f %% of the rows changed since the parent", 100 * share)
+    table = update_flat(source, request.k, parent, _FULL_BUILD[engine], monitor)
+    if table is None:
+        log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
-    return replace(update_flat(source, request.k, parent, changed, monitor), engine=engine)
+    return replace(table, engine=engine)
 
 
 def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:

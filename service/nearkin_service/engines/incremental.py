@@ -29,6 +29,7 @@ from nearkin_service.engines.pacing import BlockSize, Pace
 log = logging.getLogger("nearkin.engines")
 
 _COMPARED_BYTES = 1 << 24
+_SAMPLED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,30 @@ class Parent:
     absent: NDArray[np.int64]
 
 
-def changed_classes(source: KeyedRows, parent: Parent, monitor: BuildMonitor) -> NDArray[np.int64]:
-    """Ids of the classes whose row's bytes, or whose absence, differ from the parent's; ascending."""
+def changed_classes(
+    source: KeyedRows, parent: Parent, most: int, monitor: BuildMonitor
+) -> NDArray[np.int64] | None:
+    """Ids of the classes whose row's bytes, or whose absence, differ from the parent's; ascending.
+
+    None as soon as there are more than `most`, of which a few rows here and there give an early notice.
+    """
     count = len(source.rows)
     here, there = np.ones(count, bool), np.ones(count, bool)
     here[source.absent] = False
     there[parent.absent] = False
     changed = here != there
+    few = slice(0, count, max(1, count // _SAMPLED))
+    differ = (as_bytes(source.rows[few]) != as_bytes(parent.rows[few])).any(axis=1)
+    if (differ & here[few] & there[few]).sum() > max(16, 2 * _SAMPLED * most // count):
+        return None
     step = max(1, _COMPARED_BYTES // max(1, source.rows[:1].nbytes))
     for start in range(0, count, step):
         monitor.check()
         some = slice(start, start + step)
         differ = (as_bytes(source.rows[some]) != as_bytes(parent.rows[some])).any(axis=1)
         changed[some] |= differ & here[some] & there[some]
+        if changed.sum() > most:
+            return None
     return np.flatnonzero(changed)
 
 
@@ -69,31 +81,73 @@ def fits(source: KeyedRows, k: int, parent: Parent) -> bool:
 
 
 def update_flat(
-    source: KeyedRows, k: int, parent: Parent, changed: NDArray[np.int64], monitor: BuildMonitor
-) -> BuiltTable:
-    """The exact table of `source`, from its parent's and the ids of the changed classes. Runs on the CPU."""
-    began = time.monotonic()
+    source: KeyedRows, k: int, parent: Parent, full_build: float, monitor: BuildMonitor
+) -> BuiltTable | None:
+    """The exact table of `source`, from its parent's; None if a full build takes no longer. Runs on the CPU.
+
+    `full_build` is the time of a full build, over that of all products in float32.
+    """
+    times = [time.monotonic()]
+    changed = changed_classes(source, parent, int(full_build * len(source.rows) / 2), monitor)
+    if changed is None:
+        return None
+    times.append(time.monotonic())
     present = source.present()
     index = filled_index(source, "cpu", monitor)
-    keyed = time.monotonic()
-    is_changed = np.zeros(len(source.rows), bool)
-    is_changed[changed] = True
-    ranks_Mk = np.full((len(present), k), EMPTY)
-    certain = np.zeros(len(present), bool)
-    kept = np.flatnonzero(~is_changed[present])
-    moved = np.flatnonzero(is_changed[present])
-    old = _old_ranks(parent, present, kept)
-    stayed = np.where(is_changed[parent.ids[present[kept]]] | (parent.ids[present[kept]] < 0), EMPTY, old)
-    merged = best(np.concatenate([stayed, _entrants(index, kept, moved, k, monitor)], axis=1), k)
-    ranks_Mk[kept] = merged
-    certain[kept] = merged[:, -1] <= old[:, -1]
-    again = np.flatnonzero(~certain)
-    _search(index, again, ranks_Mk, Pace(monitor, "search", len(again)))
+    times.append(time.monotonic())
+    update = _Update(index, present, parent, changed, monitor)
+    if update.expected_cost(k) > full_build:
+        return None
+    ranks_Mk, searched = update.run(k)
     ids, scores = spread(ranks_Mk, present, len(source.rows))
-    seconds = {"keys": keyed - began, "update": time.monotonic() - keyed}
-    log.info("updated from the parent: %d changed, %d rows searched in full", len(changed), len(again))
+    times.append(time.monotonic())
+    log.info("updated from the parent: %d changed, %d rows searched in full", len(changed), searched)
+    seconds = dict(zip(("compare", "keys", "update"), np.diff(times).tolist(), strict=True))
     versions = {"faiss": faiss_version(), "numpy": np.__version__}
-    return BuiltTable(ids, scores, "flat", "cpu", True, len(again), seconds, versions)
+    return BuiltTable(ids, scores, "flat", "cpu", True, searched, seconds, versions)
+
+
+class _Update:
+    """One update; rows are named by their positions among the present classes."""
+
+    def __init__(
+        self,
+        index: FlatIndex,
+        present: NDArray[np.int64],
+        parent: Parent,
+        changed: NDArray[np.int64],
+        monitor: BuildMonitor,
+    ) -> None:
+        self._index, self._present, self._parent, self._monitor = index, present, parent, monitor
+        self._is_changed = np.zeros(len(parent.ids), bool)
+        self._is_changed[changed] = True
+        self._kept = np.flatnonzero(~self._is_changed[present])
+        self._moved = np.flatnonzero(self._is_changed[present])
+
+    def expected_cost(self, k: int) -> float:
+        """In products of all rows with all rows; how many rows must be searched again, a sample tells."""
+        few = self._kept[:: max(1, len(self._kept) // _SAMPLED)]
+        doubtful = 1 - float(self._carried(few, k)[1].mean()) if len(few) else 0.0
+        kept, moved = len(self._kept), len(self._moved)
+        everyone = max(1, kept + moved)
+        return (moved * kept / everyone + moved + doubtful * kept) / everyone
+
+    def run(self, k: int) -> tuple[NDArray[np.int64], int]:
+        """Ranks int64 [M, k], and how many rows were searched in full."""
+        ranks_Mk = np.full((len(self._present), k), EMPTY)
+        certain = np.zeros(len(self._present), bool)
+        ranks_Mk[self._kept], certain[self._kept] = self._carried(self._kept, k)
+        again = np.flatnonzero(~certain)
+        _search(self._index, again, ranks_Mk, Pace(self._monitor, "search", len(again)))
+        return ranks_Mk, len(again)
+
+    def _carried(self, rows: NDArray[np.int64], k: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ranks int64 [U, k] of unchanged rows from the parent's and their entrants; which are certain."""
+        old, ids = _old_ranks(self._parent, self._present, rows), self._parent.ids[self._present[rows]]
+        stayed = np.where(self._is_changed[ids] | (ids < 0), EMPTY, old)
+        entrants = _entrants(self._index, rows, self._moved, k, self._monitor)
+        merged = best(np.concatenate([stayed, entrants], axis=1), k)
+        return merged, merged[:, -1] <= old[:, -1]
 
 
 def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,7 +173,7 @@ def _entrants(
         return entrants_Uk
     news = FlatIndex(len(moved), index.keys_MD.shape[1], "cpu")
     news.keys_MD[:] = index.keys_MD[moved]
-    pace = Pace(monitor, "compare", len(kept))
+    pace = Pace(monitor, "entrants", len(kept))
     block = BlockSize(1024, 1 << 14)
     done = 0
     while done < len(kept):

@@ -13,12 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from nearkin import tracing
+from numpy.typing import NDArray
 
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
 from nearkin_service.errors import DataLossError
 from nearkin_service.operations.core import Core
+from nearkin_service.operations.parents import opened, parent_of
 from nearkin_service.operations.searching import Searching
 from nearkin_service.store import Finished
 from nearkin_service.values import BuildProgress, EmbeddingsState, Generation, PushState
@@ -144,9 +146,10 @@ class Builds:
     async def _build(self, push: Push) -> None:
         monitor = _Monitor(self._core, push)
         self._running[push.push_id] = monitor
+        parent = parent_of(self._core.catalogue.run(push.spec.run), push.spec)
         try:
             table = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._build_table, push, monitor
+                self._thread, self._build_table, push, parent, monitor
             )
             await self._publish(push, table, monitor.seconds)
         except BuildCancelled as why:
@@ -161,7 +164,7 @@ class Builds:
         finally:
             del self._running[push.push_id]
 
-    def _build_table(self, push: Push, monitor: _Monitor) -> BuiltTable:
+    def _build_table(self, push: Push, parent: Generation | None, monitor: _Monitor) -> BuiltTable:
         faults.point("build.begun")
         spec, config = push.spec, self._core.config
         request = BuildRequest(
@@ -175,7 +178,7 @@ class Builds:
         )
         files = self._core.files[push.push_id]
         try:
-            table = self._core.engines.build_table(files.rows.map(), request, monitor)
+            table = self._built(files.rows.map(), request, parent, monitor)
         except BuildCancelled:
             raise
         except Exception:
@@ -184,6 +187,16 @@ class Builds:
         # Afterwards, so that damage done while the engine was reading is seen as well.
         files.require_undamaged(monitor.check)
         return table
+
+    def _built(
+        self, rows: NDArray[Any], request: BuildRequest, parent: Generation | None, monitor: _Monitor
+    ) -> BuiltTable:
+        if parent is None:
+            return self._core.engines.build_table(rows, request, monitor)
+        with opened(self._core.directory, parent) as found:
+            if found is None:
+                return self._core.engines.build_table(rows, request, monitor)
+            return self._core.engines.update_table(rows, request, found, monitor)
 
     # -------------------------------------------------------------------------------------------- the end
 

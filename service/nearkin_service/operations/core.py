@@ -22,6 +22,7 @@ from nearkin_service.engines.contract import (
     LocationOptions,
     Searcher,
 )
+from nearkin_service.engines.incremental import Parent
 from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
 from nearkin_service.metrics import Metrics
 from nearkin_service.store import DataDirectory, PushFiles, Segment
@@ -37,6 +38,10 @@ class Engines(Protocol):
 
     def build_table(
         self, rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMonitor, /
+    ) -> BuiltTable: ...
+
+    def update_table(
+        self, rows_NR: NDArray[Any], request: BuildRequest, parent: Parent, monitor: BuildMonitor, /
     ) -> BuiltTable: ...
 
     def open_searcher(

@@ -254,6 +254,10 @@ class DataDirectory:
                 f"generation {generation.number} of run {generation.run!r} was removed"
             ) from None
 
+    def verified_table(self, generation: Generation) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Ids and scores as they were published. DataLossError: they are damaged or gone."""
+        return gens.verified_table(self._layout.generation(generation.run, generation.number), generation)
+
     def column_path(self, generation: Generation, name: str) -> Path:
         """The absolute path of `ids.bin` or `scores.bin`."""
         return (self._layout.generation(generation.run, generation.number) / name).absolute()

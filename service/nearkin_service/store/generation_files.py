@@ -190,6 +190,14 @@ def _damage(directory: Path) -> Iterator[None]:
         ) from error
 
 
+def verified_table(directory: Path, generation: Generation) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Ids and scores, mapped read-only. DataLossError: they are not what was published, or are gone."""
+    with _damage(directory):
+        for name, expected in ((IDS, generation.ids), (SCORES, generation.scores)):
+            _verify_column(directory / name, generation, expected)
+        return map_column(directory, generation, IDS), map_column(directory, generation, SCORES)
+
+
 def _verify_column(path: Path, generation: Generation, expected: FileChecksums) -> None:
     spec = generation.spec
     if path.stat().st_size != spec.num_classes * spec.k * 4:
