@@ -37,6 +37,8 @@ Examples:
 
   nearkin-serve --data-dir /data --listen unix:///run/nearkin.sock --listen 127.0.0.1:50051
 
+  nearkin-serve --data-dir /data --engine ivf --target-recall 0.95
+
   nearkin-serve --data-dir /data --http 127.0.0.1:9090 --device cpu
 
 Then look at it with `nearkin runs --service unix:///run/nearkin.sock`. SIGTERM and Ctrl-C stop it gently:
@@ -60,6 +62,10 @@ def serve(  # noqa: PLR0917 - one parameter per option
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda. cuda fails where FAISS sees no GPU; auto logs its choice.")
     ] = "auto",
+    target_recall: Annotated[
+        float,
+        typer.Option(help="What engine ivf tunes itself to; each generation says what it measured."),
+    ] = 0.99,
     http: Annotated[
         str | None, typer.Option(help="host:port of /metrics, /livez and /readyz. Default: not served.")
     ] = None,
@@ -114,6 +120,7 @@ def serve(  # noqa: PLR0917 - one parameter per option
             listen=tuple(listen or ["127.0.0.1:50051"]),
             engine=engine,
             device=_device(device),
+            target_recall=target_recall,
             http=http,
             keep_embeddings=keep_embeddings,
             drain_seconds=drain_seconds,

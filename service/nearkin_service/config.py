@@ -53,6 +53,7 @@ class ServiceConfig:
         listen: addresses, `unix:///path` or `host:port`; port 0 picks a free one.
         engine: what "auto" in a push means here; "auto" leaves it to the engines.
         device: "auto", "cpu" or "cuda".
+        target_recall: what approximate engines tune themselves to, in (0, 1].
         keep_embeddings: embeddings of how many generations are kept when a push does not say.
         chunk_bytes: payload size per message that suits this service.
         io_threads: threads that check and store rows and read tables.
@@ -69,6 +70,7 @@ class ServiceConfig:
     listen: tuple[str, ...]
     engine: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    target_recall: float = 0.99
     keep_embeddings: int = 2
     chunk_bytes: int = 4 * MIB
     io_threads: int = 4
@@ -86,6 +88,8 @@ class ServiceConfig:
             raise ValueError("listen: at least one address is needed")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device: {self.device!r} is not auto, cpu or cuda")
+        if not 0 < self.target_recall <= 1:
+            raise ValueError(f"target_recall is {self.target_recall}; it must be above 0 and at most 1")
         for name in ("keep_embeddings", "io_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -175,6 +175,7 @@ class Builds:
             device=self._core.device,
             absent=push.absent.ids(),
             qaconv=spec.qaconv,
+            target_recall=config.target_recall,
         )
         files = self._core.files[push.push_id]
         try:
