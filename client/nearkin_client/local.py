@@ -83,7 +83,7 @@ class LocalService:
         command = [serve_command(), "--data-dir", str(self.data_dir)]
         for address in self._listen:
             command += ["--listen", address]
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._socket.unlink(missing_ok=True)  # a killed service left it
         self._spawn([*command, *self._options])
         self._wait_until_ready()

@@ -60,7 +60,7 @@ def restore(
     file: Annotated[Path, typer.Argument(help="What `snapshot save` wrote.")], data_dir: DataDir
 ) -> None:
     """Put a saved run into a data directory, which is made if it does not exist."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _unserved(data_dir):
         run = snapshots.restore(data_dir, file)
     _say(f"run {run} restored into {data_dir}")

@@ -410,3 +410,8 @@ def test_tls_needs_a_certificate_and_its_own_key(authority: Authority) -> None:
 def test_the_token_file_is_in_the_data_directory_by_default(tmp_path: Path) -> None:
     config = ServiceConfig(tmp_path, ("127.0.0.1:0",))
     assert config.tokens == tmp_path / "tokens.json"
+
+
+def test_a_new_data_directory_is_its_owners_alone(start_service: Start, tmp_path: Path) -> None:
+    start_service()
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
