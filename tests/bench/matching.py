@@ -1,4 +1,4 @@
-"""Sparse scores beside plain PyTorch: `python -m tests.bench.matching [--quick]`.
+"""Sparse scores beside plain PyTorch: `python -m tests.bench.matching [--quick] [--shape N] [--peer NAME]`.
 
 Forward and backward, class gradient included; medians; both sides in this process, on the same cores.
 Memory is how far the resident set rises above the inputs; *working* leaves out what the step returns, which
@@ -162,11 +162,13 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
     return 2.0 * size**3 / best
 
 
-def run(quick: bool) -> list[dict[str, object]]:
-    """Measure, print a table, and return its rows."""
+def run(quick: bool, only: int | None = None, against: str | None = None) -> list[dict[str, object]]:
+    """Measure, print a table, and return its rows; of all shapes and peers, or of one."""
     rate = matmul_rate(torch.bfloat16, 512 if quick else 2048)
     rows: list[dict[str, object]] = []
     for number, shape in enumerate(QUICK if quick else SHAPES):
+        if only not in (None, number + 1):
+            continue
         inputs = Inputs.of(shape)
         work = steps(shape, inputs)
         once(work["ours"], inputs)
@@ -174,6 +176,8 @@ def run(quick: bool) -> list[dict[str, object]]:
         if shape == DENSE or quick:
             rounds["dense"] = 1
         for peer, count in rounds.items():
+            if against not in (None, peer):
+                continue
             ours, theirs = side_by_side(work["ours"], work[peer], inputs, count)
             targets = TARGETS[peer]
             target = None if quick else targets[min(number, len(targets) - 1)]
@@ -252,7 +256,10 @@ def _status(field: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.matching", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
-    run(parser.parse_args().quick)
+    parser.add_argument("--shape", type=int, choices=range(1, 1 + len(SHAPES)), help="only this one")
+    parser.add_argument("--peer", choices=TARGETS, help="only beside this one")
+    given = parser.parse_args()
+    run(given.quick, given.shape, given.peer)
 
 
 if __name__ == "__main__":

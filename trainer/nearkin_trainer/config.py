@@ -151,6 +151,8 @@ class EmbeddingConfig:
         momentum: `memory` only: share of the old row that stays.
         optimiser: `learnable` only: row-wise `sgd`, `adagrad` or `adam`.
         rate: `learnable` only: learning rate of the rows, scaled by the schedule.
+        sharded: each process keeps only its share of the rows, and their optimiser's state; rows travel to
+            where a step reads them. For tables that one process has no room for. Results are the same.
     """
 
     keeping: Keeping = "learnable"
@@ -158,6 +160,7 @@ class EmbeddingConfig:
     momentum: float = 0.5
     optimiser: RowOptimiserName = "adam"
     rate: float = 1e-3
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:

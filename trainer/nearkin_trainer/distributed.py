@@ -8,8 +8,9 @@ Legend: R processes (world size), n rows of this process, m rows of the longest 
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -57,9 +58,13 @@ class World:
 
     def share(self, count: int) -> slice:
         """This rank's contiguous share of `count` things; shares differ by at most one in length."""
+        return self.share_of(self.rank, count)
+
+    def share_of(self, rank: int, count: int) -> slice:
+        """Any rank's share of `count` things."""
         base, extra = divmod(count, self.size)
-        start = self.rank * base + min(self.rank, extra)
-        return slice(start, start + base + (self.rank < extra))
+        start = rank * base + min(rank, extra)
+        return slice(start, start + base + (rank < extra))
 
 
 @contextlib.contextmanager
@@ -213,12 +218,42 @@ def gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
     return [part[:n].to(rows.device) for part, n in zip(received, lengths, strict=True)]
 
 
-def broadcast_module(world: World, module: nn.Module) -> None:
-    """Gives every process rank 0's parameters and buffers."""
+def swap_rows(world: World, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Sends part r of every process to process r.
+
+    Args:
+        world: the job.
+        parts: R tensors `[n_r, ...]`; the n may differ, the rest and the dtype may not.
+
+    Returns:
+        What the processes have sent to this one, in rank order: R tensors.
+    """
+    assert len(parts) == world.size
+    if world.size == 1:
+        return parts
+    lengths = torch.tensor([len(part) for part in parts], device=world.device)
+    coming = torch.empty_like(lengths)
+    dist.all_to_all_single(coming, lengths)
+    sent = torch.cat(parts).contiguous()
+    received = sent.new_empty(int(coming.sum()), *sent.shape[1:])
+    splits = coming.tolist()
+    # As bytes, because not every backend knows every dtype.
+    dist.all_to_all_single(_as_bytes(received), _as_bytes(sent), splits, lengths.tolist())
+    return list(torch.split(received, splits))
+
+
+def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8 `[n, bytes of a row]`."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
+
+
+def broadcast_module(world: World, module: nn.Module, leave: Container[str] = ()) -> None:
+    """Gives every process rank 0's parameters and buffers, but for those named in `leave`."""
     if world.size == 1:
         return
-    for tensor in module.state_dict().values():
-        dist.broadcast(tensor, src=0)
+    for name, tensor in module.state_dict().items():
+        if name not in leave:
+            dist.broadcast(tensor, src=0)
 
 
 def average_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nearkin_trainer import checkpoint
+from nearkin_trainer.classes import shards
 from nearkin_trainer.config import TrainConfig
 from nearkin_trainer.data import DataSet, open_images, to_floats
 from nearkin_trainer.distributed import (
@@ -92,7 +93,7 @@ class Job:
 
     def run(self, start: Path | None) -> dict[str, Any]:
         """Trains from a checkpoint, or from the beginning; returns what `metrics.json` holds."""
-        broadcast_module(self.world, self.model)
+        broadcast_module(self.world, self.model, leave=shards.names(self.model.classes))
         if start is not None:
             self._load(start)
         elif not (self.config.overwrite or self.config.resume):
@@ -262,15 +263,14 @@ class Job:
 
     def _save(self) -> None:
         stalls = self._stalls()
-        if self.world.leads:
-            tree = {
-                "job": self._identity(),
-                "model": dict(self.model.state_dict()),
-                "learner": self.learner.state(),
-                "progress": {**dataclasses.asdict(self.progress), "stall_seconds": stalls},
-            }
-            checkpoint.save(self.config.out / CHECKPOINT, tree)
-        barrier(self.world)
+        tree = {
+            "job": self._identity(),
+            "model": dict(self.model.state_dict()),
+            "learner": self.learner.state(),
+            "progress": {**dataclasses.asdict(self.progress), "stall_seconds": stalls},
+        }
+        path = self.config.out / CHECKPOINT
+        shards.save(path, tree, self.progress.epoch, self.world, self.model.classes)
 
     def _load(self, path: Path) -> None:
         tree = checkpoint.load(path)
@@ -280,6 +280,7 @@ class Job:
                     f"resume: {path} was made with another {name} ({tree['job'].get(name)}, now {mine}); "
                     "use the same, or --overwrite"
                 )
+        shards.restore_rows(path, tree, self.model.classes.kept)
         self.model.load_state_dict(tree["model"])
         self.learner.restore(tree["learner"])
         self.progress = Progress(**tree["progress"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearkin_trainer.classes import ROW_OPTIMISERS, class_means, exchange
+from nearkin_trainer.classes import ROW_OPTIMISERS, class_means
 from nearkin_trainer.config import EmbeddingConfig, OptimiseConfig, TrainConfig
 from nearkin_trainer.data import Augment
 from nearkin_trainer.distributed import World, average_gradients
@@ -99,7 +99,7 @@ class Learner:
     def _update_classes(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> None:
         classes = self._model.classes
         if self._row_optimiser is None:
-            rows = exchange(self._world, class_means(features, labels), average=True)
+            rows = classes.collect(self._world, class_means(features, labels), average=True)
             classes.remember(rows, self._embedding.momentum)
             return
         gradient = classes.take_gradient(self._world)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nearkin_trainer.backbone import CompactResNet, choose_precision, map_shape
-from nearkin_trainer.classes import ClassEmbeddings, Keeping
+from nearkin_trainer.classes import ClassEmbeddings, Keeping, ShardedClassEmbeddings
 from nearkin_trainer.config import ImageConfig, ModelConfig
+from nearkin_trainer.distributed import World
 from nearkin_trainer.losses import WeightedLosses, batch_softmax_loss
 from nearkin_trainer.matching import QAConv, SparseQAConv
 
@@ -86,6 +87,7 @@ def build_model(
     *,
     keeping: Keeping,
     device: torch.device,
+    sharded_over: World | None = None,
     backbone: nn.Module | None = None,
 ) -> Model:
     """A new model on `device`.
@@ -96,6 +98,7 @@ def build_model(
         num_classes: rows of the class table.
         keeping: how the rows are kept, `learnable` or `memory`.
         device: where it lives.
+        sharded_over: the job among whose processes the class table is shared out; by default each has all.
         backbone: used instead of the configured one.
 
     Raises:
@@ -105,7 +108,11 @@ def build_model(
     # The order in which convolutions are fastest, on CPUs too: 1.4x (AMD EPYC, Zen 5, 2026-11-24).
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels, height, width = map_shape(backbone, image.height, image.width)
-    classes = ClassEmbeddings(num_classes, channels, height, width, keeping)
+    shape = (num_classes, channels, height, width)
+    if sharded_over is None:
+        classes = ClassEmbeddings(*shape, keeping)
+    else:
+        classes = ShardedClassEmbeddings(sharded_over, *shape, keeping)
     sparse = SparseQAConv(num_classes, channels, height, width, classes=classes, backend=config.matching)
     nn.init.constant_(sparse.head.logit_bn.weight, config.score_scale)
     return Model(backbone, sparse.to(device), choose_precision(config.precision, device))

@@ -106,7 +106,7 @@ class Neighbours:
         if rows.start == rows.stop:
             return
         self._client.push(
-            embeddings.weight.detach()[rows],
+            embeddings.rows(rows),
             epoch=epoch,
             row_start=rows.start,
             num_classes=embeddings.num_classes,

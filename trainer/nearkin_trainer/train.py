@@ -49,6 +49,7 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
             len(data.classes),
             keeping=config.embedding.keeping,
             device=world.device,
+            sharded_over=world if config.embedding.sharded else None,
             backbone=backbone,
         )
         with (

@@ -6,6 +6,7 @@ B samples, k neighbours, N classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ class SparseScores:
         return dense_BX.scatter(1, columns, self.scores)[:, : self.num_classes]
 
 
+@runtime_checkable
+class ClassTable(Protocol):
+    """A class table that decides itself where the rows of a step come from."""
+
+    shape: tuple[int, ...]
+
+    def read(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """A tensor of rows [R, C, H, W], and in it the places of `candidates` (−1 stays −1)."""
+        ...
+
+
 class LearnableMaps(nn.Module):
     """The simplest class table: one learnable map per class, drawn from a normal distribution."""
 
@@ -52,7 +64,7 @@ class SparseQAConv(nn.Module):
 
     Args:
         num_classes, channels, height, width: the shape of the class table.
-        classes: a module whose `weight` is that table; by default learnable maps are made.
+        classes: a module whose `weight` is that table, or a `ClassTable`; by default learnable maps are made.
         head: the QAConv head to use, such as one shared with in-batch losses; by default one is made.
         backend: of `location_maxima`.
     """
@@ -71,14 +83,15 @@ class SparseQAConv(nn.Module):
         super().__init__()
         shape = (num_classes, channels, height, width)
         self.classes = LearnableMaps(*shape) if classes is None else classes
-        if self.table.shape != shape:
-            raise ValueError(f"classes.weight is {list(self.table.shape)} and must be {list(shape)}")
+        found = tuple(self.classes.shape if isinstance(self.classes, ClassTable) else self.table.shape)
+        if found != shape:
+            raise ValueError(f"classes.weight is {list(found)} and must be {list(shape)}")
         self.head = QAConv(height, width) if head is None else head
         self.num_classes, self.backend = num_classes, backend
 
     @property
     def table(self) -> Tensor:
-        """The class maps [num_classes, C, H, W]."""
+        """The class maps [num_classes, C, H, W]; of a sharded table, those kept here."""
         table: Tensor = self.classes.weight  # type: ignore[assignment]
         return table
 
@@ -90,7 +103,10 @@ class SparseQAConv(nn.Module):
         """
         classes_BM = self._candidates(labels, torch.as_tensor(neighbours))
         classes_BM = classes_BM.to(features.device)
-        maxima = location_maxima(features, self.table, classes_BM, self.backend)
+        rows, places_BM = self.table, classes_BM
+        if isinstance(self.classes, ClassTable):
+            rows, places_BM = self.classes.read(classes_BM)
+        maxima = location_maxima(features, rows, places_BM, self.backend)
         return SparseScores(self.head(maxima, classes_BM >= 0), classes_BM, self.num_classes)
 
     def _candidates(self, labels: Tensor, neighbours: Tensor) -> Tensor:

@@ -1,0 +1,230 @@
+"""A sharded class table: the bits of a replicated one, on any number of processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nearkin_trainer import checkpoint
+from nearkin_trainer.checkpoint import seed_everything
+from nearkin_trainer.classes import ROW_OPTIMISERS, ClassEmbeddings, ShardedClassEmbeddings, shards
+from nearkin_trainer.classes.table import NOISE_BLOCK, noise
+from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
+from nearkin_trainer.distributed import World, barrier, broadcast_module, gather_rows, join_world, swap_rows
+from nearkin_trainer.learner import Learner
+from nearkin_trainer.model import Model, build_model
+
+ROOT = Path(__file__).parents[2]
+CLASSES = 31  # not a multiple of the number of processes
+WAYS = {"memory": ("memory", "adam"), **{name: ("learnable", name) for name in ROW_OPTIMISERS}}
+
+
+def _made(world: World, way: str, *, sharded: bool) -> tuple[Model, Learner]:
+    keeping, optimiser = WAYS[way]
+    config = TrainConfig(
+        data=Path("d"),
+        out=Path("o"),
+        image=ImageConfig(height=16, width=16),
+        model=ModelConfig(channels=8, width=4, matching="plain"),
+        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser, sharded=sharded),  # type: ignore[arg-type]
+    )
+    seed_everything(0)
+    model = build_model(
+        config.model,
+        config.image,
+        CLASSES,
+        keeping=config.embedding.keeping,
+        device=world.device,
+        sharded_over=world if sharded else None,
+    )
+    broadcast_module(world, model, leave=shards.names(model.classes))
+    return model.train(), Learner(config, world, model, total_steps=4)
+
+
+def _learn(world: World, learner: Learner, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        seed_everything(1, step, world.rank)
+        labels = torch.randint(0, CLASSES, (4,)).repeat_interleave(2)
+        pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+        losses.append(float(learner.learn(pixels, labels, torch.randint(0, CLASSES, (8, 5)))["loss"]))
+    return losses
+
+
+def _tree(model: Model, learner: Learner) -> dict[str, Any]:
+    return {"model": dict(model.state_dict()), "learner": learner.state()}
+
+
+def _whole(world: World, values: torch.Tensor) -> torch.Tensor:
+    return torch.cat(gather_rows(world, values))
+
+
+def check_swap(world: World) -> None:
+    parts = [torch.full((to, 2), 10.0 * world.rank + to) for to in range(world.size)]
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        got = swap_rows(world, [part.to(dtype) for part in parts])
+        assert [part.shape for part in got] == [(world.rank, 2)] * world.size
+        assert all((part == 10.0 * rank + world.rank).all() for rank, part in enumerate(got))
+
+
+def check_same_bits(world: World, folder: Path) -> None:
+    """Losses, rows and optimisers are those of a replicated table; both are saved on the way."""
+    for way in WAYS:
+        one, one_learner = _made(world, way, sharded=False)
+        other, other_learner = _made(world, way, sharded=True)
+        assert isinstance(other.classes, ShardedClassEmbeddings)
+        assert len(other.classes.weight) == len(range(CLASSES)[other.classes.kept])
+        assert _learn(world, one_learner, 0, 2) == _learn(world, other_learner, 0, 2), way
+        for name, model, learner in (("whole", one, one_learner), ("shared", other, other_learner)):
+            (folder / way).mkdir(exist_ok=True)
+            for epoch in (1, 2):
+                path = folder / way / f"{name}.npz"
+                shards.save(path, _tree(model, learner), epoch, world, model.classes)
+        assert _learn(world, one_learner, 2, 4) == _learn(world, other_learner, 2, 4), way
+        ours, theirs = other.classes.state_dict(), one.classes.state_dict()
+        ours |= other_learner.state()["row_optimiser"]
+        theirs |= one_learner.state()["row_optimiser"]
+        for name, values in theirs.items():
+            assert torch.equal(_whole(world, ours[name].float()), values.float()), (way, name)
+
+
+def check_resumed(world: World, folder: Path) -> None:
+    """A table saved in shards is continued whole, and the other way round, with the same bits."""
+    for way in WAYS:
+        straight, straight_learner = _made(world, way, sharded=True)
+        _learn(world, straight_learner, 0, 4)
+        for name, sharded in (("shared", False), ("whole", True), ("shared", True)):
+            model, learner = _made(world, way, sharded=sharded)
+            _load(folder / way / f"{name}.npz", model, learner)
+            _learn(world, learner, 2, 4)
+            rows = model.classes.weight.detach()
+            expected = straight.classes.weight.detach()
+            assert torch.equal(rows[straight.classes.kept] if not sharded else rows, expected), (way, name)
+
+
+def check_start(world: World) -> None:
+    """First rows from features: as many batches as each process has."""
+    torch.manual_seed(world.rank)
+    batches = [(torch.randn(3, 4, 1, 2), torch.randint(0, 9, (3,))) for _ in range(1 + 2 * world.rank)]
+    torch.manual_seed(7)
+    one = ClassEmbeddings(10, 4, 1, 2, "memory")
+    torch.manual_seed(7)
+    other = ShardedClassEmbeddings(world, 10, 4, 1, 2, "memory")
+    one.start_from(world, batches)
+    other.start_from(world, batches)
+    torch.testing.assert_close(_whole(world, other.weight.detach()), one.weight.detach())
+    assert torch.equal(_whole(world, other.seen.int()), one.seen.int())
+    kept = other.kept
+    assert other.absent(kept).tolist() == one.absent(kept).tolist()
+
+
+def _load(path: Path, model: Model, learner: Learner) -> None:
+    tree = checkpoint.load(path)
+    shards.restore_rows(path, tree, model.classes.kept)
+    model.load_state_dict(tree["model"])
+    learner.restore(tree["learner"])
+
+
+def test_two_processes_then_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "tests.trainer.test_sharded", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("all passed") == 2
+    for way in WAYS:
+        files = sorted(path.name for path in (tmp_path / way).iterdir())
+        assert files == ["shared-2-0-of-2.npz", "shared-2-1-of-2.npz", "shared.npz", "whole.npz"]
+        whole, learner = _made(World(), way, sharded=False)
+        shared, other = _made(World(), way, sharded=True)
+        _load(tmp_path / way / "whole.npz", whole, learner)
+        _load(tmp_path / way / "shared.npz", shared, other)
+        for name, values in {**whole.state_dict(), **learner.state()["row_optimiser"]}.items():
+            assert torch.equal({**shared.state_dict(), **other.state()["row_optimiser"]}[name], values), name
+        assert _learn(World(), learner, 2, 4) == _learn(World(), other, 2, 4)
+
+
+def test_a_lost_shard_is_named(tmp_path: Path) -> None:
+    model, learner = _made(World(), "adam", sharded=True)
+    path = tmp_path / "c.npz"
+    shards.save(path, _tree(model, learner), 1, World(), model.classes)
+    (tmp_path / "c-1-0-of-1.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="c-1-0-of-1"):
+        _load(path, model, learner)
+    shards.save(path, _tree(model, learner), 1, World(), model.classes)
+    tree = checkpoint.load(path)
+    tree["shards"] *= 2
+    with pytest.raises(ValueError, match=r"62 rows of sparse\.classes\.weight for classes 0 to 31"):
+        shards.restore_rows(path, tree, model.classes.kept)
+
+
+def test_noise_does_not_depend_on_the_share() -> None:
+    shape = (3 * NOISE_BLOCK - 5, 3, 1, 1)
+
+    def drawn(first: int, last: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        return noise(shape, slice(first, last))
+
+    whole = drawn(0, shape[0])
+    assert whole.std().item() == pytest.approx(3**-0.5, rel=0.05)
+    assert len(set(whole.flatten().tolist())) > 0.99 * whole.numel()
+    for first, last in ((0, 7), (5, NOISE_BLOCK), (NOISE_BLOCK - 1, NOISE_BLOCK + 1), (100, shape[0])):
+        assert torch.equal(drawn(first, last), whole[first:last])
+
+
+def test_rows_kept_elsewhere_are_refused() -> None:
+    second = World(rank=1, size=2, local_rank=1, local_size=2)
+    table = ShardedClassEmbeddings(second, 9, 2, 1, 1)
+    assert table.kept == slice(5, 9)
+    assert torch.equal(table.rows(slice(6, 8)), table.weight.detach()[1:3])
+    with pytest.raises(
+        ValueError, match="classes 4 to 8 are not all kept by this process, which keeps 5 to 9"
+    ):
+        table.rows(slice(4, 8))
+    with pytest.raises(ValueError, match="2 classes cannot be shared among 3 processes"):
+        ShardedClassEmbeddings(World(rank=1, size=3, local_rank=1, local_size=3), 2, 2, 1, 1)
+
+
+def test_rows_read_twice_in_a_step() -> None:
+    table = ShardedClassEmbeddings(World(), 6, 2, 1, 1)
+    for candidates in ([[1, 3, -1]], [[3, 5, 1]]):
+        rows, places = table.read(torch.tensor(candidates))
+        assert places.max() < len(rows)
+        index = places.clamp_min(0)
+        weights = (places >= 0).float()[..., None, None, None]
+        gradient = torch.zeros_like(rows).index_add_(0, index[0], weights.expand(-1, -1, 2, 1, 1)[0])
+        rows.grad = gradient.to_sparse(1)
+    found = table.take_gradient(World())
+    assert found is not None
+    assert found.ids.tolist() == [1, 3, 5]
+    assert found.values[:, 0, 0, 0].tolist() == [2, 2, 1]
+    assert table.take_gradient(World()) is None
+
+
+def _all_checks(world: World, folder: Path) -> Iterator[str]:
+    check_swap(world)
+    yield "swap"
+    check_start(world)
+    yield "start"
+    check_same_bits(world, folder)
+    yield "same bits"
+    barrier(world)
+    check_resumed(world, folder)
+    yield "resumed"
+
+
+if __name__ == "__main__":
+    with join_world("cpu") as joined:
+        print("\n".join([*_all_checks(joined, Path(sys.argv[1])), "all passed"]), flush=True)

@@ -1,0 +1,110 @@
+"""Some rows of the class table: the means of a batch, and sums over processes.
+
+Legend: C channels, H x W feature map, U touched classes (unique, ascending), B images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nearkin_trainer.distributed import World, gather_rows, swap_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table: `ids` int64 `[U]`, unique and ascending; `values` `[U, C, H, W]`."""
+
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
+def class_means(features_BCHW: torch.Tensor, labels_B: torch.Tensor) -> Rows:
+    """The mean over each class's images in a batch of their features, each location L2-normalised."""
+    sums, counts_U = class_sums(features_BCHW, labels_B)
+    return Rows(sums.ids, sums.values / counts_U.view(-1, 1, 1, 1))
+
+
+def class_sums(features_BCHW: torch.Tensor, labels_B: torch.Tensor) -> tuple[Rows, torch.Tensor]:
+    """The sum over each class's images of their features, each location L2-normalised; how many those are."""
+    ids_U, inverse_B, counts_U = torch.unique(labels_B, return_inverse=True, return_counts=True)
+    normed = F.normalize(features_BCHW.detach().float(), dim=1)
+    sums = normed.new_zeros(len(ids_U), *normed.shape[1:]).index_add_(0, inverse_B, normed)
+    return Rows(ids_U, sums), counts_U
+
+
+def exchange(world: World, rows: Rows, *, average: bool = False) -> Rows:
+    """The sum (or the mean) over processes of rows by id; the same bits on every process.
+
+    Args:
+        world: the job.
+        rows: what this process touched.
+        average: divide each row by the number of processes that touched it.
+    """
+    if world.size == 1:
+        return rows
+    parts = zip(gather_rows(world, rows.ids), gather_rows(world, rows.values), strict=True)
+    return add_up([Rows(*part) for part in parts], average=average)
+
+
+def add_up(parts: list[Rows], *, average: bool = False) -> Rows:
+    """The sum of rows by id, or their mean over the parts that have the id."""
+    union = torch.unique(torch.cat([part.ids for part in parts]))
+    total = parts[0].values.new_zeros(len(union), *parts[0].values.shape[1:])
+    counts = total.new_zeros(len(union))
+    # Part by part: ids are unique within one, so no sum depends on the order in which threads arrive.
+    for part in parts:
+        slots = torch.searchsorted(union, part.ids)
+        total.index_add_(0, slots, part.values)
+        counts.index_add_(0, slots, torch.ones_like(slots, dtype=counts.dtype))
+    return Rows(union, total / counts.view(-1, 1, 1, 1) if average else total)
+
+
+def sparse_rows(gradient: torch.Tensor) -> Rows:
+    """The rows of a gradient that is sparse over dimension 0."""
+    assert gradient.is_sparse, "the class table's gradient is a sparse tensor over dimension 0"
+    gradient = gradient.coalesce()
+    return Rows(gradient.indices()[0], gradient.values())
+
+
+def no_rows(table: torch.Tensor) -> Rows:
+    """None of a table's rows."""
+    return Rows(torch.zeros(0, dtype=torch.int64, device=table.device), table.new_zeros(0, *table.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which process keeps which class: contiguous shares, process r's beginning at `starts[r]`."""
+
+    world: World
+    num_classes: int
+
+    @property
+    def mine(self) -> slice:
+        """The classes of this process."""
+        return self.world.share(self.num_classes)
+
+    def fetch(self, ids_U: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """The rows `[U, C, H, W]` of any classes, from the processes that keep them.
+
+        All processes call this together, each with its own ids (ascending) and its own rows `table`.
+        """
+        asked = swap_rows(self.world, self._by_owner(ids_U, ids_U))
+        answers = [table[ids - self.mine.start] for ids in asked]
+        return torch.cat(swap_rows(self.world, answers))
+
+    def send_home(self, rows: Rows, *, average: bool = False) -> Rows:
+        """The sum (or the mean) over processes of the rows of this process's classes, numbered from 0.
+
+        All processes call this together, each with the rows that it has touched, whosever they are. The sum
+        is taken in the order of `exchange`, and has its bits.
+        """
+        ids = swap_rows(self.world, self._by_owner(rows.ids, rows.ids))
+        values = swap_rows(self.world, self._by_owner(rows.ids, rows.values))
+        parts = [Rows(i - self.mine.start, v) for i, v in zip(ids, values, strict=True)]
+        return parts[0] if self.world.size == 1 else add_up(parts, average=average)
+
+    def _by_owner(self, ids_U: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        starts = [self.world.share_of(rank, self.num_classes).start for rank in range(self.world.size)]
+        edges = torch.searchsorted(ids_U, torch.tensor([*starts, self.num_classes], device=ids_U.device))
+        return list(torch.split(values, edges.diff().tolist()))
