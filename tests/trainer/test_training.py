@@ -184,17 +184,22 @@ def test_two_processes_with_their_own_service(data: Path, tmp_path: Path) -> Non
 
 
 def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
-    """Two processes under torchrun continue what one process has begun."""
-    _train(data, tmp_path, "--service", nearkin_server.address, "--run-name", "t", "--epochs", "1")
+    """Two processes under torchrun continue, in shards, what one process has begun; one process ends it."""
+    service = ("--service", nearkin_server.address, "--run-name", "t")
+    _train(data, tmp_path, *service, "--epochs", "1")
     done = _command(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nearkin_trainer"),
-        *("--data", str(data), "--out", str(tmp_path), *SMALL, "--service", nearkin_server.address),
-        *("--run-name", "t", "--epochs", "2", "--resume"),
+        *("--data", str(data), "--out", str(tmp_path), *SMALL, *service),
+        *("--epochs", "2", "--resume", "--embedding.sharded"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 processes before, 2 now" in done.stderr
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [entry["epoch"] for entry in metrics["history"]] == [0, 1]
+    assert len([*tmp_path.glob("checkpoint-2-*-of-2.npz")]) == 2
+    metrics = _train(data, tmp_path, *service, "--epochs", "3", "--resume")
+    assert [entry["epoch"] for entry in metrics["history"]] == [0, 1, 2]
+    assert not [*tmp_path.glob("checkpoint-*.npz")]
+    with NeighbourClient(nearkin_server.address, run="t") as client:
+        assert [g.epoch for g in client.generations()] == [3, 2, 1, 0]
 
 
 def test_without_validation_images_metrics_are_null(tmp_path: Path, nearkin_server: LocalService) -> None:
