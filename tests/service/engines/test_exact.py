@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,12 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
 
 
 @needs_mixed
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", CASES)
-def test_engines_agree_bit_for_bit(name: str) -> None:
+def test_engines_agree_bit_for_bit(name: str, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever products a processor is quickest at."""
+    scan = importlib.import_module("nearkin_service.engines.mixed.scan")
+    monkeypatch.setattr(scan, "fastest_products", lambda: products)
     rows, k = CASES[name](np.random.default_rng(12))
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)

@@ -1,1 +1,1 @@
-"""Engine `mixed`: a bfloat16 pass finds candidates, an error bound proves that none is missing."""
+"""Engine `mixed`: a quick pass finds candidates, an error bound proves that none is missing."""

@@ -16,7 +16,7 @@ from nearkin_service.engines.devices import faiss_version
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.mixed.rerank import Reranking
-from nearkin_service.engines.mixed.scan import rounded, scan
+from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
 
 _SIEVE_PLACES = 1 << 25
@@ -47,7 +47,7 @@ def mixed_self_join(
     """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
     keys_MD = index.keys_MD
     times = [time.monotonic()]
-    keys = rounded(keys_MD)
+    keys = tile_keys(keys_MD)
     times.append(time.monotonic())
     sieve = scan(keys, k, sieve_width(len(keys_MD), k), monitor)
     times.append(time.monotonic())

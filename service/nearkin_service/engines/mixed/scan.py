@@ -1,18 +1,21 @@
-"""The low-precision pass: each bfloat16 tile once, sieved for both its rows and its columns.
+"""The quick pass: each tile of products once, rounded to bfloat16, sieved for both its rows and its columns.
 
 Each worker thread multiplies a tile that fits its cache and sieves it while it is hot; the sieves of one
 block of rows are guarded by a lock. Which entries a sieve holds depends on the order of tiles, what follows
 from them does not: everything that may belong to a row's k best is there, or the row is closed.
 
-Dimension letters: M keys, P keys padded to whole blocks, D elements of a key, E the same padded to 32,
-W places in a sieve's row.
+Dimension letters: M keys, P keys and what pads them to whole blocks, D elements of a key, E the same padded
+to 32 if they are bfloat16, B rows of a block, W places in a sieve's row.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,52 +26,101 @@ from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
+log = logging.getLogger("nearkin.engines")
+
+_TRIED, _TRIALS = 512, 7
+_WORTH_ROUNDING = 1.2
 _TILE_PRODUCTS = 1 << 35  # at most a fraction of a second per tile and thread
 _TILE_ROWS = 512
 _TILE_ROWS_NARROW = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class RoundedKeys:
-    """Keys in bfloat16, padded with zeros to whole blocks, and what the rounding can do to a score.
+class TileKeys:
+    """What tiles are multiplied from.
 
     Attributes:
-        bits: uint16 [P, E]. errors: float64 [P], by how much at most the exact product of two rounded keys,
-        summed in float32, differs
-            from the true score, for this key and any other.
-        block: rows of a block; P is a multiple of it.
-        count: M.
+        values: bfloat16 as uint16 [M, E], or the float32 keys [M, D].
+        errors: float64 [P], by how much at most the product of two rows of `values`, summed in float32,
+            differs from the true score, for this key and any other.
+        block: rows of a block; P is the least multiple of it that is M or more.
     """
 
-    bits: NDArray[np.uint16]
+    values: NDArray[np.uint16] | NDArray[np.float32]
     errors: NDArray[np.float64]
     block: int
-    count: int
 
 
-def rounded(keys_MD: NDArray[np.float32]) -> RoundedKeys:
-    """Round keys to bfloat16 and bound what that does.
+def tile_keys(keys_MD: NDArray[np.float32]) -> TileKeys:
+    """Keys in the type whose products are quickest here."""
+    if fastest_products() == "bfloat16":
+        return _rounded(keys_MD)
+    block, padded = _blocks(*keys_MD.shape)
+    return TileKeys(keys_MD, _errors(np.zeros(padded), keys_MD.shape[1]), block)
 
-    With a = â + r and b = b̂ + q: |a·b - â·b̂| <= |â||q| + |r||b̂| + |r||q| (Cauchy-Schwarz), and a float32
-    sum of D exact products, in any order, is off by at most D * 2**-24 * |â||b̂|.
+
+@cache
+def fastest_products() -> str:
+    """What tiles are multiplied in: "bfloat16" where that gains something, else "float32".
+
+    Processors with AMX multiply bfloat16 several times as fast as float32. Those that only have AVX-512's
+    bfloat16 instructions may not gain anything, and float32 leaves fewer rows in doubt.
     """
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.randn(_TRIED, _TRIED).to(dtype)
+        out = torch.empty(_TRIED, _TRIED, dtype=dtype)
+        times = []
+        for _ in range(_TRIALS):
+            began = time.perf_counter()
+            torch.mm(matrix, matrix.T, out=out)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
+    chosen = "bfloat16" if ratio > _WORTH_ROUNDING else "float32"
+    log.info("tiles are multiplied in %s: bfloat16 is %.1f times as fast as float32 here", chosen, ratio)
+    return chosen
+
+
+def _rounded(keys_MD: NDArray[np.float32]) -> TileKeys:
     count, size = keys_MD.shape
-    block = _block_rows(count, size)
-    padded = math.ceil(count / block) * block
-    bits_PE = np.zeros((padded, math.ceil(size / WIDTH) * WIDTH), np.uint16)
+    block, padded = _blocks(count, size)
+    bits_ME = np.zeros((count, math.ceil(size / WIDTH) * WIDTH), np.uint16)
     lost_P = np.zeros(padded)
 
     def convert(start: int) -> None:
         rows = slice(start, min(count, start + 256))
         keys = keys_MD[rows]
-        round_rows(keys.view(np.uint32), keys, bits_PE[rows, :size], lost_P[rows])
+        round_rows(keys.view(np.uint32), keys, bits_ME[rows, :size], lost_P[rows])
 
     in_threads(convert, range(0, count, 256))
+    return TileKeys(bits_ME, _errors(lost_P, size), block)
+
+
+def _errors(lost_P: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """What a product can be off by, from the norm of what rounding took away from each key.
+
+    With a = â + r and b = b̂ + q: |a·b - â·b̂| <= |â||q| + |r||b̂| + |r||q| (Cauchy-Schwarz), and a float32
+    sum of D exact products, in any order, is off by at most D * 2**-24 * |â||b̂|.
+    """
     most = float(lost_P.max(initial=0.0))
     length = 1 + 2.0**-20 + lost_P  # a float32 key is this long at most, and so is its rounded form
     longest = 1 + 2.0**-20 + most
     errors_P = length * most + lost_P * longest + lost_P * most + (size + 8) * 2.0**-24 * length * longest
-    return RoundedKeys(bits_PE, errors_P * 1.001, block, count)
+    return np.asarray(errors_P * 1.001)
+
+
+def _blocks(count: int, size: int) -> tuple[int, int]:
+    """Rows of a block, and of all blocks together."""
+    block = _block_rows(count, size)
+    return block, math.ceil(count / block) * block
 
 
 def _block_rows(count: int, size: int) -> int:
@@ -79,33 +131,57 @@ def _block_rows(count: int, size: int) -> int:
     return math.ceil(count / blocks / WIDTH) * WIDTH
 
 
-def scan(keys: RoundedKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
+class _Tiles:
+    """Makes tiles, for one thread at a time: each thread that scans has its own."""
+
+    def __init__(self, keys: TileKeys) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._block = keys.block
+        self._product = torch.empty((0, 0))
+        if keys.values.dtype == np.float32:
+            self._values = torch.from_numpy(keys.values)
+            self._product = torch.empty((keys.block, keys.block))
+        else:
+            self._values = torch.from_numpy(keys.values.view(np.int16)).view(torch.bfloat16)
+        self._tile = torch.empty((keys.block, keys.block), dtype=torch.bfloat16)
+        self._bits: NDArray[np.int16] = self._tile.view(torch.int16).numpy()
+
+    def tile(self, upper: int, left: int) -> NDArray[np.int16]:
+        """The tile's rows as bfloat16 bits; columns beyond the last key are 0."""
+        import torch
+
+        rows, columns = (self._values[at * self._block : (at + 1) * self._block] for at in (upper, left))
+        used = self._tile[: len(rows), : len(columns)]
+        if self._product.numel():
+            product = self._product[: len(rows), : len(columns)]
+            torch.mm(rows, columns.T, out=product)
+            used.copy_(product)
+        else:
+            torch.mm(rows, columns.T, out=used)
+        self._bits[:, len(columns) :] = 0
+        return self._bits[: len(rows)]
+
+
+def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
     """Sieves holding, for every row that is not closed, all keys that can be among its k best."""
     import torch
 
-    sieve = Sieve.empty(len(keys.bits), width, keys.errors)
-    matrix_PE = torch.from_numpy(keys.bits.view(np.int16)).view(torch.bfloat16)
-    blocks = len(keys.bits) // keys.block
+    count, sieve = len(keys.values), Sieve.empty(len(keys.errors), width, keys.errors)
+    blocks = len(keys.errors) // keys.block
     locks = [threading.Lock() for _ in range(blocks)]
     local = threading.local()
-    pace = Pace(monitor, "search", keys.count)
-
-    def product(upper: int, left: int) -> NDArray[np.int16]:
-        if not hasattr(local, "tile"):
-            torch.set_num_threads(1)
-            local.tile = torch.empty((keys.block, keys.block), dtype=torch.bfloat16)
-        rows, columns = (slice(at * keys.block, (at + 1) * keys.block) for at in (upper, left))
-        torch.mm(matrix_PE[rows], matrix_PE[columns].T, out=local.tile)
-        bits: NDArray[np.int16] = local.tile.view(torch.int16).numpy()
-        return bits
+    pace = Pace(monitor, "search", count)
 
     def sieve_tile(tile: tuple[int, int]) -> None:
         upper, left = tile
         corner = upper * keys.block, left * keys.block
-        tile_BB = product(upper, left)
+        if not hasattr(local, "tiles"):
+            local.tiles = _Tiles(keys)
+        tile_BB = local.tiles.tile(upper, left)
         if upper == left:
             np.fill_diagonal(tile_BB, VACANT)
-        tile_BB = tile_BB[: keys.count - corner[0]]
         with locks[upper]:
             sieve_rows(tile_BB, corner, upper == left, k, sieve)
         if upper != left:
@@ -116,8 +192,8 @@ def scan(keys: RoundedKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
     before = torch.get_num_threads()
     try:
         in_threads(sieve_tile, tiles[:blocks])
-        in_threads(sieve_tile, tiles[blocks:], lambda begun: pace.done(keys.count * begun // len(tiles)))
+        in_threads(sieve_tile, tiles[blocks:], lambda begun: pace.done(count * begun // len(tiles)))
     finally:
         torch.set_num_threads(before)
-    pace.done(keys.count)
+    pace.done(count)
     return sieve
