@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from nearkin_trainer.config import TrainConfig
-from nearkin_trainer.distributed import cores
+from nearkin_trainer.distributed import OtherProcessFailed, cores
 
 MODULE = "nearkin_trainer"
 
@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 done, 1 the service failed, 2 something to correct, 130 interrupted.
+        The exit status: 0 done, 1 the service (or another process) failed, 2 something to correct, 130
+            interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("nearkin-train: interrupted; --resume continues after the last finished epoch")
         return 130
-    except (ValueError, NearkinError) as error:
+    except (ValueError, NearkinError, OtherProcessFailed) as error:
         who = f" (process {rank})" if rank else ""
         console.print(f"nearkin-train{who}: {error}", style="red", markup=False, soft_wrap=True)
         return 2 if isinstance(error, ValueError) else 1

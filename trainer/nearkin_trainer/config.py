@@ -244,6 +244,9 @@ class TrainConfig:
         processes: worker processes to start on this machine (under torchrun: leave at 1).
         device: `auto` is CUDA where there is one.
         seed: everything random follows from it.
+        refresh: `blocking` waits at the start of each epoch for the table of that epoch; `background` pushes,
+            builds and fetches while training goes on, with the table of `staleness` epochs before.
+        staleness: `background` only: by how many epochs the table lags behind.
         resume: continue from OUT's checkpoint if there is one.
         overwrite: replace what OUT and the service have of an earlier job.
         tensorboard: write TensorBoard files.
@@ -258,6 +261,8 @@ class TrainConfig:
     processes: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
+    refresh: Literal["blocking", "background"] = "blocking"
+    staleness: int = 1
     resume: bool = False
     overwrite: bool = False
     tensorboard: bool = True
@@ -273,7 +278,7 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "processes")
+        _at_least(self, 1, "epochs", "processes", "staleness")
         _at_least(self, 0, "seed")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes={self.minutes} must be more than 0")
@@ -299,6 +304,11 @@ class TrainConfig:
             return self.run_name
         name = re.sub(r"[^a-z0-9._-]+", "-", self.out.resolve().name.lower()).lstrip("._-")
         return name[:64] or "training"
+
+    @property
+    def table_lag(self) -> int:
+        """By how many epochs the neighbour table lags behind: 0 when every epoch waits for its own."""
+        return self.staleness if self.refresh == "background" else 0
 
     def plain(self) -> dict[str, Any]:
         """As dicts, numbers and strings, for people to read beside the results."""

@@ -175,6 +175,33 @@ def tell_all(world: World, text: str | None) -> str:
     return _broadcast_text(text, source=0, group=None, device=world.device)
 
 
+class OtherProcessFailed(RuntimeError):  # noqa: N818 - says what happened; the failing process has the error
+    """Another process of the job could not go on; the message has its number and its reason."""
+
+
+def fail_together(world: World, error: BaseException | None) -> None:
+    """Raises on every process if any has an error, so that none waits for one that has given up.
+
+    Args:
+        world: the job; all processes call this.
+        error: what this process failed with, if it did; raised here.
+
+    Raises:
+        OtherProcessFailed: on the processes that have no error themselves.
+    """
+    failed = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    failed[world.rank] = error is not None
+    ranks = sum_over_ranks(world, failed).nonzero().flatten().tolist()
+    if not ranks:
+        return
+    if world.size == 1:
+        assert error is not None
+        raise error
+    text = f"{type(error).__name__}: {error}" if world.rank == ranks[0] else None
+    reason = _broadcast_text(text, source=ranks[0], group=None, device=world.device)
+    raise error or OtherProcessFailed(f"process {ranks[0]} failed: {reason}")
+
+
 def _broadcast_text(
     text: str | None, source: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> str:

@@ -1,6 +1,6 @@
 """The epochs of a training job, what is kept between them, and what comes out.
 
-each epoch: push rows ─▶ table ─▶ batches of kin ─▶ learn ─▶ save
+each epoch: push rows ─▶ table ─▶ batches of kin ─▶ learn ─▶ save (the rows are at the service by then)
 at the end: push the finished rows, judge unseen images, write metrics.json
 """
 
@@ -167,6 +167,7 @@ class Job:
         start, stalled = time.perf_counter(), self.neighbours.stall_seconds
         table = self.neighbours.refresh(epoch, self.model.classes)
         losses = self._train_on(epoch, table)
+        self.neighbours.settle()  # a job that continues from the checkpoint needs what was pushed
         average_buffers(self.world, self.model)
         seconds = time.perf_counter() - start
         self._note(epoch, seconds, self.neighbours.stall_seconds - stalled, losses)
@@ -197,17 +198,21 @@ class Job:
 
     def _note(self, epoch: int, seconds: float, stalled: float, losses: dict[str, float]) -> None:
         images = self.sampler.steps * self.sampler.batch_size * self.world.size
-        entry = {"epoch": epoch, "seconds": seconds, "refresh_stall_seconds": stalled, **losses}
+        generation, table_epoch = self.neighbours.generation, self.neighbours.table_epoch
+        assert table_epoch is not None
+        numbers = {"seconds": seconds, "refresh_stall_seconds": stalled, **losses}
         self.progress.epoch = epoch + 1
         self.progress.images += images
         self.progress.train_seconds += seconds
-        self.progress.history.append(entry)
-        numbers = {f"train/{name}": value for name, value in entry.items() if name != "epoch"}
-        self.report.numbers(epoch + 1, {**numbers, "train/images_per_second": images / seconds})
+        self.progress.history.append({"epoch": epoch, "table_epoch": table_epoch, **numbers})
+        curves = {f"train/{name}": value for name, value in numbers.items()}
+        self.report.numbers(epoch + 1, {**curves, "train/images_per_second": images / seconds})
+        lag = epoch - table_epoch
+        behind = f", {lag} epoch{'s' * (lag > 1)} behind" if lag else ""
         parts = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         self.report.say(
             f"epoch {epoch + 1}/{self.epochs}: {parts}; {seconds:.1f} s, {images / seconds:.0f} "
-            f"images/s, waited {stalled:.2f} s for generation {self.neighbours.generation}"
+            f"images/s, waited {stalled:.2f} s for generation {generation}{behind}"
         )
 
     # ------------------------------------------------------------------------------------------- end
@@ -224,8 +229,7 @@ class Job:
     def _finish(self) -> dict[str, Any]:
         """Publishes the finished rows as one more generation, judges, and writes the metrics."""
         stalls = self._stalls()
-        self.neighbours.push(self.progress.epoch, self.model.classes)
-        self.neighbours.fetch(self.progress.epoch)
+        self.neighbours.publish(self.progress.epoch, self.model.classes)
         metrics = self._metrics(self._judge(self.progress.epoch - 1), stalls)
         if self.world.leads:
             write_json(self.config.out / METRICS, metrics)
@@ -246,6 +250,8 @@ class Job:
             **done.baselines,
             "train_seconds": done.train_seconds,
             "images_per_second": done.images / done.train_seconds,
+            "refresh": self.config.refresh,
+            "staleness": self.config.table_lag,
             "refresh_stall_seconds": max(stalls),
             "refresh_stall_seconds_per_rank": stalls,
             "epochs": done.epoch,

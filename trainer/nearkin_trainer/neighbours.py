@@ -1,26 +1,35 @@
 """The neighbour table of an epoch: every process pushes its rows, one per machine fetches for all of it.
 
-    push(epoch)   this process's rows of the class embeddings; the build starts with the last row of the job
-    fetch(epoch)  waits for the table, int32 [num_classes, k]
+    refresh(epoch)  begins this epoch's push, returns the table to train with
+    settle()        waits until the service has this epoch's rows
+    publish(epoch)  pushes and waits for the table; for the rows at the end of a job
 
-`refresh` does both at once and keeps the time that this process stood still.
+Epoch e trains with the table of epoch e - staleness, never with another: a job that finds a newer one ready
+does not take it, so that its result does not depend on how fast a service is. With staleness 0 `refresh`
+waits for push, build and table. Above 0 a copy of the rows is pushed, and the table fetched, by two threads;
+they only speak to the service, and everything that processes say to each other stays on the main thread.
 
-Legend: N classes, k neighbours.
+Legend: N classes, k neighbours, n rows of this process.
 """
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 import numpy as np
-from nearkin_client import NeighbourClient
+import torch
+from nearkin_client import NeighbourClient, NeighbourTable
 from nearkin_client.errors import NotFound
 from numpy.typing import NDArray
 
 from nearkin_trainer.classes import ClassEmbeddings
-from nearkin_trainer.distributed import World, barrier, tell_all, tell_node
+from nearkin_trainer.distributed import World, fail_together, tell_all, tell_node
 from nearkin_trainer.node import node_array, wait_for_node
 
 logger = logging.getLogger("nearkin.trainer.neighbours")
@@ -55,16 +64,29 @@ class NeighbourConfig:
 
 
 class Neighbours:
-    """This process's side of the exchange with the service.
+    """This process's side of the exchange with the service; a context manager, because it has threads.
+
+    Args:
+        world: the job; all its processes call the same methods in the same order.
+        client: of the job's run; closed after this.
+        config: which neighbours are asked for.
+        num_classes: N.
+        staleness: by how many epochs the table may lag behind; 0 waits for each.
 
     Attributes:
         k: neighbours per class after cutting down.
-        stall_seconds: how long this process has waited so far, pushing included.
+        stall_seconds: how long this process has stood still so far: copying rows, pushing, waiting.
         generation: number of the last table's generation, 0 before the first.
+        table_epoch: the epoch whose rows that table compares, None before the first.
     """
 
     def __init__(
-        self, world: World, client: NeighbourClient, config: NeighbourConfig, num_classes: int
+        self,
+        world: World,
+        client: NeighbourClient,
+        config: NeighbourConfig,
+        num_classes: int,
+        staleness: int = 0,
     ) -> None:
         self._world, self._client, self._config = world, client, config
         self.k = min(config.k, num_classes - 1)
@@ -72,12 +94,44 @@ class Neighbours:
             logger.info("k=%d is more than %d classes allow; using k=%d", config.k, num_classes, self.k)
         self.stall_seconds = 0.0
         self.generation = 0
+        self.table_epoch: int | None = None
+        self._table: Table | None = None
+        self._staleness = staleness
+        self._oldest = 0  # no epoch before this one has a table that we could train with
+        self._pushing = ThreadPoolExecutor(1, "nearkin-push")
+        self._reading = ThreadPoolExecutor(1, "nearkin-table")
+        self._pushed: Future[None] | None = None  # the push begun last, until it is settled
+        self._coming: dict[int, Future[NeighbourTable]] = {}  # by epoch; on the machine's first process
+        self._copy: torch.Tensor | None = None  # kept: fresh memory is slower to write than used memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Not waited for: after a failure they may wait for rows that never come. Closing the client ends
+        # them.
+        for lane in (self._pushing, self._reading):
+            lane.shutdown(wait=False, cancel_futures=True)
 
     def rewind(self, first_epoch: int) -> None:
-        """Removes what an earlier attempt has left of this epoch and later ones; all processes wait."""
+        """Removes what an earlier attempt has left of this epoch and later ones; all processes wait.
+
+        The tables of the epochs before it, which the next ones train with, are fetched again. Should the
+        service not have them, this epoch waits for its own, as the first epoch of a job does.
+        """
+        found = None
         if self._world.leads:
             self._forget_from(first_epoch)
-        barrier(self._world)
+            found = str(self._oldest_kept(first_epoch))
+        self._oldest = int(tell_all(self._world, found))
+        self._table, self.table_epoch = None, None
+        if self._world.leads_node:
+            self._coming = {
+                epoch: self._reading.submit(self._ask, epoch, None)
+                for epoch in range(self._oldest, first_epoch)
+            }
 
     def refuse_leftovers(self) -> None:
         """Makes sure that the run has no generations yet.
@@ -93,70 +147,137 @@ class Neighbours:
             )
 
     def refresh(self, epoch: int, embeddings: ClassEmbeddings) -> Table:
-        """Pushes this process's rows and waits for the table of that epoch; blocks."""
-        start = time.perf_counter()
-        self.push(epoch, embeddings)
-        table = self.fetch(epoch)
-        self.stall_seconds += time.perf_counter() - start
-        return table
+        """Begins this epoch's push and returns the table to train it with, int32 `[N, k]`.
 
-    def push(self, epoch: int, embeddings: ClassEmbeddings) -> None:
-        """Sends this process's rows; returns when the service has them."""
+        Waits only where that table is not there yet. All processes get the same one.
+
+        Raises:
+            NearkinError: this process could not push, or get the table for its machine.
+            OtherProcessFailed: another one could not.
+        """
+        wanted = max(self._oldest, epoch - self._staleness)
+        with self._standing_still():
+            self._begin(epoch, embeddings, copy=wanted < epoch)
+            if wanted == epoch:
+                self._settle()
+            if self._table is None or wanted != self.table_epoch:
+                self._table = self._receive(wanted)
+            return self._table
+
+    def settle(self) -> None:
+        """Waits until the service has the rows of every process: they outlive this job from here on.
+
+        Raises:
+            NearkinError: this process could not push.
+            OtherProcessFailed: another one could not.
+        """
+        with self._standing_still():
+            self._settle()
+
+    def publish(self, epoch: int, embeddings: ClassEmbeddings) -> None:
+        """Pushes and waits for the table; nobody trains meanwhile, so it is not counted as standing still."""
+        self._begin(epoch, embeddings, copy=False)
+        self._settle()
+        self._table = self._receive(epoch)
+
+    # ------------------------------------------------------------------------------------------ push
+
+    def _begin(self, epoch: int, embeddings: ClassEmbeddings, *, copy: bool) -> None:
+        self._settle()  # also frees the copy
         rows = self._world.share(embeddings.num_classes)
-        if rows.start == rows.stop:
+        values, absent = embeddings.rows(rows), embeddings.absent(rows).tolist()
+        if copy:
+            values = self._copied(values)
+        size = embeddings.num_classes
+        self._pushed = self._pushing.submit(self._push, epoch, values, rows.start, size, absent)
+        if self._world.leads_node:
+            self._coming[epoch] = self._reading.submit(self._ask, epoch, self._pushed)
+
+    def _copied(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows as they are now, in this machine's memory; training goes on changing the others."""
+        if self._copy is None or self._copy.shape != values.shape:
+            self._copy = torch.empty_like(values, device="cpu")
+        return self._copy.copy_(values)
+
+    def _push(
+        self, epoch: int, values: torch.Tensor, row_start: int, num_classes: int, absent: list[int]
+    ) -> None:
+        """Runs on a thread; returns when the service has the rows."""
+        if not len(values):
             return
         self._client.push(
-            embeddings.rows(rows),
+            values,
             epoch=epoch,
-            row_start=rows.start,
-            num_classes=embeddings.num_classes,
+            row_start=row_start,
+            num_classes=num_classes,
             k=self.k,
             key=self._config.key,
             engine=self._config.engine,
             wire_dtype=self._config.wire_dtype,
-            absent=embeddings.absent(rows).tolist(),
+            absent=absent,
             timeout=self._config.timeout,
         )
 
-    def fetch(self, epoch: int) -> Table:
-        """The table of an epoch, one copy per machine; all processes of the machine call this.
+    def _settle(self) -> None:
+        if self._pushed is None:
+            return
+        error = self._pushed.exception()
+        self._pushed = None
+        fail_together(self._world, error)
 
-        Raises:
-            RuntimeError: the machine's first process could not get it; the message says why.
-        """
-        if self._world.local_size == 1:
-            return self._ask(epoch)
-        ids = None
+    # ----------------------------------------------------------------------------------------- table
+
+    def _ask(self, epoch: int, pushed: Future[None] | None) -> NeighbourTable:
+        """Runs on a thread; returns the table of exactly this epoch."""
+        if pushed is not None:
+            pushed.result()  # before it, the service may not know the run
+        timeout = self._config.timeout
+        table = self._client.table(epoch=epoch, timeout=timeout, scores=False)
+        if table.epoch == epoch:
+            return table
+        for generation in self._client.generations():  # a later epoch's is out already
+            if generation.epoch == epoch:
+                return self._client.table(generation=generation.generation, timeout=timeout, scores=False)
+        raise NotFound(f"epoch {epoch} of this run has no table any more: somebody removed it")
+
+    def _receive(self, epoch: int) -> Table:
+        """The table of an epoch, one copy per machine; all processes call this."""
+        table, header, error = None, None, None
         if self._world.leads_node:
-            try:
-                ids = self._ask(epoch)
-                header = {"shape": ids.shape, "generation": self.generation}
-            except Exception as error:
-                tell_node(self._world, json.dumps({"error": f"{type(error).__name__}: {error}"}))
-                raise
-            tell_node(self._world, json.dumps(header))
-        else:
-            header = json.loads(tell_node(self._world, None))
-            if "error" in header:
-                raise RuntimeError(f"no neighbour table for epoch {epoch}: {header['error']}")
-        return self._share(ids, header)
+            coming = self._coming.pop(epoch)
+            error = coming.exception()
+            if error is None:
+                table = coming.result()
+                header = json.dumps([table.generation, *table.ids.shape])
+            else:
+                header = ""
+        header = tell_node(self._world, header)
+        fail_together(self._world, error)
+        self.generation, *shape = json.loads(header)
+        self.table_epoch = epoch
+        logger.info("generation %d of the neighbour table, of epoch %d", self.generation, epoch)
+        ids = None if table is None else np.asarray(table.ids)
+        return self._share(ids, tuple(shape))
 
-    def _ask(self, epoch: int) -> Table:
-        table = self._client.table(epoch=epoch, timeout=self._config.timeout, scores=False)
-        self.generation = table.generation
-        logger.info("epoch %d: generation %d of the neighbour table", epoch, table.generation)
-        return np.asarray(table.ids)
-
-    def _share(self, ids: Table | None, header: dict[str, object]) -> Table:
-        shape, generation = header["shape"], header["generation"]
-        assert isinstance(shape, list | tuple)
-        assert isinstance(generation, int)
-        shared = node_array(self._world, tuple(shape), np.int32)
+    def _share(self, ids: Table | None, shape: tuple[int, ...]) -> Table:
+        if self._world.local_size == 1:
+            assert ids is not None
+            return ids
+        shared = node_array(self._world, shape, np.int32)
         if ids is not None:
             shared[:] = ids
         wait_for_node(self._world)
-        self.generation = generation
         return shared
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall_seconds += time.perf_counter() - start
+
+    # --------------------------------------------------------------------------------------- leftovers
 
     def _existing(self) -> int:
         try:
@@ -178,3 +299,26 @@ class Neighbours:
             self._client.delete_generation(number)
         if stale:
             logger.info("removed %d generations of epoch %d and later", len(stale), first_epoch)
+
+    def _oldest_kept(self, first_epoch: int) -> int:
+        """The first epoch whose table a job can use that goes on with `first_epoch`."""
+        needed = range(max(0, first_epoch - self._staleness), first_epoch)
+        if not needed:
+            return first_epoch
+        try:
+            pushes, generations = self._client.run_info().pushes, self._client.generations()
+        except NotFound:
+            pushes, generations = (), ()
+        there = {g.epoch for g in generations if g.k == self.k and g.key == self._config.key}
+        there |= {push.epoch for push in pushes if push.state == "building"}
+        if there.issuperset(needed):
+            return needed.start
+        logger.warning(
+            "the service has no tables with k=%d and key=%s of epochs %d to %d: epoch %d waits for its own",
+            self.k,
+            self._config.key,
+            needed.start,
+            first_epoch - 1,
+            first_epoch,
+        )
+        return first_epoch

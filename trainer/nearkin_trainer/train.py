@@ -55,9 +55,9 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
         with (
             _service_address(config, world) as address,
             NeighbourClient(address, run=config.run) as client,
+            Neighbours(world, client, config.neighbour, len(data.classes), config.table_lag) as neighbours,
             Report(config.out, speaks=world.leads, tensorboard=config.tensorboard) as report,
         ):
-            neighbours = Neighbours(world, client, config.neighbour, len(data.classes))
             return Job(Parts(config, world, data, model, neighbours, report)).run(start)
 
 
