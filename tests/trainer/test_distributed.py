@@ -3,16 +3,22 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from nearkin_client import NeighbourClient
+from nearkin_client.errors import PushFailed, Unavailable
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import Rows, exchange
+from nearkin_trainer.classes import ClassEmbeddings, Rows, exchange
 from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
 from nearkin_trainer.distributed import (
+    OtherProcessFailed,
     World,
     average_buffers,
     average_gradients,
@@ -24,6 +30,7 @@ from nearkin_trainer.distributed import (
 )
 from nearkin_trainer.learner import Learner
 from nearkin_trainer.model import build_model
+from nearkin_trainer.neighbours import NeighbourConfig, Neighbours
 from nearkin_trainer.node import node_array, wait_for_node
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +98,49 @@ def check_buffers(world: World) -> None:
     norm.running_mean.fill_(world.rank)  # type: ignore[union-attr]
     average_buffers(world, norm)
     assert norm.running_mean.item() == pytest.approx((world.size - 1) / 2)  # type: ignore[union-attr]
+
+
+class HalfBroken:
+    """Stands for a client: in process 1, epoch 1 cannot be pushed; in process 0, epoch 2 has no table."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def push(self, rows: torch.Tensor, *, epoch: int, **_: object) -> None:
+        if (self._rank, epoch) == (1, 1):
+            raise Unavailable("nobody there")
+
+    def table(self, *, epoch: int, **_: object) -> SimpleNamespace:
+        if epoch == 2:
+            raise PushFailed("out of paper")
+        return SimpleNamespace(epoch=epoch, generation=epoch + 1, ids=np.full((4, 2), epoch, np.int32))
+
+
+def check_refresh(world: World) -> None:
+    """All processes train with the same table; what fails in one of them is raised in all, and none hangs."""
+    classes, client = ClassEmbeddings(4, 2, 1, 1), cast("NeighbourClient", HalfBroken(world.rank))
+    for staleness in (0, 1):
+        with Neighbours(world, client, NeighbourConfig(k=2), 4, staleness) as neighbours:
+            assert (neighbours.refresh(0, classes) == 0).all()
+            assert neighbours.generation == 1
+            with raises_what_process(world, 1, Unavailable, "nobody there"):
+                neighbours.refresh(1, classes)
+                assert staleness
+                neighbours.settle()
+            with raises_what_process(world, 0, PushFailed, "out of paper"):
+                neighbours.refresh(2, classes)
+                assert staleness
+                neighbours.refresh(3, classes)
+
+
+@contextmanager
+def raises_what_process(world: World, rank: int, kind: type[Exception], message: str) -> Iterator[None]:
+    if world.rank == rank:
+        with pytest.raises(kind, match=f"^{message}$"):
+            yield
+    else:
+        with pytest.raises(OtherProcessFailed, match=f"process {rank} failed: {kind.__name__}: {message}"):
+            yield
 
 
 def check_shared_memory(world: World) -> None:

@@ -1,14 +1,52 @@
 """The exchange with a real service: pushed rows come back as a table."""
 
+import itertools
 import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nearkin_client import NeighbourClient
+from nearkin_client import NeighbourClient, NeighbourTable, Push
+from nearkin_client.errors import InvalidArgument
+from nearkin_client.local import LocalService
 from nearkin_trainer.classes import ClassEmbeddings
 from nearkin_trainer.distributed import World
 from nearkin_trainer.neighbours import NeighbourConfig, Neighbours
+
+_numbers = itertools.count()
+
+
+class Gated(NeighbourClient):
+    """Its pushes and tables are as slow as a test wants: they wait until the gate is open."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, run=f"gated-{next(_numbers)}")
+        self.pushes, self.tables = threading.Event(), threading.Event()
+        self.pushes.set()
+        self.tables.set()
+
+    def push(self, *arguments: Any, **more: Any) -> Push:
+        assert self.pushes.wait(60)
+        return super().push(*arguments, **more)
+
+    def table(self, **arguments: Any) -> NeighbourTable:
+        assert self.tables.wait(60)
+        return super().table(**arguments)
+
+
+@pytest.fixture
+def gated(nearkin_server: LocalService) -> Iterator[Gated]:
+    with Gated(nearkin_server.address) as client:
+        yield client
+
+
+def _train(table: ClassEmbeddings) -> None:
+    """Changes every row."""
+    with torch.no_grad():
+        table.weight.normal_()
 
 
 def _nearest(table: ClassEmbeddings, k: int) -> np.ndarray:
@@ -76,3 +114,105 @@ def test_a_run_that_is_not_there_needs_no_rewinding(nearkin: NeighbourClient) ->
     neighbours = Neighbours(World(), nearkin, NeighbourConfig(), 6)
     neighbours.refuse_leftovers()
     neighbours.rewind(0)
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_in_the_background_a_table_is_exactly_so_old(nearkin: NeighbourClient, staleness: int) -> None:
+    embeddings, right = ClassEmbeddings(12, 4, 1, 1), []
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness) as neighbours:
+        for epoch in range(6):
+            right.append(_nearest(embeddings, 3))
+            table = neighbours.refresh(epoch, embeddings)
+            _train(embeddings)
+            neighbours.settle()
+            wanted = max(0, epoch - staleness)
+            assert neighbours.table_epoch == wanted
+            assert (table == right[wanted]).all()
+        neighbours.publish(6, embeddings)
+        assert (nearkin.table(epoch=6).ids == _nearest(embeddings, 3)).all()
+    assert [g.epoch for g in nearkin.generations()] == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_training_goes_on_before_push_and_table_and_waits_at_the_bound(gated: Gated) -> None:
+    embeddings = ClassEmbeddings(12, 4, 1, 1)
+    with Neighbours(World(), gated, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+        first = neighbours.refresh(0, embeddings)
+        _train(embeddings)
+        right = _nearest(embeddings, 3)
+        gated.pushes.clear()
+        gated.tables.clear()
+        assert neighbours.refresh(1, embeddings) is first  # although nothing can be pushed
+        _train(embeddings)
+        gated.pushes.set()
+        neighbours.settle()  # although no table can be had
+        opening = threading.Timer(0.2, gated.tables.set)
+        opening.start()
+        assert (neighbours.refresh(2, embeddings) == right).all()  # the rows as they were at epoch 1
+        assert gated.tables.is_set()  # it has waited
+        opening.join()
+
+
+def test_a_newer_table_is_not_taken(gated: Gated) -> None:
+    embeddings, right = ClassEmbeddings(12, 4, 1, 1), []
+    with Neighbours(World(), gated, NeighbourConfig(k=3), 12, staleness=2) as neighbours:
+        for epoch in range(3):
+            right.append(_nearest(embeddings, 3))
+            neighbours.refresh(epoch, embeddings)
+            gated.tables.clear()
+            _train(embeddings)
+        neighbours.settle()
+        assert NeighbourClient.table(gated, epoch=2, timeout=60).epoch == 2
+        gated.tables.set()
+        assert (neighbours.refresh(3, embeddings) == right[1]).all()
+
+
+def test_going_on_with_the_tables_that_the_service_has(
+    nearkin: NeighbourClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    embeddings, right = ClassEmbeddings(12, 4, 1, 1), []
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=2) as neighbours:
+        for epoch in range(4):
+            right.append(_nearest(embeddings, 3))
+            neighbours.refresh(epoch, embeddings)
+            _train(embeddings)
+        neighbours.settle()
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=2) as neighbours:
+        neighbours.rewind(3)
+        assert (neighbours.refresh(3, embeddings) == right[1]).all()
+        assert (neighbours.refresh(4, embeddings) == right[2]).all()
+        neighbours.settle()
+    nearkin.table(epoch=4)
+    nearkin.delete_generation(next(g.generation for g in nearkin.generations() if g.epoch == 3))
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=2) as neighbours:
+        neighbours.rewind(5)
+        assert "no table of every epoch from 3 to 4 any more: epoch 5 waits for its own" in caplog.text
+        for epoch in (5, 6, 7):
+            right = [_nearest(embeddings, 3), *right]
+            assert (neighbours.refresh(epoch, embeddings) == right[epoch - 5]).all()
+            assert neighbours.table_epoch == 5
+
+
+def test_giving_up_does_not_wait_for_a_table_that_never_comes(nearkin_server: LocalService) -> None:
+    embeddings = ClassEmbeddings(12, 4, 1, 1)
+    with Gated(nearkin_server.address) as client:
+        with Neighbours(World(), client, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+            neighbours.refresh(0, embeddings)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(client, "push", lambda *_, **__: None)
+                neighbours.refresh(1, embeddings)
+                neighbours.settle()
+        waiting = [t for t in threading.enumerate() if t.name.startswith("nearkin-table")]
+    for thread in waiting:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_what_fails_in_the_background_is_raised(nearkin: NeighbourClient) -> None:
+    embeddings = ClassEmbeddings(12, 4, 1, 1)
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+        neighbours.refresh(0, embeddings)
+        with torch.no_grad():
+            embeddings.weight[7] = torch.nan
+        neighbours.refresh(1, embeddings)
+        with pytest.raises(InvalidArgument, match="7"):
+            neighbours.settle()

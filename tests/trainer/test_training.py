@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nearkin_client import NeighbourClient
+from nearkin_client.errors import ResourceExhausted
 from nearkin_client.local import LocalService
 from nearkin_trainer import checkpoint
 from nearkin_trainer.cli import main
@@ -139,18 +140,25 @@ def test_training_learns(data: Path, tmp_path: Path, nearkin_server: LocalServic
     assert history[-1]["softmax"] < 0.8 * history[0]["softmax"]
 
 
-def test_resumed_is_as_uninterrupted(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
+@pytest.mark.parametrize("refresh", ["blocking", "background"])
+def test_resumed_is_as_uninterrupted(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, refresh: str
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    service = ("--service", nearkin_server.address)
-    _train(data, whole, *service, "--run-name", "whole", "--epochs", "3")
+    service = ("--service", nearkin_server.address, "--refresh", refresh, "--epochs", "3")
+    metrics = _train(data, whole, *service, "--run-name", f"whole-{refresh}")
     # The same schedule, ended after one epoch as by a power cut: its checkpoint is all that is left.
-    _train(data, parts, *service, "--run-name", "parts", "--epochs", "3")
-    _cut_after_first_epoch(data, parts, service)
-    _train(data, parts, *service, "--run-name", "parts", "--epochs", "3", "--resume")
+    job = (*service, "--run-name", f"parts-{refresh}")
+    _train(data, parts, *job)
+    _cut_after_first_epoch(data, parts, job)
+    _train(data, parts, *job, "--resume")
     _same(whole, parts)
+    tables = [0, 1, 2] if refresh == "blocking" else [0, 0, 1]
+    assert [entry["table_epoch"] for entry in metrics["history"]] == tables
+    assert (metrics["refresh"], metrics["staleness"]) == (refresh, int(refresh == "background"))
 
 
-def _cut_after_first_epoch(data: Path, out: Path, service: tuple[str, str]) -> None:
+def _cut_after_first_epoch(data: Path, out: Path, job: tuple[str, ...]) -> None:
     """Stops a job after its first checkpoint."""
     from nearkin_trainer.job import Job
 
@@ -166,18 +174,42 @@ def _cut_after_first_epoch(data: Path, out: Path, service: tuple[str, str]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "_save", save_and_fail)
         with pytest.raises(PowerCutError):
-            _train(data, out, *service, "--run-name", "parts", "--epochs", "3", "--overwrite")
+            _train(data, out, *job, "--overwrite")
     assert checkpoint.load(out / "checkpoint.npz")["progress"]["epoch"] == 1
+
+
+def test_a_push_that_fails_in_the_background_ends_the_job(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the job can go on where it was."""
+    push = NeighbourClient.push
+
+    def fails_once(client: NeighbourClient, *rows: Any, epoch: int, **more: Any) -> Any:
+        if epoch == 2:
+            raise ResourceExhausted("the disk is full")
+        return push(client, *rows, epoch=epoch, **more)
+
+    job = ("--service", nearkin_server.address, "--refresh", "background", "--epochs", "4")
+    arguments = ["--data", str(data), "--out", str(tmp_path / "out"), *SMALL, *job]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NeighbourClient, "push", fails_once)
+        assert main(arguments) == 1
+    assert "nearkin-train: the disk is full" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    _train(data, tmp_path / "whole", *job)
+    _same(tmp_path / "whole", tmp_path / "out")
 
 
 def test_two_processes_with_their_own_service(data: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(data), "--out", str(tmp_path), *SMALL, "--epochs", "2", "--processes", "2"]
+    arguments += ["--refresh", "background"]
     done = _command("-m", "nearkin_trainer", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["world_size"] == 2
     assert len(metrics["refresh_stall_seconds_per_rank"]) == 2
     assert metrics["generation"] == 3
+    assert [entry["table_epoch"] for entry in metrics["history"]] == [0, 0]
     assert (tmp_path / "service").is_dir()
     assert "epoch 2/2" in done.stdout
     assert done.stdout.count("epoch 2/2") == 1
@@ -214,6 +246,7 @@ def test_without_validation_images_metrics_are_null(tmp_path: Path, nearkin_serv
     ("arguments", "message"),
     [
         (["--epochs", "0"], "epochs=0 must be at least 1"),
+        (["--refresh", "background", "--staleness", "0"], "staleness=0 must be at least 1"),
         (["--resume", "--overwrite"], "contradict"),
         (["--data", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--service", "nonsense"], "is not unix:///path"),

@@ -25,7 +25,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from nearkin_client import NeighbourClient, NeighbourTable
-from nearkin_client.errors import NotFound
+from nearkin_client.errors import FailedPrecondition, NotFound
 from numpy.typing import NDArray
 
 from nearkin_trainer.classes import ClassEmbeddings
@@ -287,14 +287,14 @@ class Neighbours:
 
     def _forget_from(self, first_epoch: int) -> None:
         try:
-            run = self._client.run_info()
-            generations = self._client.generations()
+            pushes = self._client.run_info().pushes
         except NotFound:
             return
-        for push in run.pushes:
+        for push in pushes:
             if push.epoch >= first_epoch:
-                self._client.abort(push)
-        stale = [g.generation for g in generations if g.epoch >= first_epoch]
+                with contextlib.suppress(FailedPrecondition):  # published meanwhile: deleted below
+                    self._client.abort(push)
+        stale = [g.generation for g in self._client.generations() if g.epoch >= first_epoch]
         for number in stale:
             self._client.delete_generation(number)
         if stale:
@@ -309,14 +309,12 @@ class Neighbours:
             pushes, generations = self._client.run_info().pushes, self._client.generations()
         except NotFound:
             pushes, generations = (), ()
-        there = {g.epoch for g in generations if g.k == self.k and g.key == self._config.key}
+        there = {g.epoch for g in generations}
         there |= {push.epoch for push in pushes if push.state == "building"}
         if there.issuperset(needed):
             return needed.start
         logger.warning(
-            "the service has no tables with k=%d and key=%s of epochs %d to %d: epoch %d waits for its own",
-            self.k,
-            self._config.key,
+            "the service has no table of every epoch from %d to %d any more: epoch %d waits for its own",
             needed.start,
             first_epoch - 1,
             first_epoch,
