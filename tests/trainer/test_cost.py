@@ -1,0 +1,109 @@
+"""Nothing in a training step may cost O(num_classes): what it makes and reads is the same at any number."""
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nearkin_trainer.checkpoint import seed_everything
+from nearkin_trainer.classes import ROW_OPTIMISERS
+from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
+from nearkin_trainer.distributed import World
+from nearkin_trainer.learner import Learner
+from nearkin_trainer.model import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FEW, MANY = 100, 50_000
+WAYS = {"memory": ("memory", "adam"), **{name: ("learnable", name) for name in ROW_OPTIMISERS}}
+ROW_WISE = {"alias", "detach", "view", "slice", "index", "index_put_", "index_select", "index_add_"}
+NOISE = 16 * 1024  # bytes that Python itself may take more or less of
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes each operation with the numbers that it has made, and which were given a table."""
+
+    def __init__(self, tables: list[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tables = {table.untyped_storage().data_ptr() for table in tables}
+        self.notes: list[tuple[str, int]] = []
+        self.given: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(self._is_table(value) for value in args):
+            self.given.add(func.overloadpacket.__name__)
+        for value in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(value, torch.Tensor):
+                self.notes.append((str(func), self._size(value)))
+        return made
+
+    def _size(self, value: torch.Tensor) -> int:
+        if value.is_sparse:
+            return value._values().numel()
+        # The table itself, changed in place or looked at, was there before.
+        return 0 if self._is_table(value) else value.numel()
+
+    def _is_table(self, value: object) -> bool:
+        if not isinstance(value, torch.Tensor) or value.is_sparse:
+            return False
+        return value.untyped_storage().data_ptr() in self._tables
+
+
+def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callable[[], list[tuple[str, int]]]:
+    keeping, optimiser = WAYS[way]
+    config = TrainConfig(
+        data=Path("d"),
+        out=Path("o"),
+        image=ImageConfig(height=16, width=16),
+        model=ModelConfig(channels=8, width=4, matching=backend),
+        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser, sharded=sharded),  # type: ignore[arg-type]
+    )
+    seed_everything(0)
+    model = build_model(
+        config.model,
+        config.image,
+        num_classes,
+        keeping=config.embedding.keeping,
+        device=torch.device("cpu"),
+        sharded_over=World() if sharded else None,
+    )
+    learner = Learner(config, World(), model.train(), total_steps=4)
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(4).repeat_interleave(2) * 20
+    neighbours = torch.arange(8 * 5).view(8, 5) * 2 + 1
+    tables = [*model.classes.state_dict().values(), *learner.state()["row_optimiser"].values()]
+
+    def take() -> list[tuple[str, int]]:
+        seed_everything(1)
+        with _Made(tables) as made:
+            learner.learn(pixels, labels, neighbours)
+        assert made.given <= ROW_WISE, made.given - ROW_WISE
+        notes: list[tuple[str, int]] = made.notes
+        return notes
+
+    return take
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_are_as_large_at_any_number_of_classes(way: str, sharded: bool) -> None:
+    few = _step(FEW, way, "plain", sharded=sharded)()
+    many = _step(MANY, way, "plain", sharded=sharded)()
+    assert few == many
+    assert max(size for _, size in many) < MANY
+
+
+def test_memory_of_the_compiled_loops_is_the_same_at_any_number_of_classes() -> None:
+    peaks = []
+    for classes in (FEW, MANY):
+        take = _step(classes, "adam", "cpu", sharded=False)
+        take()
+        tracemalloc.start()
+        take()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert abs(peaks[1] - peaks[0]) < NOISE
