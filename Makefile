@@ -2,6 +2,7 @@
 # make test   install, then run the whole test suite
 # make check  formatting, lint, strict types, stub freshness
 # make bench  every benchmark beside its peers      make soak   the long fault rounds
+# make fuzz   a minute of coverage-guided fuzzing for each reader of foreign bytes
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NEARKIN := -e ./protos -e ./client -e './service[cpu]' -e ./trainer
 MANIFESTS := constraints.txt $(wildcard */pyproject.toml)
 
-.PHONY: setup demo test check format stubs bench soak constraints clean
+.PHONY: setup demo test check format stubs bench fuzz soak constraints clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +30,10 @@ $(VENV)/.developing: $(VENV)/.installed requirements-dev.txt
 
 $(VENV)/.measuring: $(VENV)/.developing requirements-bench.txt
 	@$(PIP) -r requirements-bench.txt
+	@touch $@
+
+$(VENV)/.fuzzing: $(VENV)/.developing requirements-fuzz.txt
+	@$(PIP) -r requirements-fuzz.txt
 	@touch $@
 
 $(VENV)/.demonstrating: $(VENV)/.installed requirements-demo.txt
@@ -56,6 +61,9 @@ stubs: $(VENV)/.developing
 
 bench: $(VENV)/.measuring
 	$(BIN)/python -m tests.bench
+
+fuzz: $(VENV)/.fuzzing
+	$(BIN)/python -m tests.fuzz
 
 soak: $(VENV)/.developing
 	$(BIN)/python -m pytest -m soak --timeout 7200

@@ -31,7 +31,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 records = st.builds(
-    Record, st.sampled_from(Kind), st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 2**32 - 1)
+    Record, st.sampled_from(Kind), st.integers(0, 2**30), st.integers(0, 2**20), st.integers(0, 2**32 - 1)
 )
 
 

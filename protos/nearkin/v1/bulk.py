@@ -125,7 +125,7 @@ def encode_table_message(message: TableBlock | pb.TableHeader) -> bytes:
 
 def decode_table_message(data: bytes) -> TableBlock | pb.TableHeader:
     """Takes a serialised `ReadTableResponse` apart. DecodeError: these bytes are not one, or hold neither content."""
-    outer = _scan(memoryview(data), {_BLOCK: _LENGTH}, repeats=False)
+    outer = _scan(memoryview(data), {_BLOCK: _LENGTH})
     block = None if outer is None or _BLOCK not in outer else _scan(_bytes(outer[_BLOCK]), _BLOCK_FIELDS)
     if block is None or _integer(block.get(_COLUMN, 0)) > 0x7F:
         return _parse_table_message(data)
@@ -148,16 +148,14 @@ def _parse_table_message(data: bytes) -> TableBlock | pb.TableHeader:
     return TableBlock(block.column, block.row_start, block.row_count, block.crc32c, memoryview(block.payload))
 
 
-def _scan(
-    data: memoryview, known: Mapping[int, int], *, repeats: bool = True
-) -> dict[int, int | memoryview] | None:
-    """Field values by number, the last of each; None for whatever the generated parser should look at instead."""
+def _scan(data: memoryview, known: Mapping[int, int]) -> dict[int, int | memoryview] | None:
+    """Field values by number; None for whatever the generated parser should look at instead: repeated fields, too."""
     fields: dict[int, int | memoryview] = {}
     position, end = 0, len(data)
     while position < end:
         tag, position = _varint(data, position)
         number = tag >> 3
-        if position < 0 or known.get(number) != tag & 7 or (number in fields and not repeats):
+        if position < 0 or known.get(number) != tag & 7 or number in fields:
             return None
         value, position = _value(data, position, tag & 7)
         if position < 0 or position > end:

@@ -35,12 +35,13 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         body, stored = document["body"], document["crc32c"]
+        sound = isinstance(body, dict) and crc32c.crc32c(_canonical(body)) == stored
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataLossError(f"{path.name} is not a document: {error}") from error
-    if not isinstance(body, dict) or crc32c.crc32c(_canonical(body)) != stored:
+    if not sound:
         raise DataLossError(f"{path.name} does not match its checksum")
-    sound: dict[str, Any] = body
-    return sound
+    found: dict[str, Any] = body
+    return found
 
 
 def fsync_directory(path: Path) -> None:

@@ -17,6 +17,7 @@ from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import push_files
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
 from nearkin_service.store.rows import RowsFile, as_rows, check_payload
@@ -35,6 +36,8 @@ log = logging.getLogger("nearkin.store")
 
 _RUN = "run.json"
 _KEPT_OUTCOMES = 16
+_DAMAGE = (DataLossError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading contents that make no sense may end in; it concerns that one thing and no other."""
 
 
 class DataDirectory:
@@ -61,7 +64,7 @@ class DataDirectory:
 
     def _recover_run(self, run: str) -> RecoveredRun | None:
         try:
-            about = read_document(self._layout.run(run) / _RUN)
+            about = _read_about(self._layout.run(run) / _RUN)
         except (OSError, ValueError, DataLossError) as error:
             if isinstance(error, FileNotFoundError) and not any(self._layout.runs.joinpath(run).iterdir()):
                 self._layout.discard(self._layout.runs / run)
@@ -111,7 +114,7 @@ class DataDirectory:
         path = self._layout.generation(run, number)
         try:
             return gens.load(path, run, number)
-        except DataLossError as error:
+        except _DAMAGE as error:
             self._note_number(run, number)
             self._set_aside(path, f"{run}-{number}", error)
             return None
@@ -132,7 +135,7 @@ class DataDirectory:
             return None
         try:
             return push_files.recover(path, run)
-        except (DataLossError, OSError, ValueError, KeyError, TypeError) as error:
+        except (*_DAMAGE, OSError) as error:
             self._set_aside(path, f"{run}-push-{path.name[:24]}", error)
             return None
 
@@ -264,3 +267,11 @@ class DataDirectory:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._layout.root).free
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """What a run says of itself. DataLossError: it is damaged, or says what cannot be."""
+    about = read_document(path)
+    require_moment(about.get("created"), f"{_RUN}.created")
+    require_fit(about.get("last_generation"), int, f"{_RUN}.last_generation")
+    return about

@@ -27,6 +27,7 @@ from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
 from nearkin_service.errors import DataLossError, FailedPreconditionError
 from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
+from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
@@ -148,9 +149,12 @@ def _from_manifest(body: Mapping[str, Any]) -> Generation:
         for name in ("ids", "scores"):
             found[name] = FileChecksums(**found[name] | {"blocks": tuple(found[name]["blocks"])})
         found["recall"] = None if found["recall"] is None else MeasuredRecall(**found["recall"])
-        return Generation(**found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataLossError(f"{MANIFEST} cannot be read: {error}") from error
+        generation = Generation(**found)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataLossError(f"{MANIFEST} cannot be read: {str(error)[:200]}") from error
+    require_fit(generation, Generation, MANIFEST)
+    require_moment(generation.published, f"{MANIFEST}.published")
+    return generation
 
 
 def load(directory: Path, run: str, number: int) -> Generation:
@@ -231,8 +235,9 @@ def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsSt
 def _read_embeddings_state(directory: Path) -> dict[str, Any]:
     """What was noted; if that is damaged, as if the machine had died: the rows themselves will tell."""
     try:
-        return read_document(directory / EMBEDDINGS)
-    except (DataLossError, FileNotFoundError):
+        about = read_document(directory / EMBEDDINGS)
+        return {"state": EmbeddingsState(about["state"]), "boot": about["boot"]}
+    except (DataLossError, FileNotFoundError, ValueError, KeyError, TypeError):
         return {"state": EmbeddingsState.FLUSHING, "boot": ""}
 
 

@@ -18,6 +18,7 @@ import crc32c
 import numpy as np
 
 from nearkin_service.ranges import RowSet
+from nearkin_service.values import MAX_INT32
 
 _FIELDS = struct.Struct("<IIqqI")
 _CHECKSUM = struct.Struct("<I")
@@ -71,7 +72,9 @@ def read(path: Path) -> tuple[list[Record], int]:
 def _unpack(data: bytes) -> Record | None:
     kind, crc, start, count, _reserved = _FIELDS.unpack_from(data)
     (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
-    sound = checksum == crc32c.crc32c(data[: _FIELDS.size]) and kind in _KINDS and start >= 0 and count >= 0
+    if checksum != crc32c.crc32c(data[: _FIELDS.size]) or kind not in _KINDS:
+        return None
+    sound = start >= 0 and count >= 0 and start + count <= MAX_INT32
     return Record(Kind(kind), start, count, crc) if sound else None
 
 

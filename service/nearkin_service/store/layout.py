@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nearkin_service import faults
+from nearkin_service.errors import DataLossError
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
 from nearkin_service.values import check_run_name
 
@@ -99,7 +100,12 @@ class Layout:
         path = self.root / "nearkin.json"
         if not path.exists():
             write_document(path, {"format": FORMAT_VERSION})
-        found = read_document(path).get("format")
+        try:
+            found = read_document(path).get("format")
+        except DataLossError as error:
+            raise ValueError(
+                f"{self.root} cannot be served: {error}; copy nearkin.json from another of its format"
+            ) from error
         if found != FORMAT_VERSION:
             raise ValueError(
                 f"{self.root} has format {found}; this service reads format {FORMAT_VERSION}: "

@@ -18,6 +18,7 @@ from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
 from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.store.layout import boot_id
@@ -195,11 +196,15 @@ def recover(directory: Path, run: str) -> RecoveredPush:
     """
     about = read_document(directory / PUSH)
     spec = PushSpec.from_document(about["spec"])
+    require_fit(spec, PushSpec, PUSH)
+    require_moment(about["created"], f"{PUSH}.created")
     if (spec.run, about["push_id"]) != (run, directory.name):
         raise DataLossError(f"it says it is push {about['push_id']} of run {spec.run!r}")
     if (directory / OUTCOME).exists():
         return _recover_finished(directory, about, spec)
     records, sound_bytes = journal.read(directory / JOURNAL)
+    if any(record.start + record.count > spec.num_classes for record in records):
+        raise DataLossError("its journal speaks of rows that there are not")
     os.truncate(directory / JOURNAL, sound_bytes)
     os.truncate(directory / ROWS, spec.rows_bytes)
     if about["boot"] != boot_id():
@@ -220,6 +225,7 @@ def recover(directory: Path, run: str) -> RecoveredPush:
 
 def _recover_finished(directory: Path, about: dict[str, Any], spec: PushSpec) -> RecoveredPush:
     outcome = read_document(directory / OUTCOME)
+    require_fit(outcome["error"], str, f"{OUTCOME}.error")
     finish(directory, PushState(outcome["state"]), outcome["error"])
     return RecoveredPush(
         push_id=about["push_id"],

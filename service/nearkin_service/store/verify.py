@@ -62,7 +62,7 @@ def _generation(path: Path, run: str) -> tuple[str, str]:
         state = EmbeddingsState(read_document(path / gens.EMBEDDINGS)["state"])
         if state in (EmbeddingsState.KEPT, EmbeddingsState.FLUSHING):
             _require_rows(path, generation)
-    except (OSError, NearkinError, ValueError, KeyError) as error:
+    except Exception as error:  # a finding, whatever it is
         return DAMAGED, str(error)
     if state is EmbeddingsState.LOST:
         return DAMAGED, "the table is sound; the embeddings were lost before"
@@ -86,7 +86,7 @@ def _push(path: Path) -> tuple[str, str]:
         torn = (path / push_files.JOURNAL).stat().st_size - sound_bytes
     except FileNotFoundError:
         return NOTE, "was not begun in full; a start removes it"
-    except (OSError, NearkinError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a finding, whatever it is
         return DAMAGED, str(error)
     stored = len(journal.row_set(records, Kind.ROWS))
     what = f"epoch {spec.epoch}, {stored} of {spec.num_classes} rows"

@@ -1,0 +1,46 @@
+"""`python -m tests.fuzz TARGET [libFuzzer options]`; without a target: a minute of each.
+
+What it finds is written to the current directory as `crash-…`; once mended, it goes into corpus/TARGET.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["nearkin", "nearkin_service"]):
+    from tests.fuzz import targets
+
+CORPUS = Path(__file__).with_name("corpus")
+SECONDS_EACH = 60
+
+
+def every_target() -> int:
+    """Each in a process of its own, as libFuzzer wants it; the number of those that found something."""
+    found = 0
+    for name in targets.TARGETS:
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", "tests.fuzz", name, f"-max_total_time={SECONDS_EACH}"]
+        found += subprocess.run(command, check=False).returncode != 0
+    return found
+
+
+def fuzz(name: str, options: list[str]) -> None:
+    """New inputs go to a folder that is thrown away; the committed ones are where it starts from."""
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as grown:
+        atheris.Setup(
+            [sys.argv[0], grown, str(CORPUS / name), "-max_len=512", *options], targets.TARGETS[name]
+        )
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(every_target())
+    fuzz(sys.argv[1], sys.argv[2:])
