@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -12,15 +13,16 @@ from examples.demo.emoji import Drawing, Split, artwork, name, read_drawings, sp
 
 SIZE = 64
 UNSEEN = 400
-PROBE = "Windows"  # the hardest to recognise from the others' drawings
+PROBE = "JoyPixels"
 COLUMNS = ("label", "path", "split", "is_query", "is_gallery", "camera")
 COUNTS = "counts.json"
+CHOICES = {"probe": PROBE, "size": SIZE}
 
 
-def prepare(folder: Path) -> dict[str, int]:
+def prepare(folder: Path) -> dict[str, Any]:
     """Fills `folder`, unless that has been done; returns how many of everything there are."""
     done = folder / COUNTS
-    if not done.exists():
+    if not _is_done(done):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         drawings = list(read_drawings(artwork(), SIZE))
@@ -29,9 +31,14 @@ def prepare(folder: Path) -> dict[str, int]:
         write(folder, chosen)
         counts = {"drawings": len(drawings), "repeated": len(drawings) - len(once), **count(chosen)}
         unfinished = done.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(counts, indent=2) + "\n")
+        unfinished.write_text(json.dumps({**counts, **CHOICES}, indent=2) + "\n")
         unfinished.replace(done)
     return dict(json.loads(done.read_text()))
+
+
+def _is_done(done: Path) -> bool:
+    """Whether it was done, and with today's choices."""
+    return done.exists() and CHOICES.items() <= json.loads(done.read_text()).items()
 
 
 def count(chosen: Split) -> dict[str, int]:

@@ -61,14 +61,13 @@ class ModelConfig:
         width: channels of its first stage.
         blocks: residual blocks in each of its three stages.
         score_scale: spread of the scores that the untrained head gives; small scores learn slowly.
-        precision: what convolutions compute in; `auto` is bfloat16 where the device has instructions
-            for it.
+        precision: what convolutions compute in; `auto` is bfloat16 where that is known to be faster.
         matching: backend of the location-wise matching.
     """
 
     backbone: str = "compact"
-    channels: int = 64
-    width: int = 32
+    channels: int = 128
+    width: int = 40
     blocks: int = 1
     score_scale: float = 4.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
