@@ -159,6 +159,7 @@ class NeighbourClient:
                 only zeros.
             AlreadyExists: the epoch was begun with other arguments, or one of these rows with other bytes.
             PushFailed: the push was aborted, or its build failed, meanwhile.
+            Unimplemented: an older service lacks the key, or `changed_rows`; it says which.
             DeadlineExceeded, Unavailable, ResourceExhausted, DataLoss.
         """
         if changed_rows is not None and base_generation is None:
@@ -184,6 +185,10 @@ class NeighbourClient:
             qaconv_candidates=qaconv_candidates,
             qaconv_weights=qaconv_weights,
         )
+        if base_generation is not None:
+            self._require_feature("base_generation", timeout)
+        if key == "qaconv":
+            self._require_feature("qaconv", timeout)
         todo = changed_ranges(changed_rows, row_start, rows.count)
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
         if base_generation is None:

@@ -142,7 +142,7 @@ class Story:
         return caller.table(run=self.run, min_epoch=epoch)
 
 
-def persistently(call: Callable[[], T], stopped: threading.Event | None = None, seconds: float = 120.0) -> T:
+def persistently(call: Callable[[], T], stopped: threading.Event | None = None, seconds: float = 900.0) -> T:
     """Repeats a call through deaths and starts of the service."""
     deadline = time.monotonic() + seconds
     while True:

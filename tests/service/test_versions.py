@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,34 @@ def test_unknown_fields_are_kept_quiet(caller: Caller) -> None:
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
 
 
+@pytest.mark.parametrize(
+    ("feature", "call"),
+    [
+        ("pin", lambda client: client.pin(1)),
+        (
+            "base_generation",
+            lambda client: client.push(ROWS, epoch=1, k=5, changed_rows=[3], base_generation=1),
+        ),
+        ("qaconv", lambda client: client.push(ROWS.reshape(20, 6, 1, 1), epoch=1, k=5, key="qaconv")),
+    ],
+    ids=["pin", "base_generation", "qaconv"],
+)
 def test_a_client_says_what_the_service_lacks(
-    service: Service, caller: Caller, monkeypatch: pytest.MonkeyPatch
+    service: Service,
+    caller: Caller,
+    monkeypatch: pytest.MonkeyPatch,
+    feature: str,
+    call: Callable[[NeighbourClient], object],
 ) -> None:
     caller.push(ROWS)
     monkeypatch.setattr(catalogue, "_FEATURES", ())
     with (
         NeighbourClient(service.server.addresses[0], run="run") as client,
-        pytest.raises(Unimplemented, match="does not have the feature 'pin'"),
+        pytest.raises(Unimplemented, match=f"does not have the feature '{feature}'"),
     ):
-        client.pin(1)
+        call(client)
+    (run,) = caller.stub.ListRuns(pb.ListRunsRequest(), timeout=WAIT).runs
+    assert not [push for push in run.pushes if push.epoch == 1], "nothing was begun"
 
 
 def test_a_method_that_does_not_exist_yet_is_unimplemented(caller: Caller) -> None:
