@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from nearkin_client import decoding
 from nearkin_client.arrays import Rows, as_rows
 from nearkin_client.channel import Certificates, Endpoint
-from nearkin_client.errors import FailedPrecondition, InvalidArgument, PushFailed, Unimplemented, invalid
+from nearkin_client.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    PushFailed,
+    Unimplemented,
+    invalid,
+)
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender, begin_request, changed_ranges
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
@@ -192,7 +199,7 @@ class NeighbourClient:
         todo = changed_ranges(changed_rows, row_start, rows.count)
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
         if base_generation is None:
-            return self._push(request, rows, row_start, todo, deadline)
+            return self._push_rows(request, rows, row_start, deadline)
         try:
             push = self._push(request, rows, row_start, todo, deadline)
             return self._commit_changes(push, deadline) if commit else push
@@ -202,20 +209,41 @@ class NeighbourClient:
             log.warning("epoch %d: %s; pushing all %d rows", epoch, gone.message, rows.count)
         request.ClearField("base_generation")
         request.commit_when_complete = commit
-        everything = changed_ranges(None, row_start, rows.count)
-        return self._push(request, rows, row_start, everything, deadline)
+        return self._push_rows(request, rows, row_start, deadline)
+
+    def _push_rows(
+        self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline
+    ) -> Push:
+        """All rows given. Who has the whole epoch commits it with its digest; else the last row does."""
+        whole = request.commit_when_complete and rows.count == request.num_classes
+        request.commit_when_complete = request.commit_when_complete and not whole
+        sender = self._begin(request, rows, row_start, deadline)
+        push = sender.send(changed_ranges(None, row_start, rows.count))
+        return self._commit_whole(push.push_id, sender.digest(), deadline) if whole else decoding.push(push)
 
     def _push(
         self, request: pb.BeginPushRequest, rows: Rows, row_start: int, todo: list[Range], deadline: Deadline
     ) -> Push:
+        return decoding.push(self._begin(request, rows, row_start, deadline).send(todo))
+
+    def _begin(self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline) -> Sender:
         begun = self._wire.ask(
             lambda stub: stub.BeginPush,
             request,
             doing=f"beginning epoch {request.epoch} of run {request.run!r}",
             timeout=deadline.remaining,
         )
-        sender = Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
-        return decoding.push(sender.send(todo))
+        return Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
+
+    def _commit_whole(self, push_id: str, digest: int | None, deadline: Deadline) -> Push:
+        """PushFailed: it was aborted meanwhile. DataLoss: not what was sent; nothing is left of the push."""
+        try:
+            return self._commit(pb.CommitPushRequest(push_id=push_id, rows_crc32c=digest), deadline.remaining)
+        except FailedPrecondition as error:
+            raise PushFailed(error.message) from error
+        except DataLoss:
+            self.abort(push_id, timeout=deadline.remaining)
+            raise
 
     def _commit_changes(self, push: Push, deadline: Deadline) -> Push:
         """FailedPrecondition: the base went meanwhile; nothing is left of the push then."""
@@ -240,7 +268,9 @@ class NeighbourClient:
             FailedPrecondition: rows are missing (the first range is named); the push was aborted or failed.
             NotFound: no such push.
         """
-        request = pb.CommitPushRequest(push_id=_push_id(push))
+        return self._commit(pb.CommitPushRequest(push_id=_push_id(push)), timeout)
+
+    def _commit(self, request: pb.CommitPushRequest, timeout: float | None) -> Push:
         return decoding.push(
             self._wire.ask(lambda stub: stub.CommitPush, request, doing="committing a push", timeout=timeout)
         )

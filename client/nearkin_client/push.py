@@ -16,6 +16,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.decoding import DTYPES, KEYS, chosen
+from nearkin_client.digest import Digest
 from nearkin_client.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -176,10 +177,17 @@ class Sender:
         # Rows that somebody else stored before: only sending ours shows whether they are the same.
         self._foreign = _stored(begun.push)
         self._failure: Exception | None = None
+        self._digest = Digest(rows)
         self._streams = 0
         wanted = shared_memory if rows.count else False
         place_bytes = self._rows_per_message * rows.row_bytes
         self._shared = lent(begun, Source(rows, row_start), place_bytes, wanted, wire.endpoint)
+
+    def digest(self) -> int | None:
+        """CRC32C of all rows of the epoch, if they are all ours and none is absent (and so ignored)."""
+        if self._rows.count < self._push.num_classes or self._push.absent_count:
+            return None
+        return self._digest.whole(self._rows_per_message)
 
     def send(self, todo: list[ranges.Range]) -> pb.Push:
         """Return once the service has these classes' rows, or raise. Some may be stored in either case."""
@@ -212,16 +220,18 @@ class Sender:
                 if message is None:
                     return
                 sent.append((start, stop))
-                yield message
+                if message.crc32c is not None:
+                    self._digest.note(start - self._row_start, stop - self._row_start, message.crc32c)
+                yield bulk.encode_write_rows(message)
         except Exception as failure:
             self._failure = failure
             raise
 
-    def _message(self, start: int, stop: int, over: Callable[[], bool]) -> bytes | None:
+    def _message(self, start: int, stop: int, over: Callable[[], bool]) -> bulk.WriteRows | None:
         if self._shared is not None:
             return self._shared.message(start, stop, over)
         payload = self._rows.payload(start - self._row_start, stop - self._row_start)
-        return _encoded(self._push.push_id, start, payload)
+        return bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload))
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
@@ -278,7 +288,3 @@ def _message_bytes(chunk_bytes: int, rows: Rows) -> int:
 
 def _stored(push: pb.Push) -> list[ranges.Range]:
     return [(each.start, each.start + each.count) for each in push.stored]
-
-
-def _encoded(push_id: str, row_start: int, payload: memoryview) -> bytes:
-    return bulk.encode_write_rows(bulk.WriteRows(push_id, row_start, payload, crc32c(payload)))

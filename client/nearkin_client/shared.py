@@ -87,8 +87,8 @@ class SharedRows:
         self._bytes: NDArray[np.uint8] = np.frombuffer(_mapped(offer), np.uint8)
         self._next = 0
 
-    def message(self, start: int, stop: int, over: Callable[[], bool]) -> bytes | None:
-        """Copies the rows of classes start..stop-1 into the next place, and encodes their message.
+    def message(self, start: int, stop: int, over: Callable[[], bool]) -> bulk.WriteRows | None:
+        """Copies the rows of classes start..stop-1 into the next place; the message that says so.
 
         `over` says whether the stream has ended, so that nobody would free a place any more: None then.
         """
@@ -103,16 +103,14 @@ class SharedRows:
         place = self._bytes[begin : begin + (stop - start) * rows.row_bytes]
         rows.copy_into(place, first, first + stop - start)
         flag[0] = 1
-        return bulk.encode_write_rows(
-            bulk.WriteRows(
-                push_id=self._push_id,
-                row_start=start,
-                shared_row_count=stop - start,
-                segment=self._segment,
-                segment_offset=begin,
-                crc32c=crc32c(place.data),
-                payload=memoryview(b""),
-            )
+        return bulk.WriteRows(
+            push_id=self._push_id,
+            row_start=start,
+            shared_row_count=stop - start,
+            segment=self._segment,
+            segment_offset=begin,
+            crc32c=crc32c(place.data),
+            payload=memoryview(b""),
         )
 
 

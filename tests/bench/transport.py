@@ -1,6 +1,6 @@
 """Moving embeddings and tables: shared memory, unix socket and TCP beside Arrow Flight and a plain copy.
 
-    python -m tests.bench.transport [--quick]
+    python -m tests.bench.transport [--quick] [--only PART …] [--grid]
 
 Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, so
 that whatever else the machine does meets all of them alike; figures are medians of five rounds after two of
@@ -11,6 +11,7 @@ it received in memory and checks nothing.
 from __future__ import annotations
 
 import argparse
+import importlib
 import socket
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,34 @@ READERS, READING_PROCESSES = 64, 8
 Row = dict[str, Any]
 
 
-def run(quick: bool) -> list[Row]:
-    """All measurements; `quick` only shows that they run."""
+def run(quick: bool, only: Sequence[str] = ()) -> list[Row]:
+    """All measurements, or those named; `quick` only shows that they run."""
     size = 32 * MIB if quick else GIB
-    results: list[Row] = []
-    for width in WIDTHS:
-        results += _shown(_pushes(_rows(size // (4 * width), width)))
-    results += _shown(_fetches(size))
-    results += _shown([_interrupted(size // 4), _memory(4 * size), _readers(quick, size // 4)])
-    return results
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "push": lambda: _pushes(_rows(size // (4 * WIDTHS[0]), WIDTHS[0])),
+        "push-unseen-width": lambda: _pushes(_rows(size // (4 * WIDTHS[1]), WIDTHS[1])),
+        "fetch": lambda: _fetches(size),
+        "cut": lambda: [_interrupted(size // 4)],
+        "memory": lambda: [_memory(4 * size)],
+        "readers": lambda: [_readers(quick, size // 4)],
+    }
+    if unknown := set(only) - set(parts):
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; choose from {', '.join(parts)}")
+    results = [row for name in only or parts for row in _shown(parts[name]())]
+    return results + _shown(_judged(results))
+
+
+def _judged(results: list[Row]) -> list[Row]:
+    """What was measured beside what was set out to be reached."""
+    targets = {"push by shared memory": 3.0} | {
+        f"{what} by {way}": 1.0 for what in ("push", "fetch") for way in ("unix socket", "TCP")
+    }
+    return [
+        {"judged": f"{name}, rows of {row['row_width']}", "of_flights_best": row["of_flights_best"]}
+        | {"at_least": targets[name], "reached": row["of_flights_best"] >= targets[name]}
+        for row in results
+        if (name := f"{row['what']} by {row.get('by')}") in targets
+    ]
 
 
 def _rows(count: int, width: int) -> NDArray[np.float32]:
@@ -283,7 +303,15 @@ def _reading(address: str) -> Iterator[list[subprocess.Popen[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.transport", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
-    run(parser.parse_args().quick)
+    parser.add_argument("--only", nargs="+", default=(), help="these parts: push, fetch, cut, memory, …")
+    parser.add_argument(
+        "--grid", action="store_true", help="chunk sizes, streams and kinds of server instead"
+    )
+    arguments = parser.parse_args()
+    if arguments.grid:
+        importlib.import_module("tests.bench.transport_grid").run(arguments.quick)
+    else:
+        run(arguments.quick, arguments.only)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import crc32c
 import numpy as np
+from nearkin.v1.checksums import followed_by, of_zeros
 
 from nearkin_service.ranges import RowSet
 from nearkin_service.values import MAX_INT32
@@ -76,6 +77,18 @@ def _unpack(data: bytes) -> Record | None:
         return None
     sound = start >= 0 and count >= 0 and start + count <= MAX_INT32
     return Record(Kind(kind), start, count, crc) if sound else None
+
+
+def checksum(path: Path, num_rows: int, row_bytes: int) -> int:
+    """CRC32C over all rows in order, put together from those of the records; rows of no record are zeros."""
+    arrived = sorted((r for r in read(path)[0] if r.kind is Kind.ROWS), key=lambda record: record.start)
+    crc = at = 0
+    for record in [*arrived, Record(Kind.ROWS, num_rows)]:
+        gap, nbytes = (record.start - at) * row_bytes, record.count * row_bytes
+        crc = followed_by(crc, of_zeros(gap), gap)
+        crc = followed_by(crc, record.crc, nbytes)
+        at = record.start + record.count
+    return crc
 
 
 def row_set(records: Iterable[Record], kind: Kind) -> RowSet:

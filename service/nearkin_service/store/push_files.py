@@ -154,8 +154,11 @@ class PushFiles:
             self.rows.blank(each.start, len(each))
 
     def checksum(self) -> int:
-        """CRC32C over all rows in order; what was never sent counts as zero bytes."""
-        return self.rows.checksum(0, self._spec.num_classes)
+        """CRC32C over all rows in order; what was never sent counts as zero bytes.
+
+        That of the rows as they arrived; whether they still lie there like that is for the build to see.
+        """
+        return journal.checksum(self.directory / JOURNAL, self._spec.num_classes, self._spec.row_bytes)
 
     def require_undamaged(self, check: Callable[[], None]) -> None:
         """DataLossError: a stored row is not what arrived. `check` is called often, and may raise."""
