@@ -65,6 +65,19 @@ def test_torch_tensors_are_copied_once_into_shared_memory(service: LocalService,
     assert_is_table(table.ids, table.scores, similarities(rows.float().numpy()))
 
 
+@pytest.mark.gpu
+def test_a_cuda_tensor_is_copied_from_the_device_into_shared_memory(service: LocalService) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rows = torch.randn(60, 12, 2, 2, device="cuda")
+    with NeighbourClient(service.address, run="cuda", shared_memory=True) as client:
+        client.push(rows, epoch=0, k=4, wire_dtype="float16")
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows.half().float().flatten(1).cpu().numpy()))
+
+
 def test_many_ranks_share_and_send_side_by_side(service: LocalService) -> None:
     rows = generator.standard_normal((90, 33)).astype(np.float32)
     for lo, shared in ((60, True), (0, False), (30, "auto")):
