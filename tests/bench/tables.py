@@ -1,4 +1,4 @@
-"""Exact tables beside their peers: `python -m tests.bench.tables [--quick]`.
+"""Exact tables beside their peers: `python -m tests.bench.tables [--quick | --grid]`.
 
 All sides are given the same normalised float32 keys in memory and the same cores, and are warmed up alike.
 FAISS and ours take turns, and the ratio is of medians. "Ours" is a whole build: keys, products, certificate,
@@ -58,6 +58,14 @@ PROBLEMS = (
     Problem(100_000, 512, 64, rounds=1, matrix=False),
     Problem(100_000, 512, 64, groups=1000, rounds=1, matrix=False),
 )
+GRID = tuple(
+    Problem(N, D, k, groups=max(2, N // 100), matrix=False)
+    for N in (100, 1_000, 5_000, 20_000, 100_000)
+    for D in (32, 128, 512, 2048)
+    for k in (10, 64, 256)
+    if k < N
+)
+"""Where the rule of `auto` has to hold: nowhere more than 10 % slower than FAISS flat."""
 QUICK = (Problem(3_000, 128, 16, approximate=True), Problem(3_000, 128, 16, groups=60))
 
 
@@ -106,6 +114,36 @@ def measure(problem: Problem) -> list[dict[str, Any]]:
     return rows
 
 
+def grid(most_classes: int) -> list[dict[str, Any]]:
+    """The rule of `auto` on the grid: median of five, or of one where FAISS takes long; prints as it goes."""
+    rows = []
+    print(f"{'N':>8}{'D':>6}{'k':>5}  {'engine':8}{'FAISS':>9}{'auto':>9}{'ratio':>7}")
+    for problem in GRID:
+        if problem.N > most_classes:  # noqa: SIM300 - N is no constant
+            continue
+        engine, faiss, auto = _taking_turns(problem)
+        print(
+            f"{problem.N:8,}{problem.D:6,}{problem.k:5}  {engine:8}{faiss:9.4f}{auto:9.4f}{faiss / auto:7.2f}"
+            f"{'' if auto <= 1.1 * faiss else '  slower'}",
+            flush=True,
+        )
+        rows.append({"problem": str(problem), "engine": engine, "faiss": faiss, "auto": auto})
+    return rows
+
+
+def _taking_turns(problem: Problem) -> tuple[str, float, float]:
+    """The engine that auto chose, and the median seconds of FAISS and of auto."""
+    keys = problem.keys()
+    engine = ours(keys, problem.k).engine  # compiles, too
+    first = seconds(lambda: peers.faiss_flat(keys, problem.k))
+    times = [
+        (seconds(lambda: peers.faiss_flat(keys, problem.k)), seconds(lambda: ours(keys, problem.k)))
+        for _ in range(5 if first < 2 else 1)
+    ]
+    faiss, auto = (statistics.median(side) for side in zip(*times, strict=True))
+    return engine, faiss, auto
+
+
 def _row(
     problem: Problem, name: str, taken: list[float], faiss: list[float], peaks: dict[str, float]
 ) -> dict[str, Any]:
@@ -148,4 +186,10 @@ def run(quick: bool) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.bench.tables", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
-    run(quick=parser.parse_args().quick)
+    parser.add_argument("--grid", action="store_true", help="the rule of auto beside FAISS flat, all sizes")
+    parser.add_argument("--most-classes", type=int, default=100_000, help="with --grid: leave out larger N")
+    arguments = parser.parse_args()
+    if arguments.grid:
+        grid(arguments.most_classes)
+    else:
+        run(quick=arguments.quick)
