@@ -15,6 +15,7 @@ import typer
 
 from nearkin_service import logs, offline_commands, settings, token_commands
 from nearkin_service.access import TlsFiles
+from nearkin_service.allocation import keep_message_buffers
 from nearkin_service.config import ServiceConfig
 from nearkin_service.resources import allow_many_connections
 
@@ -147,6 +148,8 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
     from nearkin_service import engines
     from nearkin_service.server import NeighbourServer
 
+    if not keep_message_buffers():
+        log.info("this C library gives freed buffers back at once: receiving rows costs more")
     device = engines.resolve_device(config.device)
     server = NeighbourServer(config, engines, device)
     stopping = asyncio.Event()
