@@ -14,6 +14,7 @@ from nearkin_trainer.classes import (
     class_means,
     exchange,
 )
+from nearkin_trainer.classes.rows import rounded
 from nearkin_trainer.distributed import World
 from nearkin_trainer.matching import SparseQAConv
 
@@ -112,3 +113,43 @@ def test_adagrad_keeps_one_number_per_row() -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="num_classes=1"):
         ClassEmbeddings(1, 2, 2, 2)
+
+
+def test_bfloat16_rows_do_not_stand_still() -> None:
+    """Steps far smaller than a bfloat16 place move rows as far as in float32, on average."""
+    torch.manual_seed(0)
+    table = ClassEmbeddings(64, 16, 2, 2, dtype=torch.bfloat16)
+    optimiser = RowSGD(table.weight, momentum=0.0)
+    ids = torch.arange(0, 64, 2)
+    before = table.weight.detach().float()
+    for _ in range(50):
+        noisy = 1 + 0.1 * torch.randn(len(ids), 16, 2, 2)
+        optimiser.update(table.weight, Rows(ids, noisy), rate=2e-5)
+    moved = table.weight.detach().float() - before
+    assert moved[ids].mean().item() == pytest.approx(-50 * 2e-5, rel=0.15)
+    assert not moved[ids + 1].any()
+
+
+def test_bfloat16_rows_take_float32_gradients() -> None:
+    torch.manual_seed(0)
+    half = ClassEmbeddings(9, 4, 2, 2, dtype=torch.bfloat16)
+    wide = ClassEmbeddings(9, 4, 2, 2)
+    with torch.no_grad():
+        wide.weight.copy_(half.weight)
+    features, labels = torch.randn(2, 4, 2, 2), torch.tensor([3, 5])
+    found = []
+    for table in (half, wide):
+        matcher = SparseQAConv(9, 4, 2, 2, classes=table)
+        matcher(features, labels, torch.tensor([[1, 8], [3, -1]])).scores[:, :2].sum().backward()
+        rows = table.take_gradient(ALONE)
+        assert rows is not None
+        found.append(rows)
+    assert found[0].values.dtype == torch.float32
+    assert found[0].ids.tolist() == found[1].ids.tolist()
+    assert torch.equal(found[0].values, found[1].values)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 0.0, 1.0, -2.5])
+def test_rounding_keeps_what_bfloat16_can_hold(value: float) -> None:
+    given = torch.full((3,), value)
+    assert torch.equal(rounded(given, torch.bfloat16).float().nan_to_num(7), given.nan_to_num(7))

@@ -16,7 +16,11 @@ from nearkin_trainer.model import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FEW, MANY = 100, 50_000
-WAYS = {"memory": ("memory", "adam"), **{name: ("learnable", name) for name in ROW_OPTIMISERS}}
+WAYS = {
+    "memory": ("memory", "adam"),
+    "bfloat16": ("learnable", "adam"),
+    **{name: ("learnable", name) for name in ROW_OPTIMISERS},
+}
 ROW_WISE = {"alias", "detach", "view", "slice", "index", "index_put_", "index_select", "index_add_"}
 NOISE = 16 * 1024  # bytes that Python itself may take more or less of
 
@@ -60,7 +64,7 @@ def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callabl
         out=Path("o"),
         image=ImageConfig(height=16, width=16),
         model=ModelConfig(channels=8, width=4, matching=backend),
-        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser, sharded=sharded),  # type: ignore[arg-type]
+        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser),  # type: ignore[arg-type]
     )
     seed_everything(0)
     model = build_model(
@@ -70,6 +74,7 @@ def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callabl
         keeping=config.embedding.keeping,
         device=torch.device("cpu"),
         sharded_over=World() if sharded else None,
+        storage=torch.bfloat16 if way == "bfloat16" else torch.float32,
     )
     learner = Learner(config, World(), model.train(), total_steps=4)
     pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)

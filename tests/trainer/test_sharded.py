@@ -20,7 +20,11 @@ from nearkin_trainer.model import Model, build_model
 
 ROOT = Path(__file__).parents[2]
 CLASSES = 31  # not a multiple of the number of processes
-WAYS = {"memory": ("memory", "adam"), **{name: ("learnable", name) for name in ROW_OPTIMISERS}}
+WAYS = {
+    "memory": ("memory", "adam"),
+    "bfloat16": ("learnable", "adam"),
+    **{name: ("learnable", name) for name in ROW_OPTIMISERS},
+}
 
 
 def _made(world: World, way: str, *, sharded: bool) -> tuple[Model, Learner]:
@@ -40,6 +44,7 @@ def _made(world: World, way: str, *, sharded: bool) -> tuple[Model, Learner]:
         keeping=config.embedding.keeping,
         device=world.device,
         sharded_over=world if sharded else None,
+        storage=torch.bfloat16 if way == "bfloat16" else torch.float32,
     )
     broadcast_module(world, model, leave=shards.names(model.classes))
     return model.train(), Learner(config, world, model, total_steps=4)
@@ -88,6 +93,7 @@ def check_same_bits(world: World, folder: Path) -> None:
         ours, theirs = other.classes.state_dict(), one.classes.state_dict()
         ours |= other_learner.state()["row_optimiser"]
         theirs |= one_learner.state()["row_optimiser"]
+        assert one.classes.weight.dtype == (torch.bfloat16 if way == "bfloat16" else torch.float32)
         for name, values in theirs.items():
             assert torch.equal(_whole(world, ours[name].float()), values.float()), (way, name)
 

@@ -222,7 +222,7 @@ def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalSe
     done = _command(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nearkin_trainer"),
         *("--data", str(data), "--out", str(tmp_path), *SMALL, *service),
-        *("--epochs", "2", "--resume", "--embedding.sharded"),
+        *("--epochs", "2", "--resume", "--embedding.sharded", "--embedding.storage", "bfloat16"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 processes before, 2 now" in done.stderr

@@ -152,6 +152,7 @@ class EmbeddingConfig:
         rate: `learnable` only: learning rate of the rows, scaled by the schedule.
         sharded: each process keeps only its share of the rows, and their optimiser's state; rows travel to
             where a step reads them. For tables that one process has no room for. Results are the same.
+        storage: what rows are stored as; `bfloat16` halves their memory. Updates are computed in float32.
     """
 
     keeping: Keeping = "learnable"
@@ -160,6 +161,7 @@ class EmbeddingConfig:
     optimiser: RowOptimiserName = "adam"
     rate: float = 1e-3
     sharded: bool = False
+    storage: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:

@@ -88,6 +88,7 @@ def build_model(
     keeping: Keeping,
     device: torch.device,
     sharded_over: World | None = None,
+    storage: torch.dtype = torch.float32,
     backbone: nn.Module | None = None,
 ) -> Model:
     """A new model on `device`.
@@ -99,6 +100,7 @@ def build_model(
         keeping: how the rows are kept, `learnable` or `memory`.
         device: where it lives.
         sharded_over: the job among whose processes the class table is shared out; by default each has all.
+        storage: what the rows of the class table are stored as.
         backbone: used instead of the configured one.
 
     Raises:
@@ -110,9 +112,9 @@ def build_model(
     channels, height, width = map_shape(backbone, image.height, image.width)
     shape = (num_classes, channels, height, width)
     if sharded_over is None:
-        classes = ClassEmbeddings(*shape, keeping)
+        classes = ClassEmbeddings(*shape, keeping, storage)
     else:
-        classes = ShardedClassEmbeddings(sharded_over, *shape, keeping)
+        classes = ShardedClassEmbeddings(sharded_over, *shape, keeping, storage)
     sparse = SparseQAConv(num_classes, channels, height, width, classes=classes, backend=config.matching)
     nn.init.constant_(sparse.head.logit_bn.weight, config.score_scale)
     return Model(backbone, sparse.to(device), choose_precision(config.precision, device))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from nearkin_client import NeighbourClient
 from nearkin_client.errors import NearkinError, Unavailable
 from nearkin_client.local import LocalService
@@ -50,6 +51,7 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
             keeping=config.embedding.keeping,
             device=world.device,
             sharded_over=world if config.embedding.sharded else None,
+            storage=getattr(torch, config.embedding.storage),
             backbone=backbone,
         )
         with (

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nearkin_trainer.classes.rows import Rows
+from nearkin_trainer.classes.rows import Rows, rounded
 
 
 class RowOptimiser(nn.Module):
@@ -28,13 +28,13 @@ class RowSGD(RowOptimiser):
     def __init__(self, table: torch.Tensor, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("velocity", torch.zeros_like(table, requires_grad=False))
+        self.register_buffer("velocity", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
 
     @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         velocity = self.momentum * self.velocity[gradient.ids] + gradient.values
         self.velocity[gradient.ids] = velocity
-        table.index_add_(0, gradient.ids, velocity, alpha=-rate)
+        _move(table, gradient.ids, velocity, rate)
 
 
 class RowAdagrad(RowOptimiser):
@@ -52,7 +52,7 @@ class RowAdagrad(RowOptimiser):
         squares = self.squares[gradient.ids] + gradient.values.square().flatten(1).mean(1)
         self.squares[gradient.ids] = squares
         scale = (squares.sqrt() + self.epsilon).view(-1, 1, 1, 1)
-        table.index_add_(0, gradient.ids, gradient.values / scale, alpha=-rate)
+        _move(table, gradient.ids, gradient.values / scale, rate)
 
 
 class RowAdam(RowOptimiser):
@@ -67,8 +67,8 @@ class RowAdam(RowOptimiser):
     ) -> None:
         super().__init__()
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.register_buffer("first", torch.zeros_like(table, requires_grad=False))
-        self.register_buffer("second", torch.zeros_like(table, requires_grad=False))
+        self.register_buffer("first", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
+        self.register_buffer("second", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
         self.register_buffer("steps", torch.zeros(table.shape[0], device=table.device))
 
     @torch.no_grad()
@@ -81,7 +81,15 @@ class RowAdam(RowOptimiser):
         steps = steps.double().view(-1, 1, 1, 1)  # 1 - 0.999 ** 1 has few digits left in float32
         deviation = second.div_((1 - self.beta2**steps).float()).sqrt_().add_(self.epsilon)
         scale = (1 - self.beta1**steps).float()
-        table.index_add_(0, ids, first.div_(deviation).div_(scale), alpha=-rate)
+        _move(table, ids, first.div_(deviation).div_(scale), rate)
+
+
+def _move(table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, rate: float) -> None:
+    """Takes `rate * steps` from some rows, in float32 whatever they are stored as."""
+    if table.dtype == torch.float32:
+        table.index_add_(0, ids, steps, alpha=-rate)
+    else:
+        table[ids] = rounded(table[ids].float().sub_(steps, alpha=rate), table.dtype)
 
 
 RowOptimiserName = Literal["sgd", "adagrad", "adam"]

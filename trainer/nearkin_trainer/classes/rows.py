@@ -69,7 +69,25 @@ def sparse_rows(gradient: torch.Tensor) -> Rows:
 
 def no_rows(table: torch.Tensor) -> Rows:
     """None of a table's rows."""
-    return Rows(torch.zeros(0, dtype=torch.int64, device=table.device), table.new_zeros(0, *table.shape[1:]))
+    ids = torch.zeros(0, dtype=torch.int64, device=table.device)
+    return Rows(ids, torch.zeros(0, *table.shape[1:], device=table.device))
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values as what a table stores.
+
+    To bfloat16 they are rounded up or down at random, with chances that keep the mean: rounded to the
+    nearest, a row would stand still once its steps are smaller than half a place. The draw is a hash of the
+    value's own bits, so that every process that computes a row rounds it alike.
+    """
+    if dtype == torch.float32:
+        return values
+    assert dtype == torch.bfloat16
+    bits = values.contiguous().view(torch.int32).to(torch.int64)
+    draw = (bits & 0xFFFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF
+    draw = (draw ^ draw >> 15) * 0x85EBCA6B >> 13 & 0xFFFF
+    found = (bits + draw & ~0xFFFF).to(torch.int32).view(torch.float32)
+    return torch.where(values.isfinite(), found, values).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearkin_trainer.classes.rows import Owners, Rows, add_up, class_sums, exchange, no_rows, sparse_rows
+from nearkin_trainer.classes.rows import (
+    Owners,
+    Rows,
+    add_up,
+    class_sums,
+    exchange,
+    no_rows,
+    rounded,
+    sparse_rows,
+)
 from nearkin_trainer.distributed import World, sum_over_ranks
 from nearkin_trainer.matching.rows import touched_classes
 
@@ -41,9 +50,10 @@ class ClassEmbeddings(nn.Module):
     Args:
         num_classes, channels, height, width: its shape.
         keeping: `learnable` or `memory`.
+        dtype: what rows are stored as, float32 or bfloat16. They are matched, and changed, in float32.
 
     Attributes:
-        weight: float32 `[N, C, H, W]`; normal noise until `start_from` or the first steps fill it.
+        weight: `[N, C, H, W]`; normal noise until `start_from` or the first steps fill it.
         seen: bool `[N]`; whether the row means anything yet. Rows never seen are absent from the neighbour
             table.
         shape: of the whole table, `(N, C, H, W)`.
@@ -52,8 +62,14 @@ class ClassEmbeddings(nn.Module):
     weight: nn.Parameter
     seen: torch.Tensor
 
-    def __init__(
-        self, num_classes: int, channels: int, height: int, width: int, keeping: Keeping = "learnable"
+    def __init__(  # noqa: PLR0917
+        self,
+        num_classes: int,
+        channels: int,
+        height: int,
+        width: int,
+        keeping: Keeping = "learnable",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -61,7 +77,8 @@ class ClassEmbeddings(nn.Module):
         self.keeping = keeping
         self.shape = (num_classes, channels, height, width)
         kept = self.kept
-        self.weight = nn.Parameter(noise(self.shape, kept), requires_grad=keeping == "learnable")
+        self._reads: list[_Read] = []
+        self.weight = nn.Parameter(noise(self.shape, kept).to(dtype), requires_grad=keeping == "learnable")
         self.register_buffer("seen", torch.full((kept.stop - kept.start,), keeping == "learnable"))
 
     @property
@@ -75,8 +92,15 @@ class ClassEmbeddings(nn.Module):
         return slice(0, self.num_classes)
 
     def read(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A tensor of rows, and where in it each of the `candidates` lies; −1 stays −1."""
-        return self.weight, candidates
+        """A tensor of float32 rows, and where in it each of the `candidates` lies; −1 stays −1."""
+        if self._read_in_place:
+            return self.weight, candidates
+        touched = touched_classes(candidates)
+        values = self._fetch(touched.ids).float()
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            values.requires_grad_()
+            self._reads.append(_Read(touched.ids, values))
+        return values, touched.slots
 
     def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
         """The sum (or the mean) over processes of rows by class; ids are positions in `weight`.
@@ -99,11 +123,11 @@ class ClassEmbeddings(nn.Module):
             batches: `(features [B, C, H, W], labels int64 [B])` of this process. Classes without any keep
                 their row.
         """
-        sums = torch.zeros_like(self.weight)
+        sums = torch.zeros_like(self.weight, dtype=torch.float32)
         counts = torch.zeros(len(self.weight), device=self.weight.device)
         self._add_features(world, batches, sums, counts)
         met = counts > 0
-        self.weight[met] = sums[met] / counts[met].view(-1, 1, 1, 1)
+        self.weight[met] = (sums[met] / counts[met].view(-1, 1, 1, 1)).to(self.weight.dtype)
         self.seen |= met
 
     @torch.no_grad()
@@ -114,9 +138,9 @@ class ClassEmbeddings(nn.Module):
             rows: what `collect` has put together.
             momentum: share of the old row that stays.
         """
-        old = self.weight[rows.ids]
+        old = self.weight[rows.ids].float()
         keep = torch.where(self.seen[rows.ids], momentum, 0.0).view(-1, 1, 1, 1)
-        self.weight[rows.ids] = keep * old + (1 - keep) * rows.values
+        self.weight[rows.ids] = rounded(keep * old + (1 - keep) * rows.values, self.weight.dtype)
         self.seen[rows.ids] = True
 
     def rows(self, classes: slice) -> torch.Tensor:
@@ -137,10 +161,23 @@ class ClassEmbeddings(nn.Module):
             )
         return slice(classes.start - kept.start, classes.stop - kept.start)
 
+    @property
+    def _read_in_place(self) -> bool:
+        return self.weight.dtype == torch.float32
+
+    def _fetch(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight.detach()[ids]
+
     def _own_gradient(self) -> Rows:
-        gradient = self.weight.grad
-        self.weight.grad = None
-        return no_rows(self.weight) if gradient is None else sparse_rows(gradient)
+        reads, self._reads = self._reads, []
+        found = [(read.ids, sparse_rows(read.values.grad)) for read in reads if read.values.grad is not None]
+        parts = [Rows(ids[rows.ids], rows.values) for ids, rows in found]
+        if self.weight.grad is not None:
+            parts.append(sparse_rows(self.weight.grad))
+            self.weight.grad = None
+        if len(parts) < 2:
+            return parts[0] if parts else no_rows(self.weight)
+        return add_up(parts)
 
     def _add_features(
         self,
@@ -179,6 +216,7 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         height: int,
         width: int,
         keeping: Keeping = "learnable",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if num_classes < world.size:
             raise ValueError(
@@ -186,35 +224,24 @@ class ShardedClassEmbeddings(ClassEmbeddings):
                 "leave it out"
             )
         self._owners = Owners(world, num_classes)
-        super().__init__(num_classes, channels, height, width, keeping)
-        self._reads: list[_Read] = []
+        super().__init__(num_classes, channels, height, width, keeping, dtype)
 
     @property
     def kept(self) -> slice:
         """The classes of this process."""
         return self._owners.mine
 
-    def read(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of the distinct candidates, fetched, and where among them each candidate lies."""
-        touched = touched_classes(candidates)
-        values = self._owners.fetch(touched.ids, self.weight.detach())
-        if self.weight.requires_grad and torch.is_grad_enabled():
-            values.requires_grad_()
-            self._reads.append(_Read(touched.ids, values))
-        return values, touched.slots
-
     def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
         """The sum (or the mean) over processes of the rows of this process's classes."""
         assert world.size == self._owners.world.size
         return self._owners.send_home(rows, average=average)
 
-    def _own_gradient(self) -> Rows:
-        reads, self._reads = self._reads, []
-        found = [(read.ids, sparse_rows(read.values.grad)) for read in reads if read.values.grad is not None]
-        parts = [Rows(ids[rows.ids], rows.values) for ids, rows in found]
-        if len(parts) < 2:
-            return parts[0] if parts else no_rows(self.weight.detach())
-        return add_up(parts)
+    @property
+    def _read_in_place(self) -> bool:
+        return False
+
+    def _fetch(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._owners.fetch(ids, self.weight.detach())
 
     def _add_features(
         self,
