@@ -2,12 +2,12 @@
 
 `mixed` where it is known to win, else `flat`:
 
-- its packages are installed (`nearkin-service[mixed]`) and the processor multiplies bfloat16 in hardware;
+- its packages are installed (`nearkin-service[mixed]`) and the processor has bfloat16
+  instructions, as those had on which it was measured;
 - the device is the CPU;
 - at least `LEAST_CLASSES` classes: below, starting its threads costs more than it saves;
 - k is at most a quarter of the classes: above, the k-th neighbour's similarity is near or below zero, where
-its
-  sieve does not work, and little is left to leave out.
+  its sieve does not work, and little is left to leave out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         return "flat", f"auto, since there are fewer than {LEAST_CLASSES} classes"
     if 4 * job.k > job.classes:
         return "flat", "auto, since k is more than a quarter of the classes"
-    return "mixed", "auto, since bfloat16 products are faster here"
+    return "mixed", "auto, since it computes each product once"
 
 
 @cache
