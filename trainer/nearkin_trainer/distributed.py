@@ -93,6 +93,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         group = _node_group(rank, size, local_rank, local_size)
         logger.info("process %d of %d on %s (%s), %d threads", rank, size, chosen, backend, threads)
         yield World(rank, size, local_rank, local_size, chosen, group)
+        dist.barrier()  # whoever leaves first would break the connections that others still use
     finally:
         dist.destroy_process_group()
 

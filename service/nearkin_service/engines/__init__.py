@@ -10,10 +10,10 @@ from nearkin_service.engines.contract import (
     LocationOptions,
     MeasuredRecall,
     Neighbours,
+    Parent,
     Searcher,
 )
 from nearkin_service.engines.devices import resolve_device
-from nearkin_service.engines.incremental import Parent
 from nearkin_service.engines.workers import worker_count
 
 __all__ = [

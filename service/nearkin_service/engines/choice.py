@@ -18,11 +18,12 @@ from nearkin_service.engines.contract import (
     EngineDescription,
     KeyName,
     LocationOptions,
+    Parent,
     Searcher,
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
 from nearkin_service.engines.flat import FlatSearcher, build_flat
-from nearkin_service.engines.incremental import Parent, fits, update_flat
+from nearkin_service.engines.incremental import fits, update_flat
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.qaconv import (

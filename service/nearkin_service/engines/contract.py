@@ -102,6 +102,16 @@ class BuildMonitor(Protocol):
         """Raise `BuildCancelled` if the build must stop. Called at least once a second."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The generation before: its rows as pushed [N, R], its exact table [N, k], and its absent classes."""
+
+    rows: NDArray[Any]
+    ids: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    absent: NDArray[np.int64]
+
+
 class BuildCancelled(Exception):  # noqa: N818 - not an error: somebody asked for it
     """The build was cancelled or ran out of its time; the argument says which."""
 

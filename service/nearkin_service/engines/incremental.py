@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY, STEPS, best, ranks, steps_of
 from nearkin_service.engines.complete import Queries
-from nearkin_service.engines.contract import BuildMonitor, BuiltTable
+from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Parent
 from nearkin_service.engines.devices import faiss_version
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
 from nearkin_service.engines.keys import KeyedRows
@@ -30,16 +29,6 @@ log = logging.getLogger("nearkin.engines")
 
 _COMPARED_BYTES = 1 << 24
 _SAMPLED = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The generation before: its rows as pushed [N, R], its exact table [N, k], and its absent classes."""
-
-    rows: NDArray[Any]
-    ids: NDArray[np.int32]
-    scores: NDArray[np.float32]
-    absent: NDArray[np.int64]
 
 
 def changed_classes(

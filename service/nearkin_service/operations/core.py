@@ -20,9 +20,9 @@ from nearkin_service.engines.contract import (
     EngineDescription,
     KeyName,
     LocationOptions,
+    Parent,
     Searcher,
 )
-from nearkin_service.engines.incremental import Parent
 from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
 from nearkin_service.metrics import Metrics
 from nearkin_service.store import DataDirectory, PushFiles, Segment

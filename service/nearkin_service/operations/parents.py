@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from nearkin_service.catalogue import Run
-from nearkin_service.engines.incremental import Parent
+from nearkin_service.engines.contract import Parent
 from nearkin_service.errors import NearkinError
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import Generation, PushSpec

@@ -105,7 +105,9 @@ def test_maxima_that_bfloat16_cannot_tell_apart(backend: str) -> None:
     case = random_case((64, 5, 5), (5, 5), (3, 4, 6))
     close = torch.randn(64)[None, :, None, None]
     case = dataclasses.replace(case, probes=close + 0.01 * case.probes, classes=close + 0.01 * case.classes)
-    assert_as_good_as_plain(case, backend)
+    # Which of two locations that float32 cannot tell apart either gets the gradient is a matter of chance.
+    truth, plain, found = exact(case), answer(case, "plain"), answer(case, backend)
+    assert error(found.maxima, truth.maxima) <= 2 * error(plain.maxima, truth.maxima) + SLACK
 
 
 @pytest.mark.parametrize("backend", ALL)
