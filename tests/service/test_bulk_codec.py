@@ -40,6 +40,8 @@ def as_generated(rows: bulk.WriteRows) -> pb.WriteRowsRequest:
         row_start=rows.row_start,
         shared_row_count=rows.shared_row_count,
         crc32c=rows.crc32c,
+        segment=rows.segment,
+        segment_offset=rows.segment_offset,
         payload=bytes(rows.payload),
     )
 
