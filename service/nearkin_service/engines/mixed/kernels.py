@@ -264,49 +264,24 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -
 
 
 @_compiled_loosely
-def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> None:
-    """Inner products in float64 of each query with its listed keys; four at once, so that loads overlap."""
-    starts, others = pairs
-    size = keys_MD.shape[1]
-    query = np.empty(size)
-    for row in range(starts.shape[0] - 1):
-        query[:] = queries_QD[row]
-        pair, end = starts[row], starts[row + 1]
-        while pair < end:
-            last = end - 1
-            key_0 = keys_MD[others[pair]]
-            key_1 = keys_MD[others[min(pair + 1, last)]]
-            key_2 = keys_MD[others[min(pair + 2, last)]]
-            key_3 = keys_MD[others[min(pair + 3, last)]]
-            sum_0 = sum_1 = sum_2 = sum_3 = 0.0
-            for column in range(size):
-                sum_0 += query[column] * np.float64(key_0[column])
-                sum_1 += query[column] * np.float64(key_1[column])
-                sum_2 += query[column] * np.float64(key_2[column])
-                sum_3 += query[column] * np.float64(key_3[column])
-            products[min(pair + 3, last)] = sum_3
-            products[min(pair + 2, last)] = sum_2
-            products[min(pair + 1, last)] = sum_1
-            products[pair] = sum_0
-            pair += 4
+def add_products(query: Any, keys_BD: Any, others: Any, first_key: Any, products: Any) -> None:
+    """Add one query's products with the listed keys, in float64; four at once, so that loads overlap.
 
-
-@_compiled_loosely
-def add_packed_products(query: Any, packed_BC: Any, others: Any, first_key: Any, products: Any) -> None:
-    """Add one query's products with the listed keys, over the elements that are packed; four keys at once."""
+    `keys_BD` holds the keys from number `first_key` on.
+    """
     pair, end = 0, others.shape[0]
     while pair < end:
         last = end - 1
-        key_0 = packed_BC[others[pair] - first_key]
-        key_1 = packed_BC[others[min(pair + 1, last)] - first_key]
-        key_2 = packed_BC[others[min(pair + 2, last)] - first_key]
-        key_3 = packed_BC[others[min(pair + 3, last)] - first_key]
+        key_0 = keys_BD[others[pair] - first_key]
+        key_1 = keys_BD[others[min(pair + 1, last)] - first_key]
+        key_2 = keys_BD[others[min(pair + 2, last)] - first_key]
+        key_3 = keys_BD[others[min(pair + 3, last)] - first_key]
         sum_0 = sum_1 = sum_2 = sum_3 = 0.0
         for column in range(query.shape[0]):
-            sum_0 += query[column] * key_0[column]
-            sum_1 += query[column] * key_1[column]
-            sum_2 += query[column] * key_2[column]
-            sum_3 += query[column] * key_3[column]
+            sum_0 += query[column] * np.float64(key_0[column])
+            sum_1 += query[column] * np.float64(key_1[column])
+            sum_2 += query[column] * np.float64(key_2[column])
+            sum_3 += query[column] * np.float64(key_3[column])
         products[pair] += sum_0
         if pair + 1 < end:
             products[pair + 1] += sum_1
@@ -315,6 +290,18 @@ def add_packed_products(query: Any, packed_BC: Any, others: Any, first_key: Any,
         if pair + 3 < end:
             products[pair + 3] += sum_3
         pair += 4
+
+
+@_compiled
+def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> None:
+    """Inner products in float64 of each query with its listed keys."""
+    starts, others = pairs
+    products[:] = 0.0
+    query = np.empty(keys_MD.shape[1])
+    for row in range(starts.shape[0] - 1):
+        begin, end = starts[row], starts[row + 1]
+        query[:] = queries_QD[row]
+        add_products(query, keys_MD, others[begin:end], 0, products[begin:end])
 
 
 @_compiled
@@ -347,9 +334,8 @@ def wide_pair_products(
                 cursors[row] = end
                 if end > begin:
                     query[:width] = queries_QD[row, left : left + width]
-                    add_packed_products(
-                        query[:width], packed_BC, others[begin:end], first_key, products[begin:end]
-                    )
+                    some = slice(begin, end)
+                    add_products(query[:width], packed_BC, others[some], first_key, products[some])
 
 
 @_compiled
