@@ -112,6 +112,8 @@ class _Update:
         self._is_changed[changed] = True
         self._kept = np.flatnonzero(~self._is_changed[present])
         self._moved = np.flatnonzero(self._is_changed[present])
+        self._news = FlatIndex(len(self._moved), index.keys_MD.shape[1], "cpu")
+        self._news.keys_MD[:] = index.keys_MD[self._moved]
 
     def expected_cost(self, k: int) -> float:
         """In products of all rows with all rows; how many rows must be searched again, a sample tells."""
@@ -134,9 +136,31 @@ class _Update:
         """Ranks int64 [U, k] of unchanged rows from the parent's and their entrants; which are certain."""
         old, ids = _old_ranks(self._parent, self._present, rows), self._parent.ids[self._present[rows]]
         stayed = np.where(self._is_changed[ids] | (ids < 0), EMPTY, old)
-        entrants = _entrants(self._index, rows, self._moved, k, self._monitor)
+        entrants = self._entrants(rows, k)
         merged = best(np.concatenate([stayed, entrants], axis=1), k)
         return merged, merged[:, -1] <= old[:, -1]
+
+    def _entrants(self, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        """Ranks int64 [U, k'] of the changed rows that are best for each unchanged one."""
+        wanted = min(k, len(self._moved))
+        entrants_Uk = np.full((len(rows), wanted), EMPTY)
+        if not wanted:
+            return entrants_Uk
+        pace = Pace(self._monitor, "entrants", len(rows))
+        block = BlockSize(1024, 1 << 14)
+        done = 0
+        while done < len(rows):
+            block.start()
+            some = rows[done : done + block.rows]
+            queries = Queries(self._index.keys_MD[some], np.full(len(some), -1))
+            found, _ = nearest(self._news, queries, wanted, self._monitor)
+            empty = found == EMPTY
+            entrants = ranks(steps_of(found), self._moved[np.where(empty, 0, found & 0xFFFFFFFF)])
+            entrants_Uk[done : done + len(some)] = np.where(empty, EMPTY, entrants)
+            done += len(some)
+            pace.done(done)
+            block.finish()
+        return entrants_Uk
 
 
 def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -146,37 +170,6 @@ def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int6
     ids = parent.ids[present[kept]]
     steps = np.rint(np.where(ids < 0, 0.0, parent.scores[present[kept]].astype(np.float64)) * STEPS)
     return ranks(steps.astype(np.int64), np.where(ids < 0, -1, np.maximum(position[ids], 0)))
-
-
-def _entrants(
-    index: FlatIndex,
-    kept: NDArray[np.int64],
-    moved: NDArray[np.int64],
-    k: int,
-    monitor: BuildMonitor,
-) -> NDArray[np.int64]:
-    """Ranks int64 [U, k'] of each unchanged row's best changed ones."""
-    wanted = min(k, len(moved))
-    entrants_Uk = np.full((len(kept), wanted), EMPTY)
-    if not wanted:
-        return entrants_Uk
-    news = FlatIndex(len(moved), index.keys_MD.shape[1], "cpu")
-    news.keys_MD[:] = index.keys_MD[moved]
-    pace = Pace(monitor, "entrants", len(kept))
-    block = BlockSize(1024, 1 << 14)
-    done = 0
-    while done < len(kept):
-        block.start()
-        some = kept[done : done + block.rows]
-        queries = Queries(index.keys_MD[some], np.full(len(some), -1))
-        found, _ = nearest(news, queries, wanted, monitor)
-        empty = found == EMPTY
-        entrants = ranks(steps_of(found), moved[np.where(empty, 0, found & 0xFFFFFFFF)])
-        entrants_Uk[done : done + len(some)] = np.where(empty, EMPTY, entrants)
-        done += len(some)
-        pace.done(done)
-        block.finish()
-    return entrants_Uk
 
 
 def _search(index: FlatIndex, rows: NDArray[np.int64], ranks_Mk: NDArray[np.int64], pace: Pace) -> None:
