@@ -80,9 +80,8 @@ class Builds:
     def __init__(self, core: Core, searching: Searching) -> None:
         self._core = core
         self._searching = searching
-        self._waiting: OrderedDict[str, deque[Push]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[tuple[Push, Any]]] = OrderedDict()  # and the span that asked
         self._running: dict[str, _Monitor] = {}
-        self._asked_by: dict[str, Any] = {}
         self._queued = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -93,8 +92,7 @@ class Builds:
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
     def enqueue(self, push: Push) -> None:
-        self._waiting.setdefault(push.spec.run, deque()).append(push)
-        self._asked_by[push.push_id] = tracing.here()
+        self._waiting.setdefault(push.spec.run, deque()).append((push, tracing.here()))
         self._core.metrics.queued_builds.inc()
         self._idle.clear()
         self._queued.set()
@@ -117,29 +115,27 @@ class Builds:
 
     async def _work(self) -> None:
         while True:
-            push = self._next()
-            if push is None:
+            queued = self._next()
+            if queued is None:
                 self._idle.set()
                 self._queued.clear()
                 await self._queued.wait()
-            elif push.state is PushState.BUILDING:
-                await self._traced_build(push)
-            else:
-                self._asked_by.pop(push.push_id, None)
+            elif queued[0].state is PushState.BUILDING:
+                await self._traced_build(*queued)
 
-    def _next(self) -> Push | None:
+    def _next(self) -> tuple[Push, Any] | None:
         """The oldest push of the run whose turn it is."""
         if not self._waiting:
             return None
         run, pushes = self._waiting.popitem(last=False)
-        push = pushes.popleft()
+        queued = pushes.popleft()
         if pushes:
             self._waiting[run] = pushes
         self._core.metrics.queued_builds.dec()
-        return push
+        return queued
 
-    async def _traced_build(self, push: Push) -> None:
-        asked_by, spec = self._asked_by.pop(push.push_id, None), push.spec
+    async def _traced_build(self, push: Push, asked_by: Any) -> None:
+        spec = push.spec
         with tracing.span("build", asked_by, run=spec.run, epoch=spec.epoch, push=push.push_id):
             await self._build(push)
 
