@@ -32,7 +32,6 @@ from nearkin_client.errors import (
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender, begin_request, changed_ranges
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
-from nearkin_client.ranges import Range
 from nearkin_client.tables import read_table
 from nearkin_client.values import (
     Comparison,
@@ -196,12 +195,12 @@ class NeighbourClient:
             self._require_feature("base_generation", timeout)
         if key == "qaconv":
             self._require_feature("qaconv", timeout)
-        todo = changed_ranges(changed_rows, row_start, rows.count)
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
-        if base_generation is None:
+        if changed_rows is None:
             return self._push_rows(request, rows, row_start, deadline)
+        todo = changed_ranges(changed_rows, row_start, rows.count)
         try:
-            push = self._push(request, rows, row_start, todo, deadline)
+            push = decoding.push(self._begin(request, rows, row_start, deadline).send(todo))
             return self._commit_changes(push, deadline) if commit else push
         except PushFailed:
             raise
@@ -218,13 +217,8 @@ class NeighbourClient:
         whole = request.commit_when_complete and rows.count == request.num_classes
         request.commit_when_complete = request.commit_when_complete and not whole
         sender = self._begin(request, rows, row_start, deadline)
-        push = sender.send(changed_ranges(None, row_start, rows.count))
+        push = sender.send_all()
         return self._commit_whole(push.push_id, sender.digest(), deadline) if whole else decoding.push(push)
-
-    def _push(
-        self, request: pb.BeginPushRequest, rows: Rows, row_start: int, todo: list[Range], deadline: Deadline
-    ) -> Push:
-        return decoding.push(self._begin(request, rows, row_start, deadline).send(todo))
 
     def _begin(self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline) -> Sender:
         begun = self._wire.ask(

@@ -136,9 +136,7 @@ def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
 
 
 def changed_ranges(changed: Any, row_start: int, count: int) -> list[ranges.Range]:
-    """The rows to send as ranges of classes; all of them when nobody says which changed."""
-    if changed is None:
-        return [(row_start, row_start + count)] if count else []
+    """The rows to send, as ranges of classes."""
     ids = np.unique(np.asarray(changed))
     if not ids.size:
         return []
@@ -188,6 +186,11 @@ class Sender:
         if self._rows.count < self._push.num_classes or self._push.absent_count:
             return None
         return self._digest.whole(self._rows_per_message)
+
+    def send_all(self) -> pb.Push:
+        """`send` of every row given."""
+        count = self._rows.count
+        return self.send([(self._row_start, self._row_start + count)] if count else [])
 
     def send(self, todo: list[ranges.Range]) -> pb.Push:
         """Return once the service has these classes' rows, or raise. Some may be stored in either case."""
