@@ -32,6 +32,15 @@ def released() -> Iterator[HeldEngines]:
     held.go.set()
 
 
+def damaged_while_building(caller: Caller, engines: HeldEngines, tmp_path: Path) -> str:
+    """A push one bit of whose rows flips while its engine is at work; its id."""
+    push_id: str = caller.begin(ROWS).push.push_id
+    caller.write(push_id, ROWS)
+    assert engines.building.wait(10)
+    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", 1000)
+    return push_id
+
+
 def refused(caller: Caller, push_id: str) -> None:
     """The push has failed as DATA_LOSS, nothing was published, and the epoch can be pushed again."""
     push = caller.ended(push_id)
@@ -69,10 +78,7 @@ def test_a_bit_flipped_while_the_table_is_built(
     released: HeldEngines, start_service: Callable[..., Service], tmp_path: Path
 ) -> None:
     caller = start_service(using=released).caller()
-    push_id = caller.begin(ROWS).push.push_id
-    caller.write(push_id, ROWS)
-    assert released.building.wait(10)
-    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", 1000)
+    push_id = damaged_while_building(caller, released, tmp_path)
     released.go.set()
     refused(caller, push_id)
 
@@ -81,10 +87,7 @@ def test_an_engine_that_stumbles_over_damage_is_not_blamed(
     released: HeldEngines, start_service: Callable[..., Service], tmp_path: Path
 ) -> None:
     caller = start_service(using=released).caller()
-    push_id = caller.begin(ROWS).push.push_id
-    caller.write(push_id, ROWS)
-    assert released.building.wait(10)
-    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", 1000)
+    push_id = damaged_while_building(caller, released, tmp_path)
     released.error = RuntimeError("no certificate for row 3")
     released.go.set()
     assert caller.ended(push_id).error.startswith("DATA_LOSS: ")

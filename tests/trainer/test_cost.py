@@ -2,25 +2,17 @@
 
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import ROW_OPTIMISERS
-from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
 from nearkin_trainer.distributed import World
-from nearkin_trainer.learner import Learner
-from nearkin_trainer.model import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.trainer.learners import WAYS, made
+
 FEW, MANY = 100, 50_000
-WAYS = {
-    "memory": ("memory", "adam"),
-    "bfloat16": ("learnable", "adam"),
-    **{name: ("learnable", name) for name in ROW_OPTIMISERS},
-}
 ROW_WISE = {"alias", "detach", "view", "slice", "index", "index_put_", "index_select", "index_add_"}
 NOISE = 16 * 1024  # bytes that Python itself may take more or less of
 
@@ -58,25 +50,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callable[[], list[tuple[str, int]]]:
-    keeping, optimiser = WAYS[way]
-    config = TrainConfig(
-        data=Path("d"),
-        out=Path("o"),
-        image=ImageConfig(height=16, width=16),
-        model=ModelConfig(channels=8, width=4, matching=backend),
-        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser),  # type: ignore[arg-type]
-    )
-    seed_everything(0)
-    model = build_model(
-        config.model,
-        config.image,
-        num_classes,
-        keeping=config.embedding.keeping,
-        device=torch.device("cpu"),
-        sharded_over=World() if sharded else None,
-        storage=torch.bfloat16 if way == "bfloat16" else torch.float32,
-    )
-    learner = Learner(config, World(), model.train(), total_steps=4)
+    model, learner = made(World(), way, num_classes, sharded=sharded, backend=backend)
     pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(4).repeat_interleave(2) * 20
     neighbours = torch.arange(8 * 5).view(8, 5) * 2 + 1

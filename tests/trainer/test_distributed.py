@@ -1,8 +1,5 @@
 """Two real processes: what they exchange, and what they share."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,26 +30,14 @@ from nearkin_trainer.model import build_model
 from nearkin_trainer.neighbours import NeighbourConfig, Neighbours
 from nearkin_trainer.node import node_array, wait_for_node
 
-ROOT = Path(__file__).parents[2]
+from tests.trainer.processes import run_together
 
 
 def _together(size: int = 2) -> None:
     """Runs every `check_` of this module in `size` processes."""
-    store = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
-            *("-m", "tests.trainer.test_distributed"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert store.returncode == 0, store.stderr[-3000:]
+    printed = run_together("tests.trainer.test_distributed", size=size, seconds=120)
     for name in CHECKS:
-        assert store.stdout.count(f"{name} passed") == size, (name, store.stdout)
+        assert printed.count(f"{name} passed") == size, (name, printed)
 
 
 def check_text(world: World) -> None:

@@ -1,7 +1,5 @@
 """A sharded class table: the bits of a replicated one, on any number of processes."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,43 +9,20 @@ import pytest
 import torch
 from nearkin_trainer import checkpoint
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import ROW_OPTIMISERS, ClassEmbeddings, ShardedClassEmbeddings, shards
+from nearkin_trainer.classes import ClassEmbeddings, ShardedClassEmbeddings, shards
 from nearkin_trainer.classes.table import NOISE_BLOCK, noise
-from nearkin_trainer.config import EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
-from nearkin_trainer.distributed import World, barrier, broadcast_module, gather_rows, join_world, swap_rows
+from nearkin_trainer.distributed import World, barrier, gather_rows, join_world, swap_rows
 from nearkin_trainer.learner import Learner
-from nearkin_trainer.model import Model, build_model
+from nearkin_trainer.model import Model
 
-ROOT = Path(__file__).parents[2]
+from tests.trainer.learners import WAYS, made
+from tests.trainer.processes import run_together
+
 CLASSES = 31  # not a multiple of the number of processes
-WAYS = {
-    "memory": ("memory", "adam"),
-    "bfloat16": ("learnable", "adam"),
-    **{name: ("learnable", name) for name in ROW_OPTIMISERS},
-}
 
 
 def _made(world: World, way: str, *, sharded: bool) -> tuple[Model, Learner]:
-    keeping, optimiser = WAYS[way]
-    config = TrainConfig(
-        data=Path("d"),
-        out=Path("o"),
-        image=ImageConfig(height=16, width=16),
-        model=ModelConfig(channels=8, width=4, matching="plain"),
-        embedding=EmbeddingConfig(keeping=keeping, optimiser=optimiser, sharded=sharded),  # type: ignore[arg-type]
-    )
-    seed_everything(0)
-    model = build_model(
-        config.model,
-        config.image,
-        CLASSES,
-        keeping=config.embedding.keeping,
-        device=world.device,
-        sharded_over=world if sharded else None,
-        storage=torch.bfloat16 if way == "bfloat16" else torch.float32,
-    )
-    broadcast_module(world, model, leave=shards.names(model.classes))
-    return model.train(), Learner(config, world, model, total_steps=4)
+    return made(world, way, CLASSES, sharded=sharded)
 
 
 def _learn(world: World, learner: Learner, first: int, last: int) -> list[float]:
@@ -136,20 +111,8 @@ def _load(path: Path, model: Model, learner: Learner) -> None:
 
 
 def test_two_processes_then_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "tests.trainer.test_sharded", str(tmp_path)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("all passed") == 2
+    printed = run_together("tests.trainer.test_sharded", str(tmp_path), seconds=300)
+    assert printed.count("all passed") == 2
     for way in WAYS:
         files = sorted(path.name for path in (tmp_path / way).iterdir())
         assert files == ["shared-2-0-of-2.npz", "shared-2-1-of-2.npz", "shared.npz", "whole.npz"]
