@@ -17,7 +17,7 @@ RECIPE = {
     "--loss.softmax": 0.5,
     "--loss.batch-softmax": 1.0,
     "--cosine.weight": 1.0,
-    # Vendors draw an emoji in the same place and at the same size: little is learned from moving it about.
+    # Vendors draw an emoji in the same place and size: it is moved about less than by default.
     "--augment.rotate": 5,
     "--augment.zoom": 0.1,
     "--augment.stretch": 0.1,
