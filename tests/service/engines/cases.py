@@ -107,6 +107,16 @@ def huge_and_tiny_rows(random: np.random.Generator) -> Case:
 
 
 @_case
+def one_class_equally_near_to_all(random: np.random.Generator) -> Case:
+    rows = _random(random, 1500, 128)
+    rows[:, 0] = 0
+    rows *= 0.8 / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[:, 0] = 0.6
+    rows[5] = np.eye(128, dtype=np.float32)[0]
+    return rows, 4
+
+
+@_case
 def one_element(random: np.random.Generator) -> Case:
     return np.where(_random(random, 1050, 1) > 0, np.float32(2), np.float32(-3)), 7
 

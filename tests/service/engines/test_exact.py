@@ -28,12 +28,19 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
 
 
 @needs_mixed
-@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("products", "places"),
+    [("bfloat16", 1 << 25), ("float32", 1 << 25), ("bfloat16", 1)],
+    ids=["bfloat16", "float32", "narrow sieves"],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_engines_agree_bit_for_bit(name: str, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever products a processor is quickest at."""
+def test_engines_agree_bit_for_bit(
+    name: str, products: str, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever products a processor is quickest at, and where sieves overflow, as among many classes."""
     scan = importlib.import_module("nearkin_service.engines.mixed.scan")
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
+    monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
     rows, k = CASES[name](np.random.default_rng(12))
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)

@@ -220,9 +220,10 @@ def finish_rows(span: Any, k: Any, sieve: Any, kth: Any) -> None:
 def list_pairs(span: Any, least: Any, sieve: Any, exact_MW: Any) -> Any:
     """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
 
-    A pair is listed if its row wants it, nobody scored it yet, and the other row does not list it itself.
+    A pair is listed if its row wants it, nobody scored it yet, and the other row does not list it itself:
+    that one does if it wants the pair and its sieve cannot have dropped it.
     """
-    values, ids, counts = sieve.values, sieve.ids, sieve.counts
+    limits, values, ids, counts = sieve.limits, sieve.values, sieve.ids, sieve.counts
     starts = np.zeros(span[1] - span[0] + 1, np.int64)
     others = np.empty(counts[span[0] : span[1]].sum(), np.int32)
     pair = 0
@@ -232,7 +233,7 @@ def list_pairs(span: Any, least: Any, sieve: Any, exact_MW: Any) -> Any:
             value = values[row, place]
             if value >= wanted and exact_MW[row, place] == UNKNOWN:
                 other = ids[row, place]
-                if other > row or value < least[other]:
+                if other > row or value < least[other] or value <= limits[other]:
                     others[pair] = other
                     pair += 1
         starts[row - span[0] + 1] = pair
