@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz TARGET [libFuzzer options]`; without a target: a minute of each.
+"""`python -m tests.fuzz TARGET [libFuzzer options]`; without a target: each for NEARKIN_FUZZ_SECONDS (60).
 
 What it finds is written to the current directory as `crash-…`; once mended, it goes into corpus/TARGET.
 """
@@ -6,6 +6,7 @@ What it finds is written to the current directory as `crash-…`; once mended, i
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,9 @@ with atheris.instrument_imports(include=["nearkin", "nearkin_service"]):
     from tests.fuzz import targets
 
 CORPUS = Path(__file__).with_name("corpus")
-SECONDS_EACH = 60
+SECONDS_EACH = int(os.environ.get("NEARKIN_FUZZ_SECONDS", "60"))
+MEMORY = Path("/dev/shm")
+"""Where files need not reach a disk: a data directory flushes every one."""
 
 
 def every_target() -> int:
@@ -33,6 +36,8 @@ def every_target() -> int:
 def fuzz(name: str, options: list[str]) -> None:
     """New inputs go to a folder that is thrown away; the committed ones are where it starts from."""
     logging.disable(logging.CRITICAL)
+    if MEMORY.is_dir():
+        tempfile.tempdir = str(MEMORY)
     with tempfile.TemporaryDirectory() as grown:
         atheris.Setup(
             [sys.argv[0], grown, str(CORPUS / name), "-max_len=512", *options], targets.TARGETS[name]

@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nearkin_service.errors import DataLossError
@@ -20,9 +21,15 @@ def require_fit(value: Any, kind: Any, name: str) -> None:
     if not _fits(value, kind):
         raise DataLossError(f"{name} is not {getattr(kind, '__name__', kind)}: {str(value)[:80]!r}")
     if is_dataclass(value):
-        hints = get_type_hints(type(value))
-        for each in fields(value):
-            require_fit(getattr(value, each.name), hints[each.name], f"{name}.{each.name}")
+        for field, declared in _declared(value.__class__).items():
+            require_fit(getattr(value, field), declared, f"{name}.{field}")
+
+
+@cache
+def _declared(kind: type[Any]) -> Mapping[str, Any]:
+    """The fields of a dataclass and their types; working these out takes longer than comparing them."""
+    hints = get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 def require_moment(seconds: Any, name: str) -> float:
