@@ -18,6 +18,8 @@ with atheris.instrument_imports(include=["nearkin", "nearkin_service"]):
     from tests.fuzz import targets
 
 CORPUS = Path(__file__).with_name("corpus")
+DIRECTORIES = ("data_directory", "snapshot")
+"""Three bytes are one change to one of twenty files: many more than these leave nothing sound to look at."""
 SECONDS_EACH = int(os.environ.get("NEARKIN_FUZZ_SECONDS", "60"))
 MEMORY = Path("/dev/shm")
 """Where files need not reach a disk: a data directory flushes every one."""
@@ -38,9 +40,10 @@ def fuzz(name: str, options: list[str]) -> None:
     logging.disable(logging.CRITICAL)
     if MEMORY.is_dir():
         tempfile.tempdir = str(MEMORY)
+    longest = 60 if name in DIRECTORIES else 512
     with tempfile.TemporaryDirectory() as grown:
         atheris.Setup(
-            [sys.argv[0], grown, str(CORPUS / name), "-max_len=512", *options], targets.TARGETS[name]
+            [sys.argv[0], grown, str(CORPUS / name), f"-max_len={longest}", *options], targets.TARGETS[name]
         )
         atheris.Fuzz()
 

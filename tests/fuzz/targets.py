@@ -217,6 +217,8 @@ def _damage(path: Path, how: int, value: int) -> None:
 def _replace(body: Any, which: int, value: int) -> None:
     """One value in a document becomes a hostile one, or goes."""
     places = list(_places(body))
+    if not places:  # everything went before
+        return
     holder, key = places[which % len(places)]
     if value == 255:
         del holder[key]
