@@ -172,8 +172,9 @@ class NeighbourClient:
             raise InvalidArgument(
                 "base_generation: say which generation changed_rows changed from", field="base_generation"
             )
-        if changed_rows is None:
-            base_generation = None
+        if changed_rows is None and base_generation is not None:
+            problem = "is only for a push that names its changed_rows; without them every row is sent"
+            invalid("base_generation", base_generation, problem)
         rows = as_rows("embeddings", embeddings, wire_dtype)
         request = begin_request(
             rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import ssl
@@ -23,6 +24,7 @@ Check = Callable[[], str]
 _TEXT = "text/plain; charset=utf-8"
 _SECONDS_PER_REQUEST = 10
 _MOST_CONNECTIONS = 64
+_EVICTION_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,10 @@ _NO_TOKEN = Reply(401, _TEXT, b"a token of scope read that reaches all runs is n
 
 
 class _BoundedServer(ThreadingHTTPServer):
-    """A thread for each connection, but never more than a few: idle ones cannot use the process up."""
+    """A thread for each connection, but never more than a few: the oldest makes room for who comes then.
+
+    However many connections sit idle, a probe is answered at once.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -50,30 +55,54 @@ class _BoundedServer(ThreadingHTTPServer):
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._open: dict[Any, socket.socket] = {}  # as accepted -> as spoken to; the oldest first
+        self._opening = threading.Lock()
         self._tls = tls
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._evict()
+            while not self._places.acquire(timeout=_EVICTION_SECONDS):
+                self._evict()
+        self._speak_through(request, request)
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._places.release()
+            self._leave(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        spoken = request
         try:
             request.settimeout(_SECONDS_PER_REQUEST)
             if self._tls is not None:  # on the connection's own thread: a silent peer stalls nobody else
-                request = self._tls.wrap_socket(request, server_side=True)
-            super().process_request_thread(request, client_address)
-        except OSError as error:
+                spoken = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                self._speak_through(request, spoken)
+                spoken.do_handshake()
+            super().process_request_thread(spoken, client_address)
+        except (OSError, ValueError) as error:  # a socket that was evicted meanwhile, or a peer's nonsense
             log.debug("a connection came to nothing: %s", error)
-            self.shutdown_request(request)
+            self.shutdown_request(spoken)
         finally:
-            self._places.release()
+            self._leave(request)
+
+    def _speak_through(self, request: Any, connection: socket.socket) -> None:
+        with self._opening:
+            self._open[request] = connection
+
+    def _evict(self) -> None:
+        """Ends the oldest connection; its thread notices, and gives its place back."""
+        with self._opening:
+            oldest = self._open.pop(next(iter(self._open), None), None)
+        if oldest is not None:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+
+    def _leave(self, request: Any) -> None:
+        with self._opening:
+            self._open.pop(request, None)
+        self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection failed", exc_info=True)

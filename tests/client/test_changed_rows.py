@@ -109,3 +109,13 @@ def test_a_base_of_another_kind_is_refused(nearkin: NeighbourClient) -> None:
     base = check(nearkin, 0, rows)
     with pytest.raises(InvalidArgument, match="num_classes"):
         nearkin.push(rows[:50], epoch=1, k=5, changed_rows=[1], base_generation=base)
+
+
+def test_a_base_without_changes_is_refused_and_nothing_is_begun(nearkin: NeighbourClient) -> None:
+    rows = generator.standard_normal((20, 6)).astype(np.float32)
+    nearkin.push(rows, epoch=0, k=5)
+    base = check(nearkin, 0, rows)
+    with pytest.raises(InvalidArgument, match="changed_rows") as refused:
+        nearkin.push(rows, epoch=1, k=5, base_generation=base)
+    assert refused.value.field == "base_generation"
+    assert [push.epoch for push in nearkin.run_info().pushes] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ ANY_LENGTH = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),  # services of these tests die and come back at once
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # is how long an attempt may take; a dead one is refused at once
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -320,3 +321,36 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
 def random_rows(count: int, *shape: int, seed: int = 0, dtype: Any = np.float32) -> NDArray[Any]:
     rows: NDArray[Any] = np.random.default_rng(seed).standard_normal((count, *shape)).astype(dtype)
     return rows
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority with a service's and a client's certificate."""
+
+    folder: Path
+
+    def make(self) -> Authority:
+        self._openssl("req", "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
+        for who, name in (("service", "IP:127.0.0.1"), ("client", "DNS:client")):
+            self._openssl("req", "-keyout", f"{who}.key", "-out", f"{who}.csr", "-subj", f"/CN={who}")
+            extension = self.folder / f"{who}.ext"
+            extension.write_text(f"subjectAltName={name}\n")
+            files = ("-in", f"{who}.csr", "-out", f"{who}.pem", "-extfile", str(extension))
+            self._run("x509", "-req", *files, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
+        return self
+
+    def _openssl(self, *arguments: str) -> None:
+        self._run(*arguments, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+    def _run(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self.folder, capture_output=True, check=True)
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command to make certificates with")
+    return Authority(tmp_path_factory.mktemp("certificates")).make()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from nearkin_service.access import OPEN, SCOPES, Scope, TlsFiles, TokenBook, Tok
 from nearkin_service.config import ServiceConfig
 from nearkin_service.listening import Doors, check_address
 
-from tests.service.conftest import WAIT, Caller, Service, code_of, messages, random_rows, refusal
+from tests.service.conftest import WAIT, Authority, Caller, Service, code_of, messages, random_rows, refusal
 
 Start = Callable[..., Service]
 ROWS = random_rows(20, 6)
@@ -147,6 +146,42 @@ def test_a_token_for_one_run_sees_and_touches_only_that_one(guarded: Guarded) ->
         assert other.outcome(method, request) == "PERMISSION_DENIED"
     assert local.state(theirs).rows_stored == 0
     assert one.outcome("WriteRows", iter(messages(theirs, ROWS, 0, 5))) == "OK"
+
+
+def test_pages_of_runs_name_no_run_that_a_token_does_not_reach(guarded: Guarded) -> None:
+    local = guarded.service.caller()
+    for run in ("animals", "birds", "plants"):
+        local.begin(ROWS, run=run)
+    visitor = guarded.visitor(READ, "plants", "birds")
+    request, seen = pb.ListRunsRequest(page_size=1), []
+    for _ in range(5):
+        page = visitor.ask("ListRuns", request)
+        seen.append([run.run for run in page.runs])
+        assert page.next_page_token in ("", "birds", "plants")
+        request.page_token = page.next_page_token
+        if not page.next_page_token:
+            break
+    assert seen == [["birds"], ["plants"]]
+
+
+def test_a_token_learns_the_health_of_its_own_runs_only(guarded: Guarded) -> None:
+    guarded.service.caller().push(ROWS, run="animals")
+    health = health_pb2_grpc.HealthStub(guarded.channel)
+    metadata = guarded.visitor(READ, "faces").metadata
+
+    def outcome(service: str) -> str:
+        try:
+            health.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT, metadata=metadata)
+        except grpc.RpcError as error:
+            return code_of(error).name
+        return "OK"
+
+    assert [outcome(name) for name in ("", "run/faces", "run/animals", "run/nobody")] == [
+        "OK",
+        "OK",
+        "PERMISSION_DENIED",
+        "PERMISSION_DENIED",
+    ]
 
 
 def test_tokens_are_taken_and_refused_without_a_restart(guarded: Guarded) -> None:
@@ -333,39 +368,6 @@ def test_other_machines_are_let_near_only_if_they_are_asked_who_they_are(
     else:
         with pytest.raises(ValueError, match="can be reached from other machines"):
             check_address(address, doors)
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority with a service's and a client's certificate."""
-
-    folder: Path
-
-    def make(self) -> Authority:
-        self._openssl("req", "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
-        for who, name in (("service", "IP:127.0.0.1"), ("client", "DNS:client")):
-            self._openssl("req", "-keyout", f"{who}.key", "-out", f"{who}.csr", "-subj", f"/CN={who}")
-            extension = self.folder / f"{who}.ext"
-            extension.write_text(f"subjectAltName={name}\n")
-            files = ("-in", f"{who}.csr", "-out", f"{who}.pem", "-extfile", str(extension))
-            self._run("x509", "-req", *files, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
-        return self
-
-    def _openssl(self, *arguments: str) -> None:
-        self._run(*arguments, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-
-    def _run(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self.folder, capture_output=True, check=True)
-
-    def file(self, name: str) -> Path:
-        return self.folder / name
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl command to make certificates with")
-    return Authority(tmp_path_factory.mktemp("certificates")).make()
 
 
 def test_tls_from_the_client_library(authority: Authority, start_service: Start) -> None:

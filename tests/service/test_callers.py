@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_service.access import TlsFiles
 from nearkin_service.config import Limits
 
 from tests.service.conftest import (
     WAIT,
+    Authority,
     Caller,
     Service,
     brute_force,
@@ -164,14 +168,29 @@ def test_a_thousand_idle_connections(start_service: Start) -> None:
             connection.close()
 
 
-def test_idle_http_connections_take_no_threads(start_service: Start) -> None:
-    service = start_service(http="127.0.0.1:0")
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
+def test_idle_http_connections_keep_no_probe_out(
+    start_service: Start, authority: Authority, *, encrypted: bool
+) -> None:
+    """Five hundred that say nothing, or half a request: a probe gets in, and there are few threads."""
+    tls = TlsFiles(authority.file("service.pem"), authority.file("service.key")) if encrypted else None
+    service = start_service(http="127.0.0.1:0", tls=tls)
     assert service.server.http_address is not None
     host, _, port = service.server.http_address.rpartition(":")
+    scheme, context = "http", None
+    if encrypted:
+        scheme, context = "https", ssl.create_default_context(cafile=authority.file("ca.pem"))
     before = threading.active_count()
-    idle = [socket.create_connection((host, int(port)), timeout=WAIT) for _ in range(300)]
-    time.sleep(0.3)
-    assert threading.active_count() <= before + 64
+    idle = []
+    for number in range(500):
+        idle.append(socket.create_connection((host, int(port)), timeout=WAIT))
+        if number % 2:
+            idle[-1].sendall(b"GET /livez HTTP/1.1\r\nHost")
+        if number % 100 == 99:
+            address = f"{scheme}://{service.server.http_address}/livez"
+            with urllib.request.urlopen(address, timeout=5, context=context) as reply:
+                assert reply.status == 200
+    assert threading.active_count() <= before + 70
     for connection in idle:
         connection.close()
     eventually(threading.active_count, lambda count: count <= before + 2)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from nearkin_service.access import reach
 from nearkin_service.access.policy import OPEN, SCOPES, Scope
 from nearkin_service.access.tokens import TokenBook, TokenRecord
 from nearkin_service.errors import NearkinError, PermissionDeniedError, UnauthenticatedError
@@ -83,14 +84,22 @@ class Gate(grpc.aio.ServerInterceptor):
         """PermissionDeniedError: the request is about a run that the token does not reach."""
         run = getattr(request, "run", None) or self._run_of_push(getattr(request, "push_id", ""))
         if run and not caller.reaches(run):
-            shown = ", ".join(caller.runs[:_MOST_RUNS_SHOWN])
-            raise PermissionDeniedError(f"token {caller.token_id} reaches {shown}; not the run asked for")
+            raise self._out_of_reach(caller)
 
-    def require_health(self, request: Any, context: Any) -> None:
-        """The state of one run is for readers. It is refused like a name that nobody knows."""
-        service = getattr(request, "service", "")
-        if "/" in service and _shown(context) is None:
+    @staticmethod
+    def _out_of_reach(caller: TokenRecord) -> PermissionDeniedError:
+        shown = ", ".join(caller.runs[:_MOST_RUNS_SHOWN])
+        return PermissionDeniedError(f"token {caller.token_id} reaches {shown}; not the run asked for")
+
+    def require_health(self, caller: TokenRecord | None, request: Any, context: Any) -> None:
+        """The state of one run is for its readers. It is refused like a name that nobody knows."""
+        _, slash, run = getattr(request, "service", "").partition("/")
+        if not slash:
+            return
+        if caller is None:
             self._require_none_needed(context)
+        elif not caller.reaches(run):
+            raise self._out_of_reach(caller)
 
     async def refuse(self, method: str, error: NearkinError, context: Any) -> None:
         await self._refuse(method.rpartition("/")[2], error, context)
@@ -119,8 +128,9 @@ class _Guarded:
     def _reply(self, behaviour: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
             caller, request = await self._admitted(request, context)
-            reply = await behaviour(request, context)
-            return _visible(reply, caller)
+            if caller is not None:
+                reach.limit_to(caller.runs)
+            return await behaviour(request, context)
 
         return call
 
@@ -141,7 +151,7 @@ class _Guarded:
         try:
             caller = self._gate.caller(self._method, context)
             if self._method in OPEN:
-                self._gate.require_health(request, context)
+                self._gate.require_health(caller, request, context)
             if caller is None or not caller.runs:
                 return caller, request
             if hasattr(request, "__aiter__"):
@@ -169,14 +179,3 @@ def _shown(context: Any) -> str | None:
             text = value if isinstance(value, str) else ""
             return text[len(_SCHEME) :].strip() if text.lower().startswith(_SCHEME) else ""
     return None
-
-
-def _visible(reply: Any, caller: TokenRecord | None) -> Any:
-    """Of a list of runs, those that the caller's token reaches."""
-    if caller is None or not caller.runs or getattr(reply, "DESCRIPTOR", None) is None:
-        return reply
-    if reply.DESCRIPTOR.name == "ListRunsResponse":
-        kept = [run for run in reply.runs if caller.reaches(run.run)]
-        del reply.runs[:]
-        reply.runs.extend(kept)
-    return reply

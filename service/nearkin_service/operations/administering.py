@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -26,9 +27,11 @@ class Administering:
         self._builds = builds
         self._searching = searching
 
-    def runs(self, page_size: int, token: str) -> tuple[list[RunView], str]:
-        """A page of runs by name, and the token of the next page ("" after the last)."""
-        names = sorted(name for name in self._core.catalogue.runs if name > token)
+    def runs(
+        self, page_size: int, token: str, shown: Callable[[str], bool] = lambda _: True
+    ) -> tuple[list[RunView], str]:
+        """A page of the runs that may be `shown`, by name, and the next page's token ("" after the last)."""
+        names = sorted(name for name in self._core.catalogue.runs if name > token and shown(name))
         page = names[: _page_size(page_size)]
         views = [self._core.catalogue.runs[name].view() for name in page]
         return views, page[-1] if len(page) < len(names) else ""

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from nearkin.v1 import neighbours_pb2 as pb
 
+from nearkin_service.access import reachable
 from nearkin_service.operations import Administering, Core, Reading
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context
@@ -28,7 +29,7 @@ class CatalogueMethods:
         self._started = time.time()
 
     async def ListRuns(self, request: pb.ListRunsRequest, _context: Context) -> pb.ListRunsResponse:
-        views, token = self._administering.runs(request.page_size, request.page_token)
+        views, token = self._administering.runs(request.page_size, request.page_token, reachable)
         return pb.ListRunsResponse(runs=map(convert.run, views), next_page_token=token)
 
     async def GetRun(self, request: pb.GetRunRequest, _context: Context) -> pb.Run:
