@@ -27,8 +27,13 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_frame_size", 16_777_215),
     ("grpc.http2.write_buffer_size", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # what one attempt may take: three round trips of a bad line
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A line that was cut without a word looks like one on which nothing happens, for as long as a watcher
+    # waits. The service allows a ping every 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 40_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # bulk streams get a connection of their own
 )

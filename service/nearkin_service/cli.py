@@ -178,7 +178,8 @@ def _announce(addresses: tuple[str, ...], http: str | None, data_dir: Path, read
 
 
 def main() -> None:
-    """The `nearkin-serve` command."""
+    """The `nearkin-serve` command. Whatever it makes is its user's alone, wherever it lies."""
+    os.umask(0o077)
     app(prog_name="nearkin-serve")
 
 

@@ -227,5 +227,6 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", _MOST_STREAMS),
         ("grpc.keepalive_time_ms", 60_000),  # finds callers that vanished without a word
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),  # any number: a reader may wait for hours
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

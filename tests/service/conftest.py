@@ -41,7 +41,7 @@ ANY_LENGTH = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),  # services of these tests die and come back at once
-    ("grpc.min_reconnect_backoff_ms", 2_000),  # is how long an attempt may take; a dead one is refused at once
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # what an attempt to connect may take; the pause is above
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.use_local_subchannel_pool", 1),
 ]

@@ -41,17 +41,19 @@ PASSING = frozenset(
 class Process:
     """`nearkin-serve` on one data directory and one socket, started as often as it dies."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, prefix: tuple[str, ...] = ()) -> None:
+        """`prefix`: a command that runs a command, such as one that enters a namespace."""
         self.folder = folder
         self.data = folder / "data"
         self.address = f"unix://{folder}/s.sock"
         self.log = folder / "serve.log"
         self.process: subprocess.Popen[str] | None = None
         self._options = options
+        self._prefix = prefix
 
     def start(self, fault: str = "") -> bool:
         """Whether it became ready; False: it died before."""
-        command = [sys.executable, "-m", "nearkin_service", "--data-dir", str(self.data)]
+        command = [*self._prefix, sys.executable, "-m", "nearkin_service", "--data-dir", str(self.data)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"NEARKIN_FAULT": fault} if fault else {})
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -94,13 +96,16 @@ class Story:
     run: str
     seed: int = 0
     k: int = 4
+    dimensions: int = 12
+    most_classes: int = 200
 
     def _random(self, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *self.run.encode(), epoch])
 
     def rows(self, epoch: int) -> NDArray[np.float32]:
         random = self._random(epoch)
-        return random.standard_normal((int(random.integers(20, 200)), 12)).astype(np.float32)
+        classes = int(random.integers(20, self.most_classes))
+        return random.standard_normal((classes, self.dimensions)).astype(np.float32)
 
     def absent(self, epoch: int) -> list[int]:
         return [epoch % 7, 11] if epoch % 3 == 1 else []

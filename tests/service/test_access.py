@@ -417,3 +417,20 @@ def test_the_token_file_is_in_the_data_directory_by_default(tmp_path: Path) -> N
 def test_a_new_data_directory_is_its_owners_alone(start_service: Start, tmp_path: Path) -> None:
     start_service()
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_that_a_service_makes_is_open_to_others(serve: Callable[..., Any], tmp_path: Path) -> None:
+    """Also in a directory that was there before, and that everyone may enter."""
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o755)
+    serving = serve("--ready-file", str(tmp_path / "ready"))
+    caller = serving.caller()
+    for epoch in range(3):
+        caller.push(ROWS, epoch)
+    caller.begin(ROWS, 3)
+    segment = caller.begin(ROWS, 3, accept_shared_memory=True).shared_memory.path
+    assert Path(segment).is_relative_to(data)
+    made = [path for path in tmp_path.rglob("*") if path != data and not path.name.endswith(".log")]
+    assert len(made) > 20
+    assert not [path for path in made if path.lstat().st_mode & 0o077]
