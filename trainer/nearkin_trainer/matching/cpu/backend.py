@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nearkin_trainer.matching.cpu import kernels
 from nearkin_trainer.matching.cpu.kernels import STEP_CHANNELS, Pairs, Probes, Table
-from nearkin_trainer.matching.cpu.memory import empty_on_huge_pages
+from nearkin_trainer.matching.cpu.memory import blocks
 from nearkin_trainer.matching.request import Request
 from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
@@ -171,7 +171,7 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
     """Gradients of the units, one sum per thread, and those of the touched rows and their visibilities."""
     plan = step.plan
     written = len(plan.pairs.ids) if rows else 0
-    row_gradients = empty_on_huge_pages(written, *table.maps.shape[1:])
+    row_gradients = blocks.empty(written, *table.maps.shape[1:])
     visibility = torch.empty(written, table.maps.shape[2])
     sums = np.zeros((max(len(plan.cuts), 1), *step.probes.units.shape), np.float32)
 
