@@ -18,6 +18,9 @@ from nearkin_trainer.classes.rows import rounded
 from nearkin_trainer.distributed import World
 from nearkin_trainer.matching import SparseQAConv
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 ALONE = World()
 
 

@@ -7,13 +7,25 @@ from typing import Any
 import pytest
 import torch
 from nearkin_trainer.checkpoint import seed_everything
+from nearkin_trainer.classes import Host
 from nearkin_trainer.distributed import World
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.learners import WAYS, made
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 FEW, MANY = 100, 50_000
-ROW_WISE = {"alias", "detach", "view", "slice", "index", "index_put_", "index_select", "index_add_"}
+ROW_WISE = {
+    *("alias", "detach", "view", "slice"),
+    *("index", "index_put_", "index_select", "index_add_", "index_copy_"),
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "whole": {"sharded": False},
+    "sharded": {"sharded": True},
+    "host": {"sharded": False, "host": Host(16)},  # a step reads more
+}
 NOISE = 16 * 1024  # bytes that Python itself may take more or less of
 
 
@@ -49,12 +61,14 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value.untyped_storage().data_ptr() in self._tables
 
 
-def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callable[[], list[tuple[str, int]]]:
-    model, learner = made(World(), way, num_classes, sharded=sharded, backend=backend)
+def _step(num_classes: int, way: str, backend: str, place: str) -> Callable[[], list[tuple[str, int]]]:
+    model, learner = made(World(), way, num_classes, backend=backend, **PLACES[place])
     pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(4).repeat_interleave(2) * 20
     neighbours = torch.arange(8 * 5).view(8, 5) * 2 + 1
     tables = [*model.classes.state_dict().values(), *learner.state()["row_optimiser"].values()]
+    if model.classes.cache is not None:
+        tables.append(model.classes.cache._slots)
 
     def take() -> list[tuple[str, int]]:
         seed_everything(1)
@@ -67,11 +81,11 @@ def _step(num_classes: int, way: str, backend: str, *, sharded: bool) -> Callabl
     return take
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("way", WAYS)
-def test_tensors_are_as_large_at_any_number_of_classes(way: str, sharded: bool) -> None:
-    few = _step(FEW, way, "plain", sharded=sharded)()
-    many = _step(MANY, way, "plain", sharded=sharded)()
+def test_tensors_are_as_large_at_any_number_of_classes(way: str, place: str) -> None:
+    few = _step(FEW, way, "plain", place)()
+    many = _step(MANY, way, "plain", place)()
     assert few == many
     assert max(size for _, size in many) < MANY
 
@@ -79,7 +93,7 @@ def test_tensors_are_as_large_at_any_number_of_classes(way: str, sharded: bool) 
 def test_memory_of_the_compiled_loops_is_the_same_at_any_number_of_classes() -> None:
     peaks = []
     for classes in (FEW, MANY):
-        take = _step(classes, "adam", "cpu", sharded=False)
+        take = _step(classes, "adam", "cpu", "whole")
         take()
         tracemalloc.start()
         take()

@@ -2,21 +2,25 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nearkin_trainer import checkpoint
-from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import ClassEmbeddings, ShardedClassEmbeddings, shards
-from nearkin_trainer.classes.table import NOISE_BLOCK, noise
+from nearkin_trainer.classes import ClassEmbeddings, Host, ShardedClassEmbeddings, shards
+from nearkin_trainer.classes.owners import Errand
+from nearkin_trainer.classes.table import NOISE_BLOCK, draw_noise
 from nearkin_trainer.distributed import World, barrier, gather_rows, join_world, swap_rows
 from nearkin_trainer.learner import Learner
 from nearkin_trainer.model import Model
 
-from tests.trainer.learners import WAYS, made
+from tests.trainer.learners import WAYS, learn, made
 from tests.trainer.processes import run_together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 CLASSES = 31  # not a multiple of the number of processes
 
@@ -25,14 +29,8 @@ def _made(world: World, way: str, *, sharded: bool) -> tuple[Model, Learner]:
     return made(world, way, CLASSES, sharded=sharded)
 
 
-def _learn(world: World, learner: Learner, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        seed_everything(1, step, world.rank)
-        labels = torch.randint(0, CLASSES, (4,)).repeat_interleave(2)
-        pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-        losses.append(float(learner.learn(pixels, labels, torch.randint(0, CLASSES, (8, 5)))["loss"]))
-    return losses
+def _learn(world: World, learner: Learner, first: int, last: int, *, ahead: bool = True) -> list[float]:
+    return learn(world, learner, CLASSES, range(first, last), ahead=ahead)
 
 
 def _tree(model: Model, learner: Learner) -> dict[str, Any]:
@@ -71,6 +69,22 @@ def check_same_bits(world: World, folder: Path) -> None:
         assert one.classes.weight.dtype == (torch.bfloat16 if way == "bfloat16" else torch.float32)
         for name, values in theirs.items():
             assert torch.equal(_whole(world, ours[name].float()), values.float()), (way, name)
+
+
+def check_overlapped(world: World) -> None:
+    """Rows that travel while the network computes, and rows in host memory, end with the same bits."""
+    for way in ("adam", "memory", "bfloat16"):
+        found = []
+        for host, overlapped in ((None, False), (None, True), (Host(3), True), (Host(9), False)):
+            model, learner = made(world, way, CLASSES, sharded=True, host=host)
+            assert isinstance(model.classes, ShardedClassEmbeddings)
+            model.classes._owners = replace(model.classes._owners, overlapped=overlapped)
+            losses = _learn(world, learner, 0, 4, ahead=overlapped)
+            rows = {**model.classes.state_dict(), **learner.state()["row_optimiser"]}
+            found.append((losses, {name: values.clone() for name, values in rows.items()}))
+        for losses, rows in found[1:]:
+            assert losses == found[0][0]
+            assert all(torch.equal(values, found[0][1][name]) for name, values in rows.items())
 
 
 def check_resumed(world: World, folder: Path) -> None:
@@ -144,7 +158,9 @@ def test_noise_does_not_depend_on_the_share() -> None:
 
     def drawn(first: int, last: int) -> torch.Tensor:
         torch.manual_seed(3)
-        return noise(shape, slice(first, last))
+        table = torch.empty(last - first, *shape[1:])
+        draw_noise(table, slice(first, last), shape[0])
+        return table
 
     whole = drawn(0, shape[0])
     assert whole.std().item() == pytest.approx(3**-0.5, rel=0.05)
@@ -182,6 +198,37 @@ def test_rows_read_twice_in_a_step() -> None:
     assert table.take_gradient(World()) is None
 
 
+def test_rows_travel_while_the_network_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+
+    def noted(name: str) -> None:
+        original = getattr(Errand, name)
+
+        def note(*given: Any) -> Any:
+            events.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(Errand, name, note)
+
+    noted("fetch")
+    noted("send_home")
+    model, learner = _made(World(), "adam", sharded=True)
+    model.backbone.register_forward_hook(lambda *_: events.append("features"))
+    first = next(model.backbone.parameters())
+    first.register_post_accumulate_grad_hook(lambda _: events.append("end of backward"))  # type: ignore[no-untyped-call]
+    _learn(World(), learner, 0, 3)
+    # The first step fetches its own rows, each but the last those of the next one, right after its update.
+    step = ["features", "send_home", "end of backward"]
+    assert events == ["fetch", *step, "fetch", *step, "fetch", *step]
+
+
+def test_other_rows_than_expected_are_refused() -> None:
+    table = ShardedClassEmbeddings(World(), 6, 2, 1, 1)
+    table.expect(torch.tensor([1]), torch.tensor([[3, -1]]))
+    with pytest.raises(ValueError, match="reads other classes than `expect` has announced"):
+        table.read(torch.tensor([[1, 4]]))
+
+
 def _all_checks(world: World, folder: Path) -> Iterator[str]:
     check_swap(world)
     yield "swap"
@@ -189,6 +236,8 @@ def _all_checks(world: World, folder: Path) -> Iterator[str]:
     yield "start"
     check_same_bits(world, folder)
     yield "same bits"
+    check_overlapped(world)
+    yield "overlapped"
     barrier(world)
     check_resumed(world, folder)
     yield "resumed"

@@ -151,8 +151,15 @@ class EmbeddingConfig:
         optimiser: `learnable` only: row-wise `sgd`, `adagrad` or `adam`.
         rate: `learnable` only: learning rate of the rows, scaled by the schedule.
         sharded: each process keeps only its share of the rows, and their optimiser's state; rows travel to
-            where a step reads them. For tables that one process has no room for. Results are the same.
+            where a step reads them, while the network computes. For tables that one process has no room for.
+            Results are the same.
         storage: what rows are stored as; `bfloat16` halves their memory. Updates are computed in float32.
+        place: where rows and their optimiser's state lie: on the `device`; in `host` memory, for tables
+            larger than the GPU; or in a `file` in OUT/rows that is mapped into memory, for tables larger than
+            that too. Results are the same.
+        device_cache_rows: `host` and `file` only: how many rows, and what their optimiser keeps for each, the
+            device holds. Rows read again while they are there do not travel; more than a few steps read is
+            enough to be useful.
     """
 
     keeping: Keeping = "learnable"
@@ -162,11 +169,14 @@ class EmbeddingConfig:
     rate: float = 1e-3
     sharded: bool = False
     storage: Literal["float32", "bfloat16"] = "float32"
+    place: Literal["device", "host", "file"] = "device"
+    device_cache_rows: int = 16384
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1")
         _at_least(self, 0, "rate")
+        _at_least(self, 1, "device_cache_rows")
 
 
 @dataclass(frozen=True)

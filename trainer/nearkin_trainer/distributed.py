@@ -33,6 +33,7 @@ class World:
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     node_group: dist.ProcessGroup | None = None
+    host_group: dist.ProcessGroup | None = None  # of all, for what lies on the CPU; None: the usual one
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size or not 0 <= self.local_rank < self.local_size <= self.size:
@@ -91,8 +92,9 @@ def join_world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         group = _node_group(rank, size, local_rank, local_size)
+        host_group = dist.new_group(backend="gloo") if backend == "nccl" else None
         logger.info("process %d of %d on %s (%s), %d threads", rank, size, chosen, backend, threads)
-        yield World(rank, size, local_rank, local_size, chosen, group)
+        yield World(rank, size, local_rank, local_size, chosen, group, host_group)
         dist.barrier()  # whoever leaves first would break the connections that others still use
     finally:
         dist.destroy_process_group()
@@ -246,6 +248,31 @@ def gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
     return [part[:n].to(rows.device) for part, n in zip(received, lengths, strict=True)]
 
 
+def gather_ids(
+    world: World, ids: torch.Tensor, room: int | None = None
+) -> tuple[list[torch.Tensor], dist.Work | None]:
+    """Begins to tell every process this one's ids.
+
+    Args:
+        world: the job.
+        ids: int64 `[n]`, 0 or greater, on the CPU; n may differ between processes.
+        room: at least n, and the same everywhere; by default the processes agree on the largest n first.
+
+    Returns:
+        R tensors `[room]`, in rank order, -1 after the last id; and what to wait for before they are read.
+    """
+    if world.size == 1:
+        return [ids], None
+    if room is None:
+        longest = torch.tensor(len(ids))
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=world.host_group)
+        room = int(longest)
+    padded = torch.full((room,), -1)
+    padded[: len(ids)] = ids
+    received = [torch.empty_like(padded) for _ in range(world.size)]
+    return received, dist.all_gather(received, padded, group=world.host_group, async_op=True)
+
+
 def swap_rows(world: World, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Sends part r of every process to process r.
 
@@ -266,12 +293,12 @@ def swap_rows(world: World, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     received = sent.new_empty(int(coming.sum()), *sent.shape[1:])
     splits = coming.tolist()
     # As bytes, because not every backend knows every dtype.
-    dist.all_to_all_single(_as_bytes(received), _as_bytes(sent), splits, lengths.tolist())
+    dist.all_to_all_single(as_bytes(received), as_bytes(sent), splits, lengths.tolist())
     return list(torch.split(received, splits))
 
 
-def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8 `[n, bytes of a row]`."""
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory, contiguous, as uint8 `[n, bytes of a row]`."""
     return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
 
 

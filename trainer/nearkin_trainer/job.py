@@ -6,6 +6,7 @@ at the end: push the finished rows, judge unseen images, write metrics.json
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -31,9 +32,9 @@ from nearkin_trainer.distributed import (
     tell_all,
 )
 from nearkin_trainer.evaluate import Retrieval
-from nearkin_trainer.feed import read_ahead
+from nearkin_trainer.feed import Numbers, read_ahead
 from nearkin_trainer.judge import Judge
-from nearkin_trainer.learner import Learner
+from nearkin_trainer.learner import Learner, Question
 from nearkin_trainer.model import Model
 from nearkin_trainer.neighbours import Neighbours, Table
 from nearkin_trainer.report import Report, write_json
@@ -180,12 +181,16 @@ class Job:
         """One epoch over a table; the mean of each loss over this epoch and all processes."""
         self.model.train()
         totals: dict[str, torch.Tensor] = {}
-        batches = self.sampler.batches(epoch, table)
+        batches, ahead = itertools.tee(self.sampler.batches(epoch, table))
+        questions = (self._question(numbers, table) for numbers in ahead)
+        this = next(questions, None)
         with self.report.bar(f"epoch {epoch + 1}/{self.epochs}", self.sampler.steps) as bar:
-            for numbers, pixels in read_ahead(self.images, batches):
-                labels = self.labels[numbers]
-                neighbours = torch.from_numpy(table[labels.numpy()])
-                for name, value in self.learner.learn(pixels, labels, neighbours).items():
+            for _, pixels in read_ahead(self.images, batches):
+                assert this is not None
+                upcoming = next(questions, None)
+                losses = self.learner.learn(pixels, this.labels, this.neighbours, upcoming)
+                this = upcoming
+                for name, value in losses.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value
                 bar.advance()
         means = torch.stack(list(totals.values())) / (self.sampler.steps * self.world.size)
@@ -195,6 +200,10 @@ class Job:
                 f"epoch {epoch}: the loss is not finite any more; lower optimise.rate or embedding.rate"
             )
         return dict(zip(totals, values, strict=True))
+
+    def _question(self, numbers: Numbers, table: Table) -> Question:
+        labels = self.labels[numbers]
+        return Question(labels, torch.from_numpy(table[labels.numpy()]))
 
     def _note(self, epoch: int, seconds: float, stalled: float, losses: dict[str, float]) -> None:
         images = self.sampler.steps * self.sampler.batch_size * self.world.size

@@ -3,16 +3,29 @@
 Legend: B images, C channels, H x W feature map, k neighbours.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from nearkin_trainer.classes import ROW_OPTIMISERS, class_means
+from nearkin_trainer.classes import RowOptimiser, class_means
 from nearkin_trainer.config import EmbeddingConfig, OptimiseConfig, TrainConfig
 from nearkin_trainer.data import Augment
 from nearkin_trainer.distributed import World, average_gradients
 from nearkin_trainer.model import Model, cosine_loss
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a batch is scored against.
+
+    labels: int64 `[B]`.
+    neighbours: the labels' rows of the table, integers `[B, k]`.
+    """
+
+    labels: torch.Tensor
+    neighbours: torch.Tensor
 
 
 class Learner:
@@ -37,13 +50,18 @@ class Learner:
         self._dense = model.dense_parameters()
         self._optimiser = make_optimiser(config.optimise, model)
         self._row_optimiser = make_row_optimiser(config.embedding, model)
+        self._announced = False  # whether the next step's classes are
 
     def plan(self, total_steps: int) -> None:
         """Makes the schedule end after `total_steps`, those already taken included."""
         self._total = total_steps
 
     def learn(
-        self, pixels: torch.Tensor, labels: torch.Tensor, neighbours: torch.Tensor
+        self,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        neighbours: torch.Tensor,
+        upcoming: Question | None = None,
     ) -> dict[str, torch.Tensor]:
         """Takes one step; all processes take it together.
 
@@ -51,11 +69,14 @@ class Learner:
             pixels: uint8 `[B, 3, height, width]`.
             labels: int64 `[B]`.
             neighbours: the labels' rows of the table, integers `[B, k]`.
+            upcoming: labels and neighbours of the step after this one, if there is one and all processes
+                know theirs: its rows then travel early. The results are the same.
 
         Returns:
             The loss and its parts, unweighted, as scalars on the device.
         """
         device = self._world.device
+        self._announce(Question(labels, neighbours), upcoming)
         labels, neighbours = labels.to(device), neighbours.to(device)
         features = self._model(self._augment(pixels, device))
         loss, parts = self._model.losses(features, labels, neighbours, self._losses)
@@ -65,9 +86,11 @@ class Learner:
             parts["cosine"] = cosine.detach()
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._model.classes.send_gradient()
         factor = self._optimise.factor(self.steps / self._total)
         self._update_weights(factor)
         self._update_classes(features, labels, factor)
+        self._model.classes.set_out()
         self.steps += 1
         return {"loss": loss.detach(), **parts}
 
@@ -87,6 +110,18 @@ class Learner:
         if self._row_optimiser:
             self._row_optimiser.load_state_dict(state["row_optimiser"])
 
+    def _announce(self, this: Question, upcoming: Question | None) -> None:
+        """Sends this step's rows on their way, unless they are, and says which the next one needs."""
+        classes = self._model.classes
+        if not self._losses.needs_sparse:
+            return
+        if not self._announced:
+            classes.expect(this.labels, this.neighbours)
+            classes.set_out()
+        if upcoming is not None:
+            classes.expect(upcoming.labels, upcoming.neighbours)
+        self._announced = upcoming is not None
+
     def _update_weights(self, factor: float) -> None:
         average_gradients(self._world, self._dense)
         if self._optimise.clip:
@@ -104,7 +139,7 @@ class Learner:
             return
         gradient = classes.take_gradient(self._world)
         if gradient is not None:
-            self._row_optimiser.update(classes.weight, gradient, self._embedding.rate * factor)
+            classes.update(self._row_optimiser, gradient, self._embedding.rate * factor)
 
 
 def make_optimiser(config: OptimiseConfig, model: Model) -> torch.optim.AdamW:
@@ -118,8 +153,8 @@ def make_optimiser(config: OptimiseConfig, model: Model) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.rate, betas=(config.beta1, config.beta2))
 
 
-def make_row_optimiser(config: EmbeddingConfig, model: Model) -> Any:
+def make_row_optimiser(config: EmbeddingConfig, model: Model) -> RowOptimiser | None:
     """The class table's optimiser; None when its rows follow features instead of gradients."""
     if config.keeping == "memory":
         return None
-    return ROW_OPTIMISERS[config.optimiser](model.classes.weight)
+    return model.classes.optimiser(config.optimiser)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nearkin_trainer.backbone import CompactResNet, choose_precision, map_shape
-from nearkin_trainer.classes import ClassEmbeddings, Keeping, ShardedClassEmbeddings
+from nearkin_trainer.classes import ClassEmbeddings, Host, Keeping, ShardedClassEmbeddings
 from nearkin_trainer.config import ImageConfig, ModelConfig
 from nearkin_trainer.distributed import World
 from nearkin_trainer.losses import WeightedLosses, batch_softmax_loss
@@ -89,6 +89,7 @@ def build_model(
     device: torch.device,
     sharded_over: World | None = None,
     storage: torch.dtype = torch.float32,
+    host: Host | None = None,
     backbone: nn.Module | None = None,
 ) -> Model:
     """A new model on `device`.
@@ -101,6 +102,7 @@ def build_model(
         device: where it lives.
         sharded_over: the job among whose processes the class table is shared out; by default each has all.
         storage: what the rows of the class table are stored as.
+        host: keeps the class table in host memory; by default it is on `device`.
         backbone: used instead of the configured one.
 
     Raises:
@@ -112,9 +114,9 @@ def build_model(
     channels, height, width = map_shape(backbone, image.height, image.width)
     shape = (num_classes, channels, height, width)
     if sharded_over is None:
-        classes = ClassEmbeddings(*shape, keeping, storage)
+        classes = ClassEmbeddings(*shape, keeping, storage, host=host, device=device)
     else:
-        classes = ShardedClassEmbeddings(sharded_over, *shape, keeping, storage)
+        classes = ShardedClassEmbeddings(sharded_over, *shape, keeping, storage, host=host)
     sparse = SparseQAConv(num_classes, channels, height, width, classes=classes, backend=config.matching)
     nn.init.constant_(sparse.head.logit_bn.weight, config.score_scale)
     return Model(backbone, sparse.to(device), choose_precision(config.precision, device))

@@ -17,6 +17,7 @@ from nearkin_client.local import LocalService
 from torch import nn
 
 from nearkin_trainer.checkpoint import seed_everything
+from nearkin_trainer.classes import Host
 from nearkin_trainer.config import TrainConfig
 from nearkin_trainer.data import read_data
 from nearkin_trainer.distributed import World, join_world, tell_all
@@ -52,6 +53,7 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
             device=world.device,
             sharded_over=world if config.embedding.sharded else None,
             storage=getattr(torch, config.embedding.storage),
+            host=_host(config, len(data.classes)),
             backbone=backbone,
         )
         with (
@@ -61,6 +63,15 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
             Report(config.out, speaks=world.leads, tensorboard=config.tensorboard) as report,
         ):
             return Job(Parts(config, world, data, model, neighbours, report)).run(start)
+
+
+def _host(config: TrainConfig, num_classes: int) -> Host | None:
+    """Where the class table lies, if not on the device."""
+    embedding = config.embedding
+    if embedding.place == "device":
+        return None
+    folder = config.out / "rows" if embedding.place == "file" else None
+    return Host(min(embedding.device_cache_rows, num_classes), folder)
 
 
 def _choose_start(config: TrainConfig, world: World) -> Path | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nearkin_trainer.distributed import World, gather_rows, swap_rows
+from nearkin_trainer.distributed import World, gather_rows
 
 
 @dataclass(frozen=True)
@@ -88,41 +88,3 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     draw = (draw ^ draw >> 15) * 0x85EBCA6B >> 13 & 0xFFFF
     found = (bits + draw & ~0xFFFF).to(torch.int32).view(torch.float32)
     return torch.where(values.isfinite(), found, values).to(dtype)
-
-
-@dataclass(frozen=True)
-class Owners:
-    """Which process keeps which class: contiguous shares, process r's beginning at `starts[r]`."""
-
-    world: World
-    num_classes: int
-
-    @property
-    def mine(self) -> slice:
-        """The classes of this process."""
-        return self.world.share(self.num_classes)
-
-    def fetch(self, ids_U: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """The rows `[U, C, H, W]` of any classes, from the processes that keep them.
-
-        All processes call this together, each with its own ids (ascending) and its own rows `table`.
-        """
-        asked = swap_rows(self.world, self._by_owner(ids_U, ids_U))
-        answers = [table[ids - self.mine.start] for ids in asked]
-        return torch.cat(swap_rows(self.world, answers))
-
-    def send_home(self, rows: Rows, *, average: bool = False) -> Rows:
-        """The sum (or the mean) over processes of the rows of this process's classes, numbered from 0.
-
-        All processes call this together, each with the rows that it has touched, whosever they are. The sum
-        is taken in the order of `exchange`, and has its bits.
-        """
-        ids = swap_rows(self.world, self._by_owner(rows.ids, rows.ids))
-        values = swap_rows(self.world, self._by_owner(rows.ids, rows.values))
-        parts = [Rows(i - self.mine.start, v) for i, v in zip(ids, values, strict=True)]
-        return parts[0] if self.world.size == 1 else add_up(parts, average=average)
-
-    def _by_owner(self, ids_U: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        starts = [self.world.share_of(rank, self.num_classes).start for rank in range(self.world.size)]
-        edges = torch.searchsorted(ids_U, torch.tensor([*starts, self.num_classes], device=ids_U.device))
-        return list(torch.split(values, edges.diff().tolist()))

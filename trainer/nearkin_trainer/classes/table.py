@@ -11,23 +11,25 @@ and lie in one of two places:
                              and apply the same update in the same order, so that the replicas stay identical
                              without ever being compared
     ShardedClassEmbeddings   each process keeps a contiguous share; the rows that a step reads travel to the
-                             process that reads them, and changes travel back
+                             process that reads them while the network computes, and changes travel back
 
-Either way, nothing in a step costs O(num_classes).
+each on the device, or in host memory with the rows of recent steps on the device (host.py). Whichever way,
+nothing in a step costs O(num_classes), and a step ends with the same bits.
 
 Legend: N classes, C channels, H x W feature map, U touched classes (unique, ascending), B images.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nearkin_trainer.classes.host import CachedRowOptimiser, Host, RowCache, flush_and_forget
+from nearkin_trainer.classes.optimisers import ROW_OPTIMISERS, RowOptimiser, RowOptimiserName
+from nearkin_trainer.classes.owners import Asking, Errand, Owners, UnderWay
 from nearkin_trainer.classes.rows import (
-    Owners,
     Rows,
     add_up,
     class_sums,
@@ -42,6 +44,7 @@ from nearkin_trainer.matching.rows import touched_classes
 Keeping = Literal["learnable", "memory"]
 
 NOISE_BLOCK = 1024  # rows drawn from one generator
+SUM_BLOCK_BYTES = 64 * 2**20  # of rows summed over processes at a time
 
 
 class ClassEmbeddings(nn.Module):
@@ -51,9 +54,12 @@ class ClassEmbeddings(nn.Module):
         num_classes, channels, height, width: its shape.
         keeping: `learnable` or `memory`.
         dtype: what rows are stored as, float32 or bfloat16. They are matched, and changed, in float32.
+        host: keeps the rows in host memory, and on the device only those of recent steps.
+        device: where steps compute. Without `host` the table is made on the CPU and moved like any module.
 
     Attributes:
-        weight: `[N, C, H, W]`; normal noise until `start_from` or the first steps fill it.
+        weight: `[N, C, H, W]`; normal noise until `start_from` or the first steps fill it. With `host`, rows
+            changed of late are in the cache: `rows` and `state_dict` bring them home first.
         seen: bool `[N]`; whether the row means anything yet. Rows never seen are absent from the neighbour
             table.
         shape: of the whole table, `(N, C, H, W)`.
@@ -70,6 +76,9 @@ class ClassEmbeddings(nn.Module):
         width: int,
         keeping: Keeping = "learnable",
         dtype: torch.dtype = torch.float32,
+        *,
+        host: Host | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -77,9 +86,19 @@ class ClassEmbeddings(nn.Module):
         self.keeping = keeping
         self.shape = (num_classes, channels, height, width)
         kept = self.kept
+        size = kept.stop - kept.start
         self._reads: list[_Read] = []
-        self.weight = nn.Parameter(noise(self.shape, kept).to(dtype), requires_grad=keeping == "learnable")
-        self.register_buffer("seen", torch.full((kept.stop - kept.start,), keeping == "learnable"))
+        shape = (size, *self.shape[1:])
+        table = torch.zeros(shape, dtype=dtype) if host is None else host.zeros(*shape, dtype=dtype)
+        draw_noise(table, kept, num_classes)
+        self.weight = nn.Parameter(table, requires_grad=keeping == "learnable")
+        self.register_buffer("seen", torch.full((size,), keeping == "learnable"))
+        self.cache: RowCache | None = None
+        if host is not None:
+            self.cache = RowCache(host, size, device or torch.device("cpu"))
+            self._cached = torch.zeros(self.cache.size, *shape[1:], dtype=dtype, device=self.cache.device)
+            self.cache.add(self.weight.detach(), self._cached)
+            flush_and_forget(self, self.cache)
 
     @property
     def num_classes(self) -> int:
@@ -91,16 +110,48 @@ class ClassEmbeddings(nn.Module):
         """The classes whose rows `weight` and `seen` hold."""
         return slice(0, self.num_classes)
 
+    # ----------------------------------------------------------------------------------------- a step
+
+    def expect(self, labels: torch.Tensor, neighbours: torch.Tensor) -> None:
+        """Says which classes the next `read` will be of: those of `labels` and `neighbours` (-1: none).
+
+        Only a help; where processes share the table all of them call this together, or none does, with as
+        many labels and neighbours on each.
+        """
+
+    def set_out(self) -> None:
+        """Says that the rows of the expected `read` are final: they may set out for where it will be."""
+
     def read(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A tensor of float32 rows, and where in it each of the `candidates` lies; −1 stays −1."""
         if self._read_in_place:
             return self.weight, candidates
         touched = touched_classes(candidates)
-        values = self._fetch(touched.ids).float()
+        rows, errand = self._fetch(touched.ids)
+        values = rows.float()
         if self.weight.requires_grad and torch.is_grad_enabled():
             values.requires_grad_()
-            self._reads.append(_Read(touched.ids, values))
+            self._reads.append(_Read(touched.ids, values, errand))
+            values.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
         return values, touched.slots
+
+    def send_gradient(self) -> None:
+        """Says that there will be no more gradients in this step; all processes call this together."""
+
+    def take_gradient(self, world: World) -> Rows | None:
+        """The mean over processes of the gradient rows of the step just done, and forgets them."""
+        rows = self.collect(world, self._own_gradient())
+        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
+
+    def optimiser(self, name: RowOptimiserName) -> RowOptimiser:
+        """A new row-wise optimiser of this table; its state lies where the rows do."""
+        if self.cache is None:
+            return ROW_OPTIMISERS[name](self.weight)
+        return CachedRowOptimiser(ROW_OPTIMISERS[name](self._cached), self.cache, len(self.weight))
+
+    def update(self, optimiser: RowOptimiser, gradient: Rows, rate: float) -> None:
+        """Moves rows against a gradient that `take_gradient` has given, by an optimiser of this table."""
+        optimiser.update(self._table, gradient, rate)
 
     def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
         """The sum (or the mean) over processes of rows by class; ids are positions in `weight`.
@@ -109,10 +160,23 @@ class ClassEmbeddings(nn.Module):
         """
         return exchange(world, rows, average=average)
 
-    def take_gradient(self, world: World) -> Rows | None:
-        """The mean over processes of the gradient rows of the step just done, and forgets them."""
-        rows = self.collect(world, self._own_gradient())
-        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
+    @torch.no_grad()
+    def remember(self, rows: Rows, momentum: float) -> None:
+        """Moves rows to `momentum * old + (1 - momentum) * new`; a row never seen before, to new.
+
+        Args:
+            rows: what `collect` has put together.
+            momentum: share of the old row that stays.
+        """
+        ids = rows.ids.to(self.seen.device)
+        keep = torch.where(self.seen[ids], momentum, 0.0).view(-1, 1, 1, 1).to(rows.values.device)
+        table = self._table
+        for part, places in self._open(rows.ids, change=True):
+            moved = keep[part] * table[places].float() + (1 - keep[part]) * rows.values[part]
+            table[places] = rounded(moved, table.dtype)
+        self.seen[ids] = True
+
+    # ------------------------------------------------------------------------------------- the whole
 
     @torch.no_grad()
     def start_from(self, world: World, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -123,34 +187,34 @@ class ClassEmbeddings(nn.Module):
             batches: `(features [B, C, H, W], labels int64 [B])` of this process. Classes without any keep
                 their row.
         """
-        sums = torch.zeros_like(self.weight, dtype=torch.float32)
-        counts = torch.zeros(len(self.weight), device=self.weight.device)
-        self._add_features(world, batches, sums, counts)
-        met = counts > 0
-        self.weight[met] = (sums[met] / counts[met].view(-1, 1, 1, 1)).to(self.weight.dtype)
-        self.seen |= met
-
-    @torch.no_grad()
-    def remember(self, rows: Rows, momentum: float) -> None:
-        """Moves rows to `momentum * old + (1 - momentum) * new`; a row never seen before, to new.
-
-        Args:
-            rows: what `collect` has put together.
-            momentum: share of the old row that stays.
-        """
-        old = self.weight[rows.ids].float()
-        keep = torch.where(self.seen[rows.ids], momentum, 0.0).view(-1, 1, 1, 1)
-        self.weight[rows.ids] = rounded(keep * old + (1 - keep) * rows.values, self.weight.dtype)
-        self.seen[rows.ids] = True
+        if self.cache is not None:
+            self.cache.flush()
+            self.cache.forget()
+        table, place = self.weight.detach(), self.weight.device
+        # A float32 table is its own sum: there may be no room for a second one.
+        sums = table if table.dtype == torch.float32 else self._zeros(*table.shape)
+        counts = torch.zeros(len(table), device=place)
+        for rows, images in self._feature_sums(world, batches):
+            ids = rows.ids.to(place)
+            sums[ids[counts[ids] == 0]] = 0
+            sums.index_add_(0, ids, rows.values.to(place))
+            counts.index_add_(0, ids, images.to(place, counts.dtype))
+        self._put_together(world, sums, counts)
 
     def rows(self, classes: slice) -> torch.Tensor:
         """The rows of some of the classes kept here, without a copy."""
+        if self.cache is not None:
+            self.cache.flush()
         return self.weight.detach()[self._place(classes)]
 
     def absent(self, classes: slice) -> torch.Tensor:
         """Those of some of the classes kept here that have no embedding yet; ids, int64."""
         ids: torch.Tensor = torch.nonzero(~self.seen[self._place(classes)]).flatten() + classes.start
         return ids
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """A table in host memory stays there whatever device the model is moved to."""
+        return self if self.cache is not None else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _place(self, classes: slice) -> slice:
         kept = self.kept
@@ -163,10 +227,35 @@ class ClassEmbeddings(nn.Module):
 
     @property
     def _read_in_place(self) -> bool:
-        return self.weight.dtype == torch.float32
+        return self.weight.dtype == torch.float32 and self.cache is None
 
-    def _fetch(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight.detach()[ids]
+    @property
+    def _table(self) -> torch.Tensor:
+        """What steps read and change: the table, or the rows of it that are on the device."""
+        return self.weight.detach() if self.cache is None else self._cached
+
+    def _open(self, ids: torch.Tensor, *, change: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which of some rows (positions in `weight`) are to be had now, and where in `_table`."""
+        if self.cache is not None:
+            return self.cache.bring(ids, change=change)
+        return iter([(slice(None), ids)])
+
+    def _take(self, ids: torch.Tensor) -> torch.Tensor:
+        """A copy of some rows, as they are stored."""
+        table = self._table
+        if self.cache is None:
+            return table[ids]
+        found = table.new_empty(len(ids), *table.shape[1:])
+        for part, places in self._open(ids):
+            torch.index_select(table, 0, places, out=found[part])
+        return found
+
+    def _fetch(self, ids: torch.Tensor) -> "tuple[torch.Tensor, Errand | None]":
+        """The rows of some classes, as they are stored; and the errand that brought them from elsewhere."""
+        return self._take(ids), None
+
+    def _gradient_is_there(self, values: torch.Tensor) -> None:
+        """Called in the backward pass, as soon as the rows of a `read` have their gradient."""
 
     def _own_gradient(self) -> Rows:
         reads, self._reads = self._reads, []
@@ -176,21 +265,38 @@ class ClassEmbeddings(nn.Module):
             parts.append(sparse_rows(self.weight.grad))
             self.weight.grad = None
         if len(parts) < 2:
-            return parts[0] if parts else no_rows(self.weight)
+            return parts[0] if parts else no_rows(self._table)
         return add_up(parts)
 
-    def _add_features(
-        self,
-        world: World,
-        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        sums: torch.Tensor,
-        counts: torch.Tensor,
-    ) -> None:
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        if self.cache is None:
+            return torch.zeros(shape, device=self.weight.device)
+        return self.cache.host.zeros(*shape)
+
+    def _feature_sums(
+        self, world: World, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[Rows, torch.Tensor]]:
+        """Sums of features by class, ids being positions in `weight`; and of how many images each."""
         for features, labels in batches:
-            sums.index_add_(0, labels, F.normalize(features.float(), dim=1))
-            counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
-        sum_over_ranks(world, sums)
-        sum_over_ranks(world, counts)
+            yield class_sums(features, labels)
+
+    def _put_together(self, world: World, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Makes the sums of all processes the rows' means. `sums` may be the table itself."""
+        step = max(1, SUM_BLOCK_BYTES // (4 * sums[0].numel()))
+        for first in range(0, len(sums), step):
+            block = slice(first, first + step)
+            mine = (counts[block] > 0).view(-1, 1, 1, 1)
+            total = torch.where(mine, sums[block], 0.0).to(world.device)
+            images = counts[block].to(world.device)
+            self._sum(world, total)
+            self._sum(world, images)
+            met = (images > 0).to(self.weight.device)
+            means = (total / images.view(-1, 1, 1, 1)).to(self.weight)
+            self.weight[block] = torch.where(met.view(-1, 1, 1, 1), means, self.weight[block])
+            self.seen[block] |= met
+
+    def _sum(self, world: World, values: torch.Tensor) -> None:
+        sum_over_ranks(world, values)
 
 
 @dataclass(frozen=True)
@@ -199,13 +305,18 @@ class _Read:
 
     ids: torch.Tensor
     values: torch.Tensor
+    errand: Errand | None
 
 
 class ShardedClassEmbeddings(ClassEmbeddings):
     """The table, each process keeping its contiguous share of the rows (`World.share`).
 
-    A step ends with the bits that a replicated table would have. `read` and `collect` are exchanges: all
-    processes call them together.
+    A step ends with the bits that a replicated table would have. `expect`, `set_out`, `read`, `send_gradient`
+    and `collect` are exchanges: all processes call them together.
+
+    Rows travel from `set_out` to `read`, and their gradients from the moment that the backward pass has them
+    to `take_gradient`; whatever is computed in between hides it. A row that was read counts as touched, also
+    where its gradient is zero.
     """
 
     def __init__(  # noqa: PLR0917
@@ -217,19 +328,54 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         width: int,
         keeping: Keeping = "learnable",
         dtype: torch.dtype = torch.float32,
+        *,
+        host: Host | None = None,
+        overlapped: bool = True,
     ) -> None:
         if num_classes < world.size:
             raise ValueError(
                 f"embedding.sharded: {num_classes} classes cannot be shared among {world.size} processes; "
                 "leave it out"
             )
-        self._owners = Owners(world, num_classes)
-        super().__init__(num_classes, channels, height, width, keeping, dtype)
+        self._owners = Owners(world, num_classes, overlapped)
+        super().__init__(num_classes, channels, height, width, keeping, dtype, host=host, device=world.device)
+        self._asking: Asking | None = None
+        self._coming: tuple[Errand, UnderWay] | None = None
+        self._going: UnderWay | None = None
 
     @property
     def kept(self) -> slice:
         """The classes of this process."""
         return self._owners.mine
+
+    def expect(self, labels: torch.Tensor, neighbours: torch.Tensor) -> None:
+        """See `ClassEmbeddings.expect`: tells the other processes which rows this one is going to read."""
+        assert self._asking is None
+        ids = torch.cat([labels.flatten().cpu(), neighbours.flatten().cpu().to(torch.int64)])
+        self._asking = self._owners.ask(torch.unique(ids[ids >= 0]), room=len(ids))
+
+    def set_out(self) -> None:
+        """See `ClassEmbeddings.set_out`: sends the others the rows that they expect."""
+        if self._asking is not None:
+            assert self._coming is None
+            errand, self._asking = self._asking.wait(), None
+            self._coming = errand, errand.fetch(self._take)
+
+    def send_gradient(self) -> None:
+        """Sends the gradients home, unless they have left already."""
+        if len(self._reads) == 1 and self._going is None:
+            self._send(self._reads[0])
+
+    def take_gradient(self, world: World) -> Rows | None:
+        """The mean over processes of the gradient of this process's rows."""
+        self.send_gradient()
+        if self._going is None:  # nothing was read, or several times
+            return super().take_gradient(world)
+        (read,), going = self._reads, self._going
+        self._reads, self._going = [], None
+        assert read.errand is not None
+        rows = read.errand.sum_of(going.wait())
+        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
 
     def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
         """The sum (or the mean) over processes of the rows of this process's classes."""
@@ -240,22 +386,42 @@ class ShardedClassEmbeddings(ClassEmbeddings):
     def _read_in_place(self) -> bool:
         return False
 
-    def _fetch(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._owners.fetch(ids, self.weight.detach())
+    def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, Errand | None]:
+        if self._coming is None:
+            if self._asking is None:
+                self._asking = self._owners.ask(ids.cpu())
+            self.set_out()
+        assert self._coming is not None
+        (errand, rows), self._coming = self._coming, None
+        if not torch.equal(errand.ids, ids):
+            raise ValueError("this step reads other classes than `expect` has announced")
+        return rows.wait(), errand
 
-    def _add_features(
-        self,
-        world: World,
-        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        sums: torch.Tensor,
-        counts: torch.Tensor,
-    ) -> None:
-        for features, labels in _in_step(world, batches, self.weight):
+    def _gradient_is_there(self, values: torch.Tensor) -> None:
+        if len(self._reads) == 1:
+            if self._going is not None:  # a second backward pass has added to it
+                self._going.wait()
+            self._send(self._reads[0])
+
+    def _send(self, read: "_Read") -> None:
+        assert read.errand is not None
+        found = no_rows(read.values) if read.values.grad is None else sparse_rows(read.values.grad)
+        values = found.values
+        if len(found.ids) < len(read.ids):
+            values = torch.zeros_like(read.values).index_copy_(0, found.ids, values)
+        self._going = read.errand.send_home(values)
+
+    def _feature_sums(
+        self, world: World, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[Rows, torch.Tensor]]:
+        for features, labels in _in_step(world, batches, self._table):
             mine, images = class_sums(features, labels)
             rows = self._owners.send_home(mine)
-            sums.index_add_(0, rows.ids, rows.values)
-            met = self._owners.send_home(Rows(mine.ids, images.to(counts.dtype)))
-            counts.index_add_(0, met.ids, met.values)
+            counts = images.to(rows.values.dtype).view(-1, 1, 1, 1)
+            yield rows, self._owners.send_home(Rows(mine.ids, counts)).values.flatten()
+
+    def _sum(self, world: World, values: torch.Tensor) -> None:
+        """Nothing: the sums of this process's classes are those of all processes."""
 
 
 def _in_step(
@@ -272,16 +438,16 @@ def _in_step(
         yield nothing if batch is None else batch
 
 
-def noise(shape: tuple[int, ...], rows: slice) -> torch.Tensor:
-    """Some rows of a table of normal noise; a row's does not depend on how many are drawn.
+def draw_noise(table: torch.Tensor, rows: slice, num_rows: int) -> None:
+    """Fills `table` with some rows of one of normal noise; a row's does not depend on how many are drawn.
 
     Takes one number from torch's generator, the same on all processes that have been seeded alike.
     """
     seed = int(torch.randint(2**62, ()))
-    found = torch.empty(rows.stop - rows.start, *shape[1:])
     for start in range(rows.start - rows.start % NOISE_BLOCK, rows.stop, NOISE_BLOCK):
         generator = torch.Generator().manual_seed(seed ^ start)
-        block = torch.randn(min(NOISE_BLOCK, shape[0] - start), *shape[1:], generator=generator)
+        block = torch.randn(min(NOISE_BLOCK, num_rows - start), *table.shape[1:], generator=generator)
         first, last = max(start, rows.start), min(start + len(block), rows.stop)
-        found[first - rows.start : last - rows.start] = block[first - start : last - start]
-    return found.div_(shape[1] ** 0.5)
+        table[first - rows.start : last - rows.start] = block[first - start : last - start].div_(
+            table.shape[1] ** 0.5
+        )

@@ -1,0 +1,134 @@
+"""A class table in host memory, the rows of recent steps on the device: the bits of one on the device.
+
+No test has a GPU: the cache is in CPU memory too, and everything but the copies is the same code.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nearkin_trainer import checkpoint
+from nearkin_trainer.classes import ClassEmbeddings, Host, Rows, shards
+from nearkin_trainer.classes.host import RowCache
+from nearkin_trainer.distributed import World
+from nearkin_trainer.learner import Learner
+from nearkin_trainer.model import Model
+
+from tests.trainer.learners import WAYS, learn, made
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+CLASSES = 31
+CPU = torch.device("cpu")
+
+
+def _state(model: Model, learner: Learner) -> dict[str, torch.Tensor]:
+    found = {**model.state_dict(), **learner.state()["row_optimiser"]}
+    return {name: values.clone() for name, values in found.items()}
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        assert torch.equal(other[name], values), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits(way: str, tmp_path: Path) -> None:
+    """With room for fewer rows than a step reads, for a few steps', for all, and in a file."""
+    plain, learner = made(World(), way, CLASSES, sharded=False)
+    losses = learn(World(), learner, CLASSES, range(6))
+    for host in (Host(4), Host(24), Host(CLASSES), Host(24, tmp_path)):
+        cached, other = made(World(), way, CLASSES, sharded=False, host=host)
+        assert learn(World(), other, CLASSES, range(6)) == losses
+        assert cached.classes.cache is not None
+        assert len(cached.classes._cached) == min(host.cache_rows, CLASSES)
+        if host.cache_rows == CLASSES:
+            assert cached.classes.cache.brought <= CLASSES  # each at most once
+        _same(_state(plain, learner), _state(cached, other))
+        assert torch.equal(cached.classes.rows(slice(3, 9)), plain.classes.rows(slice(3, 9)))
+    assert not [*tmp_path.iterdir()]  # its files have no names
+
+
+@pytest.mark.parametrize("way", ["adam", "memory"])
+def test_checkpoints_fit_both(way: str, tmp_path: Path) -> None:
+    plain, learner = made(World(), way, CLASSES, sharded=False)
+    cached, other = made(World(), way, CLASSES, sharded=False, host=Host(7))
+    for name, model, taught in (("plain", plain, learner), ("cached", cached, other)):
+        learn(World(), taught, CLASSES, range(2))
+        tree = {"model": dict(model.state_dict()), "learner": taught.state()}
+        shards.save(tmp_path / f"{name}.npz", tree, 1, World(), model.classes)
+    expected = learn(World(), learner, CLASSES, range(2, 4))
+    for name, host in (("plain", Host(7)), ("cached", None), ("cached", Host(7))):
+        model, taught = made(World(), way, CLASSES, sharded=False, host=host)
+        learn(World(), taught, CLASSES, range(1))  # what is in the cache has to go
+        tree = checkpoint.load(tmp_path / f"{name}.npz")
+        shards.restore_rows(tmp_path, tree, model.classes.kept)
+        model.load_state_dict(tree["model"])
+        taught.restore(tree["learner"])
+        assert learn(World(), taught, CLASSES, range(2, 4)) == expected
+        _same(_state(plain, learner), _state(model, taught))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_rows_from_features(dtype: torch.dtype) -> None:
+    found = []
+    for host in (None, Host(2)):
+        torch.manual_seed(0)
+        table = ClassEmbeddings(9, 4, 1, 2, "memory", dtype, host=host)
+        table.remember(Rows(torch.tensor([1, 2, 8]), torch.randn(3, 4, 1, 2)), momentum=0.5)
+        table.start_from(World(), [(torch.randn(3, 4, 1, 2), torch.tensor([1, 5, 1]))])
+        table.remember(Rows(torch.tensor([5, 8]), torch.randn(2, 4, 1, 2)), momentum=0.5)
+        found.append({name: values.clone() for name, values in table.state_dict().items()})
+    _same(*found)
+    assert found[0]["seen"].nonzero().flatten().tolist() == [1, 2, 5, 8]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    turns=st.lists(st.sets(st.integers(0, 11), min_size=1).map(sorted), max_size=40),
+)
+def test_a_cache_loses_nothing(size: int, turns: list[list[int]]) -> None:
+    """Whatever is read and changed in whichever order, rows are what they are without a cache."""
+    table, plain = torch.zeros(12, 1, 1, 1), torch.zeros(12)
+    cached = torch.zeros(min(size, 12), 1, 1, 1)
+    cache = RowCache(Host(size), 12, CPU)
+    cache.add(table, cached)
+    for number, rows in enumerate(turns):
+        for part, slots in cache.bring(torch.tensor(rows), change=number % 3 > 0):
+            assert len(set(slots.tolist())) == len(slots)
+            assert torch.equal(cached[slots].flatten(), plain[rows[part]])
+            if number % 3:
+                cached[slots] += number
+        if number % 3:
+            plain[rows] += number
+    cache.flush()
+    assert torch.equal(table.flatten(), plain)
+
+
+def test_rows_that_rest_longest_make_room() -> None:
+    table = torch.zeros(9, 1, 1, 1)
+    cache = RowCache(Host(4), 9, CPU)
+    cache.add(table, torch.zeros(4, 1, 1, 1))
+    for rows in ([0, 1], [2, 3], [0], [4], [0, 2, 3, 4]):
+        [*cache.bring(torch.tensor(rows))]
+    assert cache.brought == 5  # 1 made room for 4
+    for _ in range(100):
+        [*cache.bring(torch.tensor([0, 2, 3, 4]))]
+    assert cache.brought == 5
+    assert len(cache._uses) < 10  # notes of uses do not pile up
+
+
+def test_moving_the_model_leaves_the_table_where_it_is() -> None:
+    table = ClassEmbeddings(9, 4, 1, 2, host=Host(2))
+    table.to(torch.float64)
+    assert table.weight.dtype == torch.float32
+
+
+def test_a_cache_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache_rows=0 must be at least 1"):
+        Host(0)
