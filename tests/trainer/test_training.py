@@ -234,6 +234,20 @@ def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalSe
         assert [g.epoch for g in client.generations()] == [3, 2, 1, 0]
 
 
+def test_a_table_in_host_memory_or_a_file_gives_the_same_bits(
+    data: Path, tmp_path: Path, nearkin_server: LocalService
+) -> None:
+    fixed = ("--service", nearkin_server.address, "--optimise.schedule", "constant", "--optimise.warmup", "0")
+    _train(data, tmp_path / "device", *fixed, "--run-name", "place-device", "--epochs", "3")
+    other = (data, tmp_path / "other", *fixed, "--run-name", "place-other", "--resume")
+    few = ("--embedding.device-cache-rows", "4")
+    _train(*other, *few, "--epochs", "1", "--embedding.place", "host")
+    _train(*other, *few, "--epochs", "2", "--embedding.place", "file", "--embedding.sharded")
+    _train(*other, "--epochs", "3", "--embedding.place", "host")
+    _same(tmp_path / "device", tmp_path / "other")
+    assert not [*(tmp_path / "other").glob(".rows*")]
+
+
 def test_without_validation_images_metrics_are_null(tmp_path: Path, nearkin_server: LocalService) -> None:
     data = write_csv_set(tmp_path, train_classes=3, validation_classes=0)
     arguments = ("--service", nearkin_server.address, "--run-name", "blind", "--epochs", "1")

@@ -155,8 +155,8 @@ class EmbeddingConfig:
             Results are the same.
         storage: what rows are stored as; `bfloat16` halves their memory. Updates are computed in float32.
         place: where rows and their optimiser's state lie: on the `device`; in `host` memory, for tables
-            larger than the GPU; or in a `file` in OUT/rows that is mapped into memory, for tables larger than
-            that too. Results are the same.
+            larger than the GPU; or in a nameless `file` in OUT that is mapped into memory, for tables larger
+            than that too. Results are the same.
         device_cache_rows: `host` and `file` only: how many rows, and what their optimiser keeps for each, the
             device holds. Rows read again while they are there do not travel; more than a few steps read is
             enough to be useful.

@@ -20,6 +20,7 @@ from torch import nn
 logger = logging.getLogger("nearkin.trainer.distributed")
 
 _BUCKET_ELEMENTS = 8 * 2**20
+_ELSEWHERE_ROWS = 4096
 _MAX_TEXT_BYTES = 4096
 
 
@@ -307,8 +308,14 @@ def broadcast_module(world: World, module: nn.Module, leave: Container[str] = ()
     if world.size == 1:
         return
     for name, tensor in module.state_dict().items():
-        if name not in leave:
-            dist.broadcast(tensor, src=0)
+        if name in leave:
+            continue
+        # What lies elsewhere (class rows in host memory) goes over the device part by part: it may not fit.
+        parts = [tensor] if tensor.device == world.device else tensor.split(_ELSEWHERE_ROWS)
+        for part in parts:
+            sent = part.to(world.device)
+            dist.broadcast(sent, src=0)
+            part.copy_(sent)
 
 
 def average_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:

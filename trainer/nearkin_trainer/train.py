@@ -70,7 +70,7 @@ def _host(config: TrainConfig, num_classes: int) -> Host | None:
     embedding = config.embedding
     if embedding.place == "device":
         return None
-    folder = config.out / "rows" if embedding.place == "file" else None
+    folder = config.out if embedding.place == "file" else None
     return Host(min(embedding.device_cache_rows, num_classes), folder)
 
 

@@ -205,6 +205,6 @@ def flush_and_forget(module: nn.Module, cache: RowCache) -> None:
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of zeros in a file without a name: it is gone when the process is, however that ends."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="rows-") as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-") as file:
         count = torch.Size(shape).numel()
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
