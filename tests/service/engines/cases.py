@@ -142,6 +142,18 @@ def wide_rows(random: np.random.Generator) -> Case:
 
 
 @_case
+def wide_near_ties(random: np.random.Generator) -> Case:
+    rows = np.repeat(_random(random, 25, 2053), 24, axis=0)
+    return rows * (1 + 1e-7 * _random(random, 600, 2053)) + 1e-5 * _random(random, 600, 2053), 11
+
+
+@_case
+def wide_clusters(random: np.random.Generator) -> Case:
+    centres = _random(random, 12, 3001)
+    return centres[random.integers(0, 12, 700)] + 0.5 * _random(random, 700, 3001), 20
+
+
+@_case
 def float16_rows(random: np.random.Generator) -> Case:
     return _random(random, 1100, 33).astype(np.float16), 11
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nearkin_service.engines import auto
+from nearkin_service.engines.keys import KeyedRows
 
 from tests.service.engines.cases import CASES
 from tests.service.engines.oracle import assert_agrees, build, true_scores
@@ -57,9 +58,14 @@ def test_absent_classes_are_nobodys_neighbour(engine: str, absent_share: float) 
     assert_agrees(build(rows, 16, engine, absent=absent), true_scores(rows, absent))
 
 
-@pytest.mark.parametrize("present", [0, 1])
-def test_nobody_left_to_compare(present: int) -> None:
-    table = build(np.full((6, 4), 2, np.float32), 3, absent=np.arange(present, 6))
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("width", [4, 2048])
+@pytest.mark.parametrize("present", [0, 1, 2])
+def test_hardly_anybody_left_to_compare(present: int, width: int, engine: str) -> None:
+    table = build(np.full((6, width), 2, np.float32), 3, engine, absent=np.arange(present, 6))
+    if present == 2:
+        assert table.ids[:2].tolist() == [[1, -1, -1], [0, -1, -1]]
+        return
     assert (table.ids == -1).all()
     assert np.isneginf(table.scores).all()
 
@@ -97,6 +103,18 @@ def test_mixed_on_any_shape(data: Any) -> None:
     k = data.draw(st.integers(1, count - 1))
     rows32 = rows.astype(np.float32)
     assert_agrees(build(rows32, k, "mixed"), true_scores(rows32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_key_does_not_depend_on_its_rows_place(data: Any) -> None:
+    count, size = data.draw(st.integers(1, 40)), data.draw(st.sampled_from([1, 7, 300, 8193, 9000, 25088]))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows = random.standard_normal((count, size)).astype(np.float32)
+    source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
+    together = source.keys_of(rows, np.arange(count))
+    start = data.draw(st.integers(0, count - 1))
+    np.testing.assert_array_equal(source.keys_of(rows[start : start + 3], np.arange(3)), together[start:][:3])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

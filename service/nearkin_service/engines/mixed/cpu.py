@@ -10,6 +10,7 @@ from importlib import metadata
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.devices import faiss_version
@@ -46,6 +47,8 @@ def mixed_self_join(
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
     """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
     keys_MD = index.keys_MD
+    if not len(keys_MD):
+        return np.full((0, k), EMPTY), 0, {}
     times = [time.monotonic()]
     keys = tile_keys(keys_MD)
     times.append(time.monotonic())

@@ -75,21 +75,23 @@ def _compiled_loosely(function: Callable[..., Any]) -> Any:
 
 
 @_compiled_loosely
-def round_rows(bits_MD: Any, keys_MD: Any, rounded_MD: Any, error_M: Any) -> None:
+def round_rows(bits_MD: Any, keys_MD: Any, rounded_ME: Any, error_M: Any) -> None:
     """bfloat16 (as uint16) of each key, to the nearest even; and the norm of what rounding took away.
 
     `bits_MD` is `keys_MD` seen as uint32. Elements under 1e-30 become 0: processors flush such products.
     """
     for row in range(keys_MD.shape[0]):
+        bits_D, key_D, rounded_E = bits_MD[row], keys_MD[row], rounded_ME[row]
         total = 0.0
-        for column in range(keys_MD.shape[1]):
-            bits = bits_MD[row, column]
-            upper = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
-            upper = upper if abs(keys_MD[row, column]) > 1e-30 else uint32(0)
-            rounded_MD[row, column] = upper
-        for column in range(keys_MD.shape[1]):
-            kept = np.uint32(uint32(rounded_MD[row, column]) << uint32(16)).view(np.float32)
-            lost = np.float64(keys_MD[row, column]) - np.float64(kept)
+        for column in range(key_D.shape[0]):
+            bits = bits_D[column]  # sums of uint32 are uint64 in numba, unless they are made uint32 at once
+            odd = np.uint32(np.uint32(bits >> uint32(16)) & uint32(1))
+            bits = np.uint32(np.uint32(bits + uint32(0x7FFF)) + odd)
+            upper = np.uint32(bits >> uint32(16))
+            upper = upper if abs(key_D[column]) > np.float32(1e-30) else uint32(0)
+            rounded_E[column] = upper
+            kept = np.uint32(upper << uint32(16)).view(np.float32)
+            lost = np.float64(key_D[column]) - np.float64(kept)
             total += lost * lost
         error_M[row] = np.sqrt(total) * (1 + 1e-6)
 
@@ -217,23 +219,24 @@ def finish_rows(span: Any, k: Any, sieve: Any, kth: Any) -> None:
 
 
 @_compiled
-def list_pairs(span: Any, least: Any, sieve: Any, exact_MW: Any) -> Any:
+def list_pairs(span: Any, wanted: Any, sieve: Any, done_MW: Any) -> Any:
     """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
 
-    A pair is listed if its row wants it, nobody scored it yet, and the other row does not list it itself:
-    that one does if it wants the pair and its sieve cannot have dropped it.
+    `wanted` is values [M, W] like the sieve's own, and per row the least that matters. A pair is listed if
+    its row wants it, it is not done, and the other row does not list it itself: that one does if it wants the
+    pair and its sieve cannot have dropped it.
     """
-    limits, values, ids, counts = sieve.limits, sieve.values, sieve.ids, sieve.counts
+    values, least = wanted
+    limits, ids, counts = sieve.limits, sieve.ids, sieve.counts
     starts = np.zeros(span[1] - span[0] + 1, np.int64)
     others = np.empty(counts[span[0] : span[1]].sum(), np.int32)
     pair = 0
     for row in range(span[0], span[1]):
-        wanted = least[row]
         for place in range(counts[row]):
             value = values[row, place]
-            if value >= wanted and exact_MW[row, place] == UNKNOWN:
+            if value >= least[row] and done_MW[row, place] == UNKNOWN:
                 other = ids[row, place]
-                if other > row or value < least[other] or value <= limits[other]:
+                if other > row or value < least[other] or sieve.values[row, place] <= limits[other]:
                     others[pair] = other
                     pair += 1
         starts[row - span[0] + 1] = pair
@@ -241,8 +244,8 @@ def list_pairs(span: Any, least: Any, sieve: Any, exact_MW: Any) -> Any:
 
 
 @_compiled
-def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -> None:
-    """Write each pair's exact score to its row, and to the other key's row if that holds the pair too."""
+def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) -> None:
+    """Write each pair's score to its row, and to the other key's row if that holds the pair too."""
     ids, counts = sieve.ids, sieve.counts
     starts, others = pairs
     for local in range(starts.shape[0] - 1):
@@ -252,7 +255,7 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -
             other = others[pair]
             while ids[row, place] != other:
                 place += 1
-            exact_MW[row, place] = steps[pair]
+            done_MW[row, place] = steps[pair]
             low, high = 0, counts[other]
             while low < high:
                 middle = (low + high) // 2
@@ -261,28 +264,30 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, exact_MW: Any) -
                 else:
                     high = middle
             if low < counts[other] and ids[other, low] == row:
-                exact_MW[other, low] = steps[pair]
+                done_MW[other, low] = steps[pair]
 
 
 @_compiled_loosely
 def add_products(query: Any, keys_BD: Any, others: Any, first_key: Any, products: Any) -> None:
-    """Add one query's products with the listed keys, in float64; four at once, so that loads overlap.
+    """Add one query's products with the listed keys to float64 sums; four at once, so that loads overlap.
 
-    `keys_BD` holds the keys from number `first_key` on.
+    `keys_BD` holds the keys from number `first_key` on. What one call adds to a sum is computed in the
+    query's type.
     """
     pair, end = 0, others.shape[0]
+    zero = query.dtype.type(0)
     while pair < end:
         last = end - 1
         key_0 = keys_BD[others[pair] - first_key]
         key_1 = keys_BD[others[min(pair + 1, last)] - first_key]
         key_2 = keys_BD[others[min(pair + 2, last)] - first_key]
         key_3 = keys_BD[others[min(pair + 3, last)] - first_key]
-        sum_0 = sum_1 = sum_2 = sum_3 = 0.0
+        sum_0, sum_1, sum_2, sum_3 = zero, zero, zero, zero
         for column in range(query.shape[0]):
-            sum_0 += query[column] * np.float64(key_0[column])
-            sum_1 += query[column] * np.float64(key_1[column])
-            sum_2 += query[column] * np.float64(key_2[column])
-            sum_3 += query[column] * np.float64(key_3[column])
+            sum_0 += query[column] * query.dtype.type(key_0[column])
+            sum_1 += query[column] * query.dtype.type(key_1[column])
+            sum_2 += query[column] * query.dtype.type(key_2[column])
+            sum_3 += query[column] * query.dtype.type(key_3[column])
         products[pair] += sum_0
         if pair + 1 < end:
             products[pair + 1] += sum_1
@@ -306,37 +311,47 @@ def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> N
 
 
 @_compiled
-def wide_pair_products(
-    keys_MD: Any, queries_QD: Any, pairs: Any, blocking: tuple[int, int], products: Any
-) -> None:
-    """The same for wide rows whose listed keys ascend: a part of the keys at a time, packed into the cache.
+def add_part_products(rows_MD: tuple[Any, Any], left: Any, pairs: Any, packed_BC: Any, products: Any) -> None:
+    """Add to each pair's float64 sum what the elements from `left` on give, as many as `packed_BC` is wide.
 
-    `blocking` is (elements, keys) of that part. Rows of a power of two or nearly so would otherwise share
-    cache sets, and each piece of a row would lie in a page of its own.
+    `rows_MD` is the keys and the queries; a query's listed keys ascend. Keys go through `packed_BC`, block by
+    block: it fits the cache, and its type is what products are computed in. Rows of a power of two or nearly
+    so would otherwise share cache sets, and each piece of a row would lie in a page of its own.
     """
+    keys_MD, queries_QD = rows_MD
     starts, others = pairs
-    chunk, block = blocking
-    count, size = keys_MD.shape
-    products[:] = 0.0
-    cursors = np.empty(starts.shape[0] - 1, np.int64)
-    packed_BC = np.empty((block, chunk))
-    query = np.empty(chunk)
-    for left in range(0, size, chunk):
-        width = min(chunk, size - left)
-        cursors[:] = starts[:-1]
-        for first_key in range(0, count, block):
-            here = min(block, count - first_key)
-            packed_BC[:here, :width] = keys_MD[first_key : first_key + here, left : left + width]
-            for row in range(cursors.shape[0]):
-                begin = cursors[row]
-                end = begin
-                while end < starts[row + 1] and others[end] < first_key + here:
-                    end += 1
-                cursors[row] = end
-                if end > begin:
-                    query[:width] = queries_QD[row, left : left + width]
-                    some = slice(begin, end)
-                    add_products(query[:width], packed_BC, others[some], first_key, products[some])
+    block, width = packed_BC.shape
+    count = keys_MD.shape[0]
+    cursors = starts[:-1].copy()
+    query = np.empty(width, packed_BC.dtype)
+    for first_key in range(0, count, block):
+        here = min(block, count - first_key)
+        for key in range(here):
+            for column in range(width):
+                packed_BC[key, column] = keys_MD[first_key + key, left + column]
+        for row in range(cursors.shape[0]):
+            begin = cursors[row]
+            end, last = begin, starts[row + 1]
+            while end < last and others[end] < first_key + here:
+                end += 1
+            cursors[row] = end
+            if end > begin:
+                for column in range(width):
+                    query[column] = queries_QD[row, left + column]
+                add_products(query, packed_BC, others[begin:end], first_key, products[begin:end])
+
+
+@_compiled
+def kth_known(span: Any, k: Any, sieve: Any, done_MW: Any, kth: Any) -> None:
+    """The k-th largest of each row's scores that are done, or `UNKNOWN` if there are fewer."""
+    found = np.empty(done_MW.shape[1], np.int32)
+    for row in range(span[0], span[1]):
+        known = 0
+        for place in range(sieve.counts[row]):
+            if done_MW[row, place] != UNKNOWN:
+                found[known] = done_MW[row, place]
+                known += 1
+        kth[row] = np.partition(found[:known], known - k)[known - k] if known >= k else UNKNOWN
 
 
 @_compiled

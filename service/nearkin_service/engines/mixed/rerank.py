@@ -1,15 +1,18 @@
 """From sieves to exact ranks: the k most promising pairs of a row, then whatever may still beat them.
 
-A pair that both of its rows want is scored once.
+A pair that both of its rows want is scored once. The rivals of wide rows are scored in float32 first, part by
+part of the keys in cache; only those that float32 cannot tell from the k best are then scored exactly.
 
-Dimension letters: M keys, P keys padded to whole blocks, W places in a sieve's row, D elements of a key,
-k neighbours.
+Dimension letters: M keys, P keys padded to whole blocks, W places in a sieve's row, G rows of a group,
+D elements of a key, k neighbours.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,20 +24,26 @@ from nearkin_service.engines.mixed.kernels import (
     ROUNDING,
     UNKNOWN,
     Sieve,
+    add_part_products,
     best_known,
     deliver,
     finish_rows,
     list_pairs,
     pair_products,
-    wide_pair_products,
 )
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _WIDE = 2048
-_PACKED = 128, 512  # elements and keys at a time: half a MiB in float64, in a core's own cache
-_PAIRS_PER_BLOCK = 4  # below, packing costs more than it saves
+_PART_KEYS, _PART_ELEMENTS = 512, 512  # a MiB in float32: fits a core's own cache
+_ERROR_32 = math.ceil(1.02 * (_PART_ELEMENTS + 2)) + 2
+"""Steps by which a float32 score can be off: a part, summed in any order, by 2**-24 per element of its share
+of |a||b|, while parts are added in float64; and two, since this score and the k-th are rounded to steps."""
 _GROUP_PAIRS = 1 << 19
+_WIDE_GROUP_ROWS = 1 << 14
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int32]]
+Wanted = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Reranking:
@@ -47,41 +56,59 @@ class Reranking:
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ranks int64 [M, k], and which rows are proved to be the exact k best."""
-        least = np.zeros(len(self._sieve.limits), np.int16)
-        self._each_group(lambda first, last: finish_rows((first, last), self._k, self._sieve, least))
+        likely = np.zeros(len(self._sieve.limits), np.int16)
+        self._each_group(lambda first, last: finish_rows((first, last), self._k, self._sieve, likely))
         self._exact_MW = np.full((len(self._keys_MD), int(self._sieve.counts.max(initial=0))), UNKNOWN)
-        self._score(least, "rerank the best")
-        least[: len(self._keys_MD)] = self._least_rivals()
-        self._score(least, "rerank rivals")
+        self._score((self._sieve.values, likely), "rerank the best")
+        rivals = self._sieve.values, self._least_rivals()
+        if self._keys_MD.shape[1] >= _WIDE:
+            rivals = self._screened(rivals)
+        self._score(rivals, "rerank rivals")
         return self._best_Mk, self._certified()
 
-    def _score(self, least: NDArray[np.int16], stage: str) -> None:
-        pace = Pace(self._monitor, stage, len(self._keys_MD))
-        self._each_group(lambda first, last: self._score_rows(first, last, least), pace)
+    def _score(self, wanted: Wanted, stage: str) -> None:
+        """Exact scores of the pairs that are wanted, and the k best that are known then."""
+
+        def score_rows(first: int, last: int) -> None:
+            queries_GD = self._keys_MD[first:last]
+            starts, others = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
+            products = np.empty(len(others))
+            pair_products(self._keys_MD, queries_GD, (starts, others), products)
+            owners = np.repeat(np.arange(last - first), np.diff(starts))
+            terms = int(self._keys_MD.shape[1])
+            steps = settle_doubt(products, terms, (queries_GD, owners), (self._keys_MD, others))
+            deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
+
+        self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
         self._each_group(self._gather)
 
-    def _score_rows(self, first: int, last: int, least: NDArray[np.int16]) -> None:
-        starts, others = list_pairs((first, last), least, self._sieve, self._exact_MW)
-        queries_GD = self._keys_MD[first:last]
-        products = np.empty(len(others))
-        terms = self._multiply(queries_GD, (starts, others), products)
-        owners = np.repeat(np.arange(last - first), np.diff(starts))
-        steps = settle_doubt(products, terms, (queries_GD, owners), (self._keys_MD, others))
-        deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
+    def _screened(self, rivals: Wanted) -> Wanted:
+        """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
+        scores_MW, count = np.full_like(self._exact_MW, UNKNOWN), len(self._keys_MD)
+        pace = Pace(self._monitor, "screen rivals", count)
+        for first in range(0, count, _WIDE_GROUP_ROWS):
+            last = min(count, first + _WIDE_GROUP_ROWS)
+            pairs = list_pairs((first, last), rivals, self._sieve, self._exact_MW)
+            products = self._products_in_parts(self._keys_MD[first:last], pairs)
+            deliver(first, pairs, np.rint(products * STEPS).astype(np.int64), self._sieve, scores_MW)
+            pace.done(last)
+        least = np.maximum(steps_of(self._best_Mk[:, -1]) - _ERROR_32, UNKNOWN + 1)
+        return scores_MW, least.astype(np.int32)
 
-    def _multiply(
-        self,
-        queries_GD: NDArray[np.float32],
-        pairs: tuple[NDArray[np.int64], NDArray[np.int32]],
-        products: NDArray[np.float64],
-    ) -> int:
-        """Fill in the pairs' products; returns how many roundings each can have seen."""
-        count, size = map(int, self._keys_MD.shape)
-        if size >= _WIDE and len(pairs[1]) * _PACKED[1] >= _PAIRS_PER_BLOCK * count * len(queries_GD):
-            wide_pair_products(self._keys_MD, queries_GD, pairs, _PACKED, products)
-            return _PACKED[0] + size // _PACKED[0] + 1
-        pair_products(self._keys_MD, queries_GD, pairs, products)
-        return size
+    def _products_in_parts(self, queries_GD: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float64]:
+        """Inner products, part by part in float32; each thread takes some of the parts, for all pairs."""
+        size = self._keys_MD.shape[1]
+        sums, adding = np.zeros(len(pairs[1])), threading.Lock()
+
+        def add(left: int) -> None:
+            packed = np.empty((_PART_KEYS, min(_PART_ELEMENTS, size - left)), np.float32)
+            products = np.zeros(len(sums))
+            add_part_products((self._keys_MD, queries_GD), left, pairs, packed, products)
+            with adding:
+                np.add(sums, products, out=sums)
+
+        in_threads(add, range(0, size, _PART_ELEMENTS), lambda begun: self._monitor.check())
+        return sums
 
     def _gather(self, first: int, last: int) -> None:
         best_known((first, last), self._sieve, self._exact_MW, self._best_Mk[first:last])
@@ -97,8 +124,7 @@ class Reranking:
 
     def _least_rivals(self) -> NDArray[np.int16]:
         """Per row the least value that can stand for a score as good as its k-th best so far."""
-        errors = self._sieve.errors[: len(self._keys_MD)]
-        least = (self._kth() - errors) / (1 + ROUNDING)
+        least = (self._kth() - self._sieve.errors[: len(self._keys_MD)]) / (1 + ROUNDING)
         return (np.maximum(least, 0).astype(np.float32).view(np.int32) >> 16).astype(np.int16)
 
     def _certified(self) -> NDArray[np.bool_]:

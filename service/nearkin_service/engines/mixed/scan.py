@@ -98,7 +98,7 @@ def _rounded(keys_MD: NDArray[np.float32]) -> TileKeys:
     def convert(start: int) -> None:
         rows = slice(start, min(count, start + 256))
         keys = keys_MD[rows]
-        round_rows(keys.view(np.uint32), keys, bits_ME[rows, :size], lost_P[rows])
+        round_rows(keys.view(np.uint32), keys, bits_ME[rows], lost_P[rows])
 
     in_threads(convert, range(0, count, 256))
     return TileKeys(bits_ME, _errors(lost_P, size), block)
