@@ -35,6 +35,17 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the CPU backend multiplies in, whichever this processor is faster at."""
+    from nearkin_trainer.matching.cpu import backend, instructions
+
+    if request.param == "bfloat16" and not instructions.HAS_BF16:
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(backend, "BFLOAT16", request.param == "bfloat16")
+    return str(request.param)
+
+
 def answer(case: Case, backend: str, **options: bool) -> Answer:
     inputs = {name: value.detach().clone().requires_grad_() for name, value in case.inputs().items()}
     maxima = location_maxima(candidates=case.candidates, backend=backend, **inputs, **options)  # type: ignore[arg-type]
@@ -70,6 +81,20 @@ def assert_as_good_as_plain(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("backend", FAST)
 def test_maxima_and_gradients(backend: str, shape: str, visible: bool) -> None:
     assert_as_good_as_plain(random_case(*SHAPES[shape], visible=visible), backend)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("visible", [False, True], ids=["all visible", "visibility"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_either_product_measures_in_float32(shape: str, visible: bool) -> None:
+    assert_as_good_as_plain(random_case(*SHAPES[shape], visible=visible, seed=1), "cpu")
+
+
+@pytest.mark.usefixtures("products")
+def test_either_product_takes_the_first_of_equal_locations_and_lets_nan_win() -> None:
+    test_equal_locations_have_equal_sims_wherever_they_lie("cpu", (7, 7))
+    test_nan_spreads_to_what_it_touches_and_no_further("cpu", torch.nan)
+    test_maxima_that_bfloat16_cannot_tell_apart("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -120,6 +145,26 @@ def test_the_first_of_equal_locations_gets_the_gradient(backend: str) -> None:
     gradients = answer(case, backend).gradients
     assert gradients["class_visibility"].flatten().tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
     assert gradients["probe_visibility"].flatten().tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("places", [(2, 3), (7, 7), (5, 10)], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_equal_locations_have_equal_sims_wherever_they_lie(backend: str, places: tuple[int, int]) -> None:
+    # 49 locations are 48 and one more to the processor, whose products take another way.
+    torch.manual_seed(0)
+    maps = torch.randn(1, 37, 1, 1).expand(1, 37, *places).contiguous()
+    visibility = torch.ones(1, *places)
+    weights = torch.ones(1, 1, 2 * places[0] * places[1])
+    case = Case(maps, maps.clone(), torch.zeros(1, 1, dtype=torch.int64), weights, visibility, visibility)
+    found = answer(case, backend)
+    assert len(set(found.maxima.flatten().tolist())) == 1
+    locations = places[0] * places[1]
+    for name in ("class_visibility", "probe_visibility"):
+        shares = found.gradients[name].flatten()
+        # The first gets all maxima of the other map, and each the one that is its own.
+        expected = torch.ones_like(shares)
+        expected[0] += locations
+        torch.testing.assert_close(shares, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -218,16 +263,19 @@ def test_plain_gradients_by_finite_differences() -> None:
 
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    from nearkin_trainer.matching.cpu.backend import BFLOAT16
     from nearkin_trainer.matching import operation
+    from nearkin_trainer.matching.cpu.instructions import PROCESSOR
 
     operation._log_once.cache_clear()
+    products = "bfloat16, then float32" if BFLOAT16 else "float32"
     case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
     with caplog.at_level(logging.INFO, logger="nearkin"):
         location_maxima(case.probes, case.classes, case.candidates)
         location_maxima(case.probes.double(), case.classes.double(), case.candidates)
         location_maxima(case.probes, case.classes, case.candidates)
     assert [record.getMessage() for record in caplog.records] == [
-        "location_maxima: backend cpu (tensors are on cpu)",
+        f"location_maxima: backend cpu (tensors are on cpu, products in {products} ({PROCESSOR}))",
         "location_maxima: backend plain ('cpu' computes in float32, not in float64)",
     ]
 

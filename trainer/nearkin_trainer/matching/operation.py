@@ -68,14 +68,15 @@ def choose_backend(name: str, request: Request) -> str:
 
 
 def _automatic(request: Request) -> tuple[str, str]:
-    name = "cpu" if request.probes.device.type == "cpu" else "triton"
+    name, detail = "cpu" if request.probes.device.type == "cpu" else "triton", ""
     try:
-        reason = _module(name).unsupported(request)
+        module = _module(name)
+        reason, detail = module.unsupported(request), module.DETAIL
     except ImportError as missing:
         reason = f"cannot be imported: {missing}"
     if reason:
         return "plain", f"'{name}' {reason}"
-    return name, f"tensors are on {request.probes.device}"
+    return name, f"tensors are on {request.probes.device}{detail}"
 
 
 def _load(name: str) -> Callable[[Request], Tensor]:

@@ -1,6 +1,9 @@
 """The CPU backend of `location_maxima`.
 
 backend       the differentiable operation, its threads and its memory
-kernels       the loops, compiled by Numba at first use and cached on disk
+layout        how maps lie in memory for the loops
+maxima        the forward loops, compiled by Numba at first use and cached on disk
+gradients     the backward loops
 instructions  the vector instructions those loops need, written as LLVM
+memory        large results in memory that serves again
 """

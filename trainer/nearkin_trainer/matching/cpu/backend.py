@@ -21,16 +21,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from nearkin_trainer.matching.cpu import kernels
-from nearkin_trainer.matching.cpu.kernels import STEP_CHANNELS, Pairs, Probes, Table
+from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
+from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, HAS_BF16, LANES, PROCESSOR
+from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare, prepare_bf16
+from nearkin_trainer.matching.cpu.maxima import Found, forward, forward_bf16
 from nearkin_trainer.matching.cpu.memory import blocks
 from nearkin_trainer.matching.request import Request
 from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
-PADDING = 32  # channels of a unit are a multiple of it, so that a location is whole vectors
-ALIASED = 256  # channels: at such a distance, neighbours in a column fight for the same few cache lines
+# Intel's vector units multiply bfloat16 at half the rate of float32, AMD's (Zen 4 and later) at twice.
+BFLOAT16 = HAS_BF16 and PROCESSOR.startswith("znver")
+DETAIL = f", products in {'bfloat16, then float32' if BFLOAT16 else 'float32'} ({PROCESSOR})"
 
 
 def location_maxima_cpu(request: Request) -> Tensor:
@@ -109,62 +112,76 @@ class _Maxima(Function):
         sparse: bool,
     ) -> Tensor:
         plan = Plan.of(touched, min(torch.get_num_threads(), MOST_THREADS))
-        laid_out = _prepare(plan, _table(probes, probe_visibility))
-        maxima, where = _forward(plan, _table(classes, visibility), laid_out)
+        laid_out = _prepare(plan, _table(probes, probe_visibility), classes[0:1].flatten(2).shape[2])
+        found = _forward(plan, _table(classes, visibility), laid_out)
         # These go through save_for_backward, which notices if someone changes them in between.
         ctx.save_for_backward(probes, classes, probe_visibility, visibility)
-        ctx.plan, ctx.probes, ctx.where, ctx.sparse = plan, laid_out, where, sparse
-        return torch.from_numpy(maxima).view(*plan.shape, maxima.shape[1])
+        ctx.plan, ctx.probes, ctx.found, ctx.sparse = plan, laid_out, found, sparse
+        return torch.from_numpy(found.maxima).view(*plan.shape, found.maxima.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         probes, classes, probe_visibility, visibility = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        step = _Step(ctx.plan, ctx.probes, ctx.where, _packed(weights.flatten(0, 1)).numpy())
+        found: Found = ctx.found
+        given = Given(
+            _packed(weights.flatten(0, 1)).numpy(), found.where, found.dots, found.scales, found.lengths
+        )
+        step = _Step(ctx.plan, ctx.probes, given)
         sums, rows, row_visibility = _backward(step, _table(classes, visibility), rows=wanted[1] or wanted[3])
         maps, map_visibility = _finish(step, _table(probes, probe_visibility), sums)
         table = None
         if wanted[1]:
             ids, rows = torch.from_numpy(ctx.plan.pairs.ids), rows.view(-1, *classes.shape[1:])
             table = rows_gradient(ids, rows, classes.shape, sparse=ctx.sparse)
-        found = (maps.view(probes.shape), table, map_visibility, row_visibility, None, None)
-        return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+        gradients = (maps.view(probes.shape), table, map_visibility, row_visibility, None, None)
+        return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What backward takes over from forward, and weights [B · M, P + Q], the gradient it is given."""
+    """What backward takes over from forward, and the gradients it is given."""
 
     plan: Plan
     probes: Probes
-    where: NDArray[np.int16]
-    weights: NDArray[np.float32]
+    given: Given
 
 
-def _prepare(plan: Plan, maps: Table) -> Probes:
+def _prepare(plan: Plan, maps: Table, class_locations: int) -> Probes:
     count, channels, locations = maps.maps.shape
-    padded = -(-channels // PADDING) * PADDING
-    if padded % ALIASED == 0:
-        padded += PADDING
+    columns = -(-locations // LANES) * LANES
+    rest = locations % LANES
+    # A few locations cost less by themselves, along the class's locations, than in one more vector.
+    if not BFLOAT16 and 0 < rest <= FEW_ROWS and min(locations, class_locations) >= LANES:
+        columns = locations - rest
+    steps, dtype = (-(-channels // 2), np.uint32) if BFLOAT16 else (channels, np.float32)
     laid_out = Probes(
-        np.zeros((count, locations, padded), np.float32),
-        np.empty((count, locations, padded // STEP_CHANNELS), np.uint32),
+        np.empty((count, steps, columns), dtype),
+        np.empty((count, steps, max(locations - columns, 0)), np.float32),
+        np.empty((-(-channels // BLOCK), count, locations, BLOCK), np.float32),
         np.empty((count, locations), np.float32),
         np.empty((count, locations), np.float32),
         np.empty(count, np.float32),
     )
-    plan.probes(lambda _, first, last: kernels.prepare(first, last, maps, laid_out))
+    loop = prepare_bf16 if BFLOAT16 else prepare
+    plan.probes(lambda _, first, last: loop(first, last, maps, laid_out))
     return laid_out
 
 
-def _forward(plan: Plan, table: Table, probes: Probes) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    shape = (plan.shape[0] * plan.shape[1], probes.units.shape[1] + table.maps.shape[2])
-    maxima, where = np.zeros(shape, np.float32), np.zeros(shape, np.int16)
-    plan.classes(
-        lambda _, first, last: kernels.forward(first, last, table, plan.pairs, probes, maxima, where)
+def _forward(plan: Plan, table: Table, probes: Probes) -> Found:
+    pairs, locations = plan.shape[0] * plan.shape[1], table.maps.shape[2]
+    shape = (pairs, probes.units.shape[2] + locations)
+    found = Found(
+        np.zeros(shape, np.float32),
+        np.empty(shape, np.int16),
+        np.empty(shape, np.float32),
+        np.empty((len(plan.pairs.ids), locations), np.float32),
+        np.empty((len(plan.pairs.ids), locations), np.float32),
     )
-    return maxima, where
+    loop = forward_bf16 if BFLOAT16 else forward
+    plan.classes(lambda _, first, last: loop(first, last, table, plan.pairs, probes, found))
+    return found
 
 
 def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.float32], Tensor, Tensor]:
@@ -173,21 +190,12 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
     written = len(plan.pairs.ids) if rows else 0
     row_gradients = blocks.empty(written, *table.maps.shape[1:])
     visibility = torch.empty(written, table.maps.shape[2])
-    sums = np.zeros((max(len(plan.cuts), 1), *step.probes.units.shape), np.float32)
+    threads = len(plan.cuts)
+    sums = (np.empty if threads else np.zeros)((max(threads, 1), *step.probes.units.shape), np.float32)
 
     def work(thread: int, first: int, last: int) -> None:
-        kernels.backward(
-            first,
-            last,
-            table,
-            plan.pairs,
-            step.probes,
-            step.where,
-            step.weights,
-            sums[thread],
-            row_gradients.numpy(),
-            visibility.numpy(),
-        )
+        wanted = Wanted(sums[thread], row_gradients.numpy(), visibility.numpy())
+        backward(first, last, table, plan.pairs, step.probes, step.given, wanted)
 
     plan.classes(work)
     return sums, row_gradients, visibility
@@ -197,7 +205,7 @@ def _finish(step: _Step, maps: Table, sums: NDArray[np.float32]) -> tuple[Tensor
     gradients = np.empty(maps.maps.shape, np.float32)
     visibility = np.empty((maps.maps.shape[0], maps.maps.shape[2]), np.float32)
     step.plan.probes(
-        lambda _, first, last: kernels.finish(first, last, maps, step.probes, sums, gradients, visibility)
+        lambda _, first, last: finish(first, last, maps, step.probes, sums, gradients, visibility)
     )
     return torch.from_numpy(gradients), torch.from_numpy(visibility)
 

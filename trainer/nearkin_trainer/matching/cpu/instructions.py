@@ -4,11 +4,13 @@
 
 All take addresses in bytes. Lanes are 16 float32 wide; LLVM splits them where registers are narrower.
 
-product_tile   sims[r, v] of up to 6 rows against 16, 32, 48 or 64 columns, accumulated in registers
-hits           which of 16 approximate sims may be the true maximum of their row or column
-highest        the largest of many values
-add_both       two rows added to two others at once, each times a weight
-transpose_16   a 16 × 16 block of float32, transposed
+product_tile      products of a few rows with a few vectors of columns, accumulated in registers
+square_sums       the squared lengths of up to 64 columns
+row_maximum       the maximum of a row of sims and its place, while those of the columns are kept up
+hits              which of 16 approximate sims may be the true maximum of their row or column
+exchange          the gradient of one sim, to both its locations
+transpose_16      a 16 × 16 block of float32, transposed
+fetch             bring memory near that will be read soon
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from numba.extending import intrinsic as _intrinsic
 
 intrinsic: Any = _intrinsic  # its own type does not know that the typing context is passed for you
 LANES = 16
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BLOCK = 2 * LANES  # channels that `exchange` adds at once
+LINE = 64  # bytes of a cache line
+F32, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32x16, I32x16 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
@@ -42,12 +46,15 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 BF16x32 = ir.VectorType(_BFloat(), 2 * LANES)
 
 # What Numba compiles for, which is also what its cache is keyed by.
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_, PROCESSOR, _features = cpu_target.target_context.codegen().magic_tuple()
+_FEATURES = _features.split(",")
 HAS_BF16 = "+avx512bf16" in _FEATURES
 HAS_AVX512 = "+avx512f" in _FEATURES
 # Accumulators must fit the registers: 32 of 16 lanes with AVX-512, else 16 of 8 lanes.
-ROWS = 6
-MOST_VECTORS = 4 if HAS_AVX512 else 1
+ROWS = 8 if HAS_AVX512 else 6
+MOST_VECTORS = 3 if HAS_AVX512 else 1
+# A tile of few rows takes more vectors.
+FEW_ROWS, FEW_VECTORS = (4, 4) if HAS_AVX512 else (3, 2)
 
 
 def _pointer(builder: Any, address: Any, offset_bytes: int = 0) -> Any:
@@ -87,135 +94,271 @@ def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
+def _fetch(builder: Any, address: Any) -> None:
+    function = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+    read, near, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+    builder.call(function, [_pointer(builder, address), read, near, data])
+
+
+class _Columns:
+    """`vectors` vectors of columns, of which the last may overlap the one before."""
+
+    def __init__(self, builder: Any, vectors: int, last: Any) -> None:
+        self._offsets = [ir.Constant(I64, 4 * LANES * v) for v in range(vectors - 1)] + [last]
+        self._builder = builder
+
+    def load(self, address: Any, kind: Any) -> list[Any]:
+        add = self._builder.add
+        return [_load(self._builder, add(address, offset), 0, kind) for offset in self._offsets]
+
+    def store(self, values: list[Any], address: Any) -> None:
+        for value, offset in zip(values, self._offsets, strict=True):
+            _store(self._builder, value, self._builder.add(address, offset), 0)
+
+
 def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
-    """void(a, a_stride, b, b_stride, steps, out, out_stride); one step per 4 bytes of a row of a."""
+    """void(a, a_stride, b, b_stride, last, steps, out, out_stride, ahead); a step is 4 bytes of a row."""
     name = f"nearkin_tile_{'bf16' if bf16 else 'f32'}_{rows}x{vectors}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 7), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    a, a_stride, b, b_stride, steps, out, out_stride = function.args
+    a, a_stride, b, b_stride, last, steps, out, out_stride, ahead = function.args
     entry, loop, end = (function.append_basic_block(part) for part in ("entry", "loop", "end"))
     lane, vector = (I32, I32x16) if bf16 else (F32, F32x16)
+    ir.IRBuilder(entry).branch(loop)
 
-    builder = ir.IRBuilder(entry)
-    row_starts = [builder.add(a, builder.mul(a_stride, ir.Constant(I64, row))) for row in range(rows)]
-    builder.branch(loop)
-
-    builder.position_at_end(loop)
-    step = builder.phi(I64)
-    step.add_incoming(ir.Constant(I64, 0), entry)
+    builder = ir.IRBuilder(loop)
+    columns = _Columns(builder, vectors, last)
+    step, a_row, b_row, next_line = (builder.phi(I64) for _ in range(4))
     sums = [[builder.phi(F32x16) for _ in range(vectors)] for _ in range(rows)]
-    b_row = builder.add(b, builder.mul(step, b_stride))
-    columns = [_load(builder, b_row, 64 * v, vector) for v in range(vectors)]
-    offset = builder.mul(step, ir.Constant(I64, 4))
-    for start, row_sums in zip(row_starts, sums, strict=True):
-        value = _splat(builder, _load(builder, builder.add(start, offset), 0, lane), vector)
-        for total, column in zip(row_sums, columns, strict=True):
+    moving = ((step, ir.Constant(I64, 0), ir.Constant(I64, 1)), (a_row, a, a_stride), (b_row, b, b_stride))
+    for value, start, stride in (*moving, (next_line, ahead, ir.Constant(I64, LINE))):
+        value.add_incoming(start, entry)
+        value.add_incoming(builder.add(value, stride), loop)
+    _fetch(builder, next_line)
+    values = columns.load(b_row, vector)
+    for row, row_sums in enumerate(sums):
+        one = _splat(builder, _load(builder, a_row, 4 * row, lane), vector)
+        for total, value in zip(row_sums, values, strict=True):
             total.add_incoming(ir.Constant(F32x16, [0.0] * LANES), entry)
-            total.add_incoming(_multiply_add(builder, value, column, total, bf16), loop)
-    after = builder.add(step, ir.Constant(I64, 1))
-    step.add_incoming(after, loop)
-    builder.cbranch(builder.icmp_signed("<", after, steps), loop, end)
+            total.add_incoming(_multiply_add(builder, one, value, total, bf16), loop)
+    builder.cbranch(builder.icmp_signed("<", step.incomings[1][0], steps), loop, end)
 
     builder.position_at_end(end)
     for row, row_sums in enumerate(sums):
         start = builder.add(out, builder.mul(out_stride, ir.Constant(I64, row)))
-        for v, total in enumerate(row_sums):
-            _store(builder, total.incomings[1][0], start, 64 * v)
+        columns.store([total.incomings[1][0] for total in row_sums], start)
     builder.ret_void()
     return function
 
 
+def _product_tile(bf16: bool) -> Any:
+    def product_tile(
+        typing: Any,
+        rows: Any,
+        vectors: Any,
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        last: Any,
+        steps: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
+    ) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            rows, vectors, *rest = values
+            chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
+            done = builder.append_basic_block("tile_done")
+            unreachable = builder.append_basic_block("tile_impossible")
+            switch = builder.switch(chosen, unreachable)
+            for r in range(1, ROWS + 1):
+                for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1):
+                    block = builder.append_basic_block(f"tile_{r}_{v}")
+                    switch.add_case(ir.Constant(I64, 8 * r + v), block)
+                    with builder.goto_block(block):
+                        builder.call(_tile_function(builder.module, r, v, bf16), rest)
+                        builder.branch(done)
+            builder.position_at_end(unreachable)
+            builder.unreachable()
+            builder.position_at_end(done)
+            return ir.Constant(I64, 0)
+
+        return types.int64(*[types.int64] * 11), codegen
+
+    product_tile.__doc__ = """out[r, column] = sum over steps of a[step, r] · b[step, column].
+
+    rows ≤ ROWS and vectors ≤ MOST_VECTORS, or rows ≤ FEW_ROWS and vectors ≤ FEW_VECTORS. The last vector
+    lies `last` bytes from the first. A step is a float32, or two bfloat16. Each sum runs through the steps
+    in order, so that equal locations have equal sims. `ahead` is memory to fetch, a line at each step.
+    """
+    return intrinsic(product_tile)
+
+
+product_tile, product_tile_bf16 = _product_tile(False), _product_tile(True)
+
+
 @intrinsic
-def product_tile(
-    typing: Any,
-    rows: Any,
-    vectors: Any,
-    a: Any,
-    a_stride: Any,
-    b: Any,
-    b_stride: Any,
-    steps: Any,
-    out: Any,
-    out_stride: Any,
-) -> Any:
-    """out[rows, 16 · vectors] = a · b over `steps` of 4 bytes; rows ≤ ROWS and vectors ≤ MOST_VECTORS."""
+def square_sums(typing: Any, vectors: Any, a: Any, stride: Any, last: Any, steps: Any, out: Any) -> Any:
+    """out[column] = sum over steps of a[step, column]²; 1 ≤ vectors ≤ 4, laid out as for `product_tile`."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        rows, vectors, *rest = values
-        chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
-        done = builder.append_basic_block("tile_done")
-        unreachable = builder.append_basic_block("tile_impossible")
-        switch = builder.switch(chosen, unreachable)
-        for r in range(1, ROWS + 1):
-            for v in range(1, MOST_VECTORS + 1):
-                block = builder.append_basic_block(f"tile_{r}_{v}")
-                switch.add_case(ir.Constant(I64, 8 * r + v), block)
-                with builder.goto_block(block):
-                    builder.call(_tile_function(builder.module, r, v, HAS_BF16), rest)
-                    builder.branch(done)
+        vectors, *rest = values
+        done = builder.append_basic_block("squares_done")
+        unreachable = builder.append_basic_block("squares_impossible")
+        switch = builder.switch(vectors, unreachable)
+        for v in range(1, 5):
+            block = builder.append_basic_block(f"squares_{v}")
+            switch.add_case(ir.Constant(I64, v), block)
+            with builder.goto_block(block):
+                builder.call(_squares_function(builder.module, v), rest)
+                builder.branch(done)
         builder.position_at_end(unreachable)
         builder.unreachable()
         builder.position_at_end(done)
         return ir.Constant(I64, 0)
 
-    return types.int64(*[types.int64] * 9), codegen
+    return types.int64(*[types.int64] * 6), codegen
+
+
+def _squares_function(module: Any, vectors: int) -> Any:
+    name = f"nearkin_squares_{vectors}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 5), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    a, stride, last, steps, out = function.args
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    columns = _Columns(builder, vectors, last)
+    zero = ir.Constant(F32x16, [0.0] * LANES)
+    # Two sums, of even and of odd steps: one alone would wait for itself.
+    totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * vectors)]
+
+    def add(step: Any, sums: list[Any]) -> None:
+        address = builder.add(a, builder.mul(step, stride))
+        for value, total in zip(columns.load(address, F32x16), sums, strict=True):
+            builder.store(_multiply_add(builder, value, value, builder.load(total), False), total)
+
+    with cgutils.for_range(builder, builder.lshr(steps, ir.Constant(I64, 1))) as loop:
+        even = builder.shl(loop.index, ir.Constant(I64, 1))
+        add(even, totals[:vectors])
+        add(builder.add(even, ir.Constant(I64, 1)), totals[vectors:])
+    with builder.if_then(builder.trunc(steps, I1)):
+        add(builder.sub(steps, ir.Constant(I64, 1)), totals[:vectors])
+    pairs = zip(totals[:vectors], totals[vectors:], strict=True)
+    columns.store([builder.fadd(builder.load(one), builder.load(other)) for one, other in pairs], out)
+    builder.ret_void()
+    return function
 
 
 @intrinsic
-def hits(typing: Any, sims: Any, column_bounds: Any, row_bound: Any) -> Any:
-    """Bits of the lanes where sims ≥ row_bound or sims ≥ column_bounds."""
+def row_maximum(
+    typing: Any,
+    row: Any,
+    sims: Any,
+    blocks: Any,
+    valid: Any,
+    scale: Any,
+    column_maxima: Any,
+    column_places: Any,
+    place: Any,
+) -> Any:
+    """The maximum of scale · sims[16 · blocks], and the first place where it is, int32 stored at `place`.
+
+    Bit i of `valid` tells whether lane i of the last block counts. float32 `column_maxima` and int32
+    `column_places` are kept up: a sim that is larger than its column's so far becomes it, at place `row`.
+    """
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        row, sims, blocks, valid, scale, column_maxima, column_places, place = arguments
+        rows = _splat(builder, builder.trunc(row, I32), I32x16)
+        scales = _splat(builder, scale, F32x16)
+        lowest = ir.Constant(F32x16, [float("-inf")] * LANES)
+        best = cgutils.alloca_once_value(builder, lowest)
+        best_blocks = cgutils.alloca_once_value(builder, ir.Constant(I32x16, [0] * LANES))
+        mask = builder.bitcast(builder.trunc(valid, I16), ir.VectorType(I1, LANES))
+        last = builder.sub(blocks, ir.Constant(I64, 1))
+
+        def take(index: Any, masked: bool) -> None:
+            offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
+            found = builder.fmul(_load(builder, builder.add(sims, offset), 0, F32x16), scales)
+            if masked:
+                found = builder.select(mask, found, lowest)
+            columns, places = builder.add(column_maxima, offset), builder.add(column_places, offset)
+            for kept, kept_places, new_places in (
+                (_pointer(builder, columns), _pointer(builder, places), rows),
+                (best, best_blocks, _splat(builder, builder.trunc(index, I32), I32x16)),
+            ):
+                before = builder.load(kept, typ=F32x16, align=4)
+                places_before = builder.load(kept_places, typ=I32x16, align=4)
+                larger = builder.fcmp_ordered(">", found, before)
+                builder.store(builder.select(larger, found, before), kept, align=4)
+                builder.store(builder.select(larger, new_places, places_before), kept_places, align=4)
+
+        with cgutils.for_range(builder, last) as loop:
+            take(loop.index, False)
+        take(last, True)
+        highest = builder.load(best)
+        reduce = _declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
+        top = builder.call(reduce, [highest])
+        lanes = ir.Constant(I32x16, list(range(LANES)))
+        indices = builder.add(
+            builder.mul(builder.load(best_blocks), ir.Constant(I32x16, [LANES] * LANES)), lanes
+        )
+        is_top = builder.fcmp_ordered("==", highest, _splat(builder, top, F32x16))
+        candidates = builder.select(is_top, indices, ir.Constant(I32x16, [0x7FFFFFFF] * LANES))
+        first = _declared(builder, "llvm.vector.reduce.smin.v16i32", I32, [I32x16])
+        builder.store(builder.call(first, [candidates]), _pointer(builder, place), align=4)
+        return top
+
+    kinds = [*[types.int64] * 4, types.float32, *[types.int64] * 3]
+    return types.float32(*kinds), codegen
+
+
+@intrinsic
+def hits(typing: Any, sims: Any, scale: Any, column_bounds: Any, row_bound: Any) -> Any:
+    """Bits of the lanes where scale · sims ≥ row_bound or scale · sims ≥ column_bounds."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        sims, column_bounds, row_bound = values
-        found = _load(builder, sims, 0, F32x16)
+        sims, scale, column_bounds, row_bound = values
+        found = builder.fmul(_load(builder, sims, 0, F32x16), _splat(builder, scale, F32x16))
         over_column = builder.fcmp_ordered(">=", found, _load(builder, column_bounds, 0, F32x16))
         over_row = builder.fcmp_ordered(">=", found, _splat(builder, row_bound, F32x16))
         return builder.zext(builder.bitcast(builder.or_(over_column, over_row), I16), I64)
 
-    return types.int64(types.int64, types.int64, types.float32), codegen
+    return types.int64(types.int64, types.float32, types.int64, types.float32), codegen
 
 
 @intrinsic
-def highest(typing: Any, values: Any, blocks: Any) -> Any:
-    """The largest of 16 · blocks float32; blocks ≥ 1."""
+def exchange(typing: Any, weight: Any, a: Any, b: Any, a_gradient: Any, b_gradient: Any) -> Any:
+    """b_gradient += weight · a and a_gradient += weight · b, each of BLOCK float32."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        values, blocks = arguments
-        best = cgutils.alloca_once_value(builder, _load(builder, values, 0, F32x16))
-        with cgutils.for_range(builder, blocks) as loop:
-            offset = builder.mul(loop.index, ir.Constant(I64, 64))
-            found = _load(builder, builder.add(values, offset), 0, F32x16)
-            top = builder.load(best)
-            builder.store(builder.select(builder.fcmp_ordered(">", found, top), found, top), best)
-        reduce = _declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
-        return builder.call(reduce, [builder.load(best)])
-
-    return types.float32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def add_both(
-    typing: Any, weight: Any, scaled: Any, a: Any, b: Any, a_gradient: Any, b_gradient: Any, blocks: Any
-) -> Any:
-    """b_gradient += weight · a and a_gradient += scaled · b, each of 16 · blocks float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        weight, scaled, a, b, a_gradient, b_gradient, blocks = arguments
-        weights, scaleds = _splat(builder, weight, F32x16), _splat(builder, scaled, F32x16)
-        with cgutils.for_range(builder, blocks) as loop:
-            offset = builder.mul(loop.index, ir.Constant(I64, 64))
-            for factor, source, target in ((weights, a, b_gradient), (scaleds, b, a_gradient)):
-                value = _load(builder, builder.add(source, offset), 0, F32x16)
-                total = _load(builder, builder.add(target, offset), 0, F32x16)
-                total = _multiply_add(builder, factor, value, total, False)
-                _store(builder, total, builder.add(target, offset), 0)
+        weight, a, b, a_gradient, b_gradient = arguments
+        weights = _splat(builder, weight, F32x16)
+        for offset in range(0, 4 * BLOCK, 4 * LANES):
+            for source, target in ((a, b_gradient), (b, a_gradient)):
+                value = _load(builder, source, offset, F32x16)
+                total = _load(builder, target, offset, F32x16)
+                _store(builder, _multiply_add(builder, weights, value, total, False), target, offset)
         return ir.Constant(I64, 0)
 
-    kinds = [types.float32] * 2 + [types.int64] * 5
-    return types.int64(*kinds), codegen
+    return types.int64(types.float32, *[types.int64] * 4), codegen
+
+
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """Bring the cache line at an address near."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _fetch(builder, values[0])
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic

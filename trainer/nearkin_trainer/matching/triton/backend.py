@@ -23,6 +23,7 @@ from nearkin_trainer.matching.triton import kernels
 
 MOST_LOCATIONS = 1024
 TILE = 64  # locations; a 64 × 64 accumulator stays in registers
+DETAIL = ""
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

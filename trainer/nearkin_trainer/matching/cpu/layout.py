@@ -1,0 +1,196 @@
+"""How maps lie in memory for the compiled loops, and how these are compiled.
+
+B probes, P probe locations, Q class locations, C channels, K blocks of 32 channels (zero-padded).
+
+A class is used as it lies in the table, [C, Q]. A probe is laid out twice, once per step: as panels, whose
+rows hold the locations of one channel, for the products; and as blocks [K, P, 32], whose rows hold 32
+channels of one location, for everything that adds up locations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, float_bits, square_sums, transpose_16
+
+EPSILON = np.float32(1e-12)
+Floats = NDArray[np.float32]
+Bits = NDArray[np.uint32]
+Places = NDArray[np.int16]
+Ids = NDArray[np.int64]
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def compiled(function: Loop) -> Loop:
+    """Compile with sums reordered into vectors; NaN and infinity keep their meaning."""
+    return cast("Loop", _njit(function, fastmath={"contract", "reassoc", "nsz"}))
+
+
+def strict(function: Loop) -> Loop:
+    """Compile as written."""
+    return cast("Loop", _njit(function))
+
+
+def _njit(function: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+    except RuntimeError:  # nowhere to write: compile in every process
+        return njit(nogil=True, error_model="numpy", **options)(function)
+
+
+class Table(NamedTuple):
+    """maps: float32 [N, C, Q]. visibility: float32 [U, Q], of the touched classes, or [1, Q] for all."""
+
+    maps: Floats
+    visibility: Floats
+
+
+class Probes(NamedTuple):
+    """Every probe, laid out by `prepare`. A unit is a location times its scale.
+
+    panels: [B, C, columns] float32, or [B, C / 2, columns] pairs of bfloat16; whole vectors of columns.
+    rest: [B, C, P − columns], the few locations that would leave most of another vector empty.
+    units: [K, B, P, 32]. scales: [B, P], visibility / length. lengths: [B, P].
+    tops: [B], the top |visibility|, or NaN where something is not finite.
+    """
+
+    panels: NDArray[Any]
+    rest: Floats
+    units: Floats
+    scales: Floats
+    lengths: Floats
+    tops: Floats
+
+
+class Pairs(NamedTuple):
+    """The pairs (probe · candidates + candidate) of a step, grouped by the class they want.
+
+    ids: int64 [U], the classes. starts: int64 [U + 1] into pairs. candidates: M, to find a pair's probe.
+    """
+
+    ids: Ids
+    starts: Ids
+    pairs: Ids
+    candidates: int
+
+
+@compiled
+def transpose(source: Floats, target: Floats) -> None:
+    """target[:columns, :rows] = source.T, by blocks of 16; what is left over, one by one."""
+    rows, columns = source.shape
+    whole_rows, whole_columns = rows - rows % LANES, columns - columns % LANES
+    for row in range(0, whole_rows, LANES):
+        for column in range(0, whole_columns, LANES):
+            transpose_16(
+                source.ctypes.data + row * source.strides[0] + column * 4,
+                source.strides[0],
+                target.ctypes.data + column * target.strides[0] + row * 4,
+                target.strides[0],
+            )
+    for column in range(whole_columns, columns):
+        for row in range(whole_rows):
+            target[column, row] = source[row, column]
+    for row in range(whole_rows, rows):
+        for column in range(columns):
+            target[column, row] = source[row, column]
+
+
+@compiled
+def of(visibility: Floats, index: int) -> Floats:
+    row: Floats = visibility[index if visibility.shape[0] > 1 else 0]
+    return row
+
+
+@compiled
+def measure(row: Floats, visibility: Floats, scales: Floats, lengths: Floats) -> np.float32:
+    """Lengths are |row[:, q]|, scales visibility / length. The top |visibility|, NaN if not all is finite."""
+    channels, locations = row.shape
+    if locations < LANES:
+        lengths[:] = 0
+        for c in range(channels):
+            for q in range(locations):
+                lengths[q] += row[c, q] * row[c, q]
+    else:
+        for start in range(0, locations, 4 * LANES):
+            first = min(start, locations - LANES)
+            columns = min(4 * LANES, locations - first)
+            square_sums(
+                (columns + LANES - 1) // LANES,
+                row.ctypes.data + 4 * first,
+                row.strides[0],
+                4 * (columns - LANES),
+                channels,
+                lengths.ctypes.data + 4 * first,
+            )
+    top = np.float32(0)
+    finite = True
+    for q in range(locations):
+        lengths[q] = np.sqrt(lengths[q])
+        scales[q] = visibility[q] / max(lengths[q], EPSILON)
+        finite &= np.isfinite(lengths[q]) and np.isfinite(scales[q])
+        top = max(top, abs(visibility[q]))
+    return top if finite else np.float32(np.nan)
+
+
+@compiled
+def rounded(value: np.float32) -> np.uint32:
+    """The bits of a float32 after rounding it to bfloat16, ties to even, in the upper half."""
+    bits: np.uint32 = float_bits(value)
+    return bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+
+
+@compiled
+def pair_of_bfloat16(even: np.float32, odd: np.float32) -> np.uint32:
+    return (rounded(even) >> np.uint32(16)) | (rounded(odd) & np.uint32(0xFFFF0000))
+
+
+@compiled
+def block_of(row: Floats, block: int, scales: Floats, target: Floats) -> None:
+    """target[Q, 32] = scales · 32 channels of a map [C, Q], zeros beyond the last channel."""
+    first = block * BLOCK
+    last = min(first + BLOCK, row.shape[0])
+    if last - first < BLOCK:
+        target[:] = 0
+    transpose(row[first:last], target)
+    for q in range(target.shape[0]):
+        for c in range(BLOCK):
+            target[q, c] *= scales[q]
+
+
+@compiled
+def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
+    """Lay out the probes first to last, whose maps and visibilities `table` holds, for float32 products."""
+    columns = probes.panels.shape[2]
+    for b in range(first, last):
+        row, scales = table.maps[b], probes.scales[b]
+        probes.tops[b] = measure(row, of(table.visibility, b), scales, probes.lengths[b])
+        whole = min(columns, row.shape[1])
+        for c in range(row.shape[0]):
+            for p in range(whole):
+                probes.panels[b, c, p] = row[c, p] * scales[p]
+            probes.panels[b, c, whole:] = 0
+            for p in range(columns, row.shape[1]):
+                probes.rest[b, c, p - columns] = row[c, p] * scales[p]
+        for block in range(probes.units.shape[0]):
+            block_of(row, block, scales, probes.units[block, b])
+
+
+@compiled
+def prepare_bf16(first: int, last: int, table: Table, probes: Probes) -> None:
+    """As `prepare`, for bfloat16 products."""
+    for b in range(first, last):
+        row, scales, panel = table.maps[b], probes.scales[b], probes.panels[b]
+        probes.tops[b] = measure(row, of(table.visibility, b), scales, probes.lengths[b])
+        for step in range(panel.shape[0]):
+            c = 2 * step
+            for p in range(row.shape[1]):
+                odd = row[c + 1, p] * scales[p] if c + 1 < row.shape[0] else np.float32(0)
+                panel[step, p] = pair_of_bfloat16(row[c, p] * scales[p], odd)
+            panel[step, row.shape[1] :] = 0
+        for block in range(probes.units.shape[0]):
+            block_of(row, block, scales, probes.units[block, b])

@@ -1,0 +1,373 @@
+# ruff: noqa: PLR0917 (compiled functions take no keywords)
+"""Forward: one class at a time, with everything about it in this core's cache.
+
+For each class: read its row once, for the lengths of its locations; for each probe that wants it, sims
+[Q, P] by tiles, and both maxima while the sims are in cache. The lengths multiply the sims, not the row.
+
+Where bfloat16 tiles are used, they serve to *find* the maxima. Rounding moves a sim by at most `BOUND` of its
+largest possible value, so whatever lies within twice that of the best is measured again in float32, and the
+best of these wins: values and places are those of float32 products.
+
+P probe locations, Q class locations, C channels, K blocks of 32 channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_trainer.matching.cpu.instructions import (
+    BLOCK,
+    FEW_ROWS,
+    FEW_VECTORS,
+    LANES,
+    LINE,
+    MOST_VECTORS,
+    ROWS,
+    hits,
+    lowest_bit,
+    product_tile,
+    product_tile_bf16,
+    row_maximum,
+)
+from nearkin_trainer.matching.cpu.layout import (
+    Bits,
+    Floats,
+    Pairs,
+    Places,
+    Probes,
+    Table,
+    block_of,
+    compiled,
+    measure,
+    of,
+    pair_of_bfloat16,
+    strict,
+)
+
+# Two factors rounded to 8 bits move a product by at most 2^-8 of |a||b|; float32 sums by far less than 2^-12.
+BOUND = np.float32(2.0**-8 * 1.06)
+
+
+class Found(NamedTuple):
+    """What forward finds, for each pair: first of every probe location, then of every class location.
+
+    maxima: float32 [B · M, P + Q]. where: int16, the place of each maximum in the other map.
+    dots: float32, what the class location there gave before it was scaled. scales, lengths: float32 [U, Q].
+    """
+
+    maxima: Floats
+    where: Places
+    dots: Floats
+    scales: Floats
+    lengths: Floats
+
+
+class Sims(NamedTuple):
+    """Room for one pair. sims: [Q, columns]. rest: [P − columns, Q]. Rows belong to Q, columns to P."""
+
+    sims: Floats
+    rest: Floats
+    row_maxima: Floats
+    row_places: NDArray[np.int32]
+    column_maxima: Floats
+    column_places: NDArray[np.int32]
+
+
+@compiled
+def _room(locations: int, columns: int, rest: int) -> Sims:
+    return Sims(
+        np.empty((locations, columns), np.float32),
+        np.empty((rest, locations), np.float32),
+        np.empty(locations, np.float32),
+        np.empty(locations, np.int32),
+        np.empty(columns + rest, np.float32),
+        np.empty(columns + rest, np.int32),
+    )
+
+
+@compiled
+def _even(total: int, most: int) -> int:
+    """The size of as few equal parts of `total` as are no larger than `most`."""
+    parts = (total + most - 1) // most
+    return (total + parts - 1) // parts
+
+
+@compiled
+def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
+    """Sims [Q, columns] of a class [C, Q] and a panel [C, columns]; fetches the class at `ahead`."""
+    steps, locations = row.shape
+    vectors = panel.shape[1] // LANES
+    height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
+    fetched = 0
+    for first in range(0, vectors, width):
+        some = min(width, vectors - first)
+        for q in range(0, locations, height):
+            product_tile(
+                min(height, locations - q),
+                some,
+                row.ctypes.data + 4 * q,
+                row.strides[0],
+                panel.ctypes.data + first * LINE,
+                panel.strides[0],
+                (some - 1) * LINE,
+                steps,
+                sims.ctypes.data + q * sims.strides[0] + first * LINE,
+                sims.strides[0],
+                ahead + fetched,
+            )
+            # Fetching once more what is already here costs nothing.
+            fetched = fetched + LINE * steps if fetched < 4 * row.size else fetched
+
+
+@compiled
+def _rest_products(row: Floats, rest: Floats, sims: Floats) -> None:
+    """Sims [P − columns, Q] of the locations that are not in the panel; Q ≥ 16."""
+    steps, locations = row.shape
+    for r in range(0, rest.shape[1], FEW_ROWS):
+        for start in range(0, locations, FEW_VECTORS * LANES):
+            first = min(start, locations - LANES)
+            columns = min(FEW_VECTORS * LANES, locations - first)
+            product_tile(
+                min(FEW_ROWS, rest.shape[1] - r),
+                (columns + LANES - 1) // LANES,
+                rest.ctypes.data + 4 * r,
+                rest.strides[0],
+                row.ctypes.data + 4 * first,
+                row.strides[0],
+                4 * (columns - LANES),
+                steps,
+                sims.ctypes.data + r * sims.strides[0] + 4 * first,
+                sims.strides[0],
+                row.ctypes.data,
+            )
+
+
+@compiled
+def _valid(locations: int, columns: int) -> int:
+    """Bits of the lanes of the last block that are locations."""
+    lanes = min(locations - columns, 0) + LANES
+    return (1 << lanes) - 1
+
+
+@compiled
+def _highest(room: Sims, scales: Floats, valid: int) -> None:
+    """Maxima of the rows and columns of `sims`, and the first place of each."""
+    sims, columns = room.sims, room.sims.shape[1]
+    room.column_maxima[:] = -np.inf
+    room.column_places[:] = 0
+    for q in range(sims.shape[0]):
+        room.row_maxima[q] = row_maximum(
+            q,
+            sims.ctypes.data + q * sims.strides[0],
+            columns // LANES,
+            valid,
+            scales[q],
+            room.column_maxima.ctypes.data,
+            room.column_places.ctypes.data,
+            room.row_places.ctypes.data + 4 * q,
+        )
+
+
+@compiled
+def _highest_of_rest(room: Sims, scales: Floats) -> None:
+    columns = room.sims.shape[1]
+    for r in range(room.rest.shape[0]):
+        best, place = np.float32(-np.inf), 0
+        for q in range(room.rest.shape[1]):
+            sim = room.rest[r, q] * scales[q]
+            if sim > best:
+                best, place = sim, q
+            if sim > room.row_maxima[q]:
+                room.row_maxima[q] = sim
+                room.row_places[q] = columns + r
+        room.column_maxima[columns + r] = best
+        room.column_places[columns + r] = place
+
+
+@compiled
+def _write(room: Sims, maxima: Floats, where: Places, dots: Floats) -> None:
+    locations, columns = room.sims.shape
+    probe_locations = maxima.shape[0] - locations
+    for p in range(probe_locations):
+        q = room.column_places[p]
+        maxima[p] = room.column_maxima[p]
+        where[p] = q
+        dots[p] = room.sims[q, p] if p < columns else room.rest[p - columns, q]
+    for q in range(locations):
+        p = room.row_places[q]
+        maxima[probe_locations + q] = room.row_maxima[q]
+        where[probe_locations + q] = p
+        dots[probe_locations + q] = room.sims[q, p] if p < columns else room.rest[p - columns, q]
+
+
+@strict
+def _strictly(
+    row: Floats, units: Floats, scales: Floats, maxima: Floats, where: Places, dots: Floats
+) -> None:
+    """For maps with NaN or infinity in them: the first NaN wins its row and its column. units: [K, P, 32]."""
+    probe_locations = units.shape[1]
+    maxima[:] = -np.inf
+    where[:] = 0
+    dots[:] = -np.inf
+    for p in range(probe_locations):
+        for q in range(row.shape[1]):
+            dot = np.float32(0)
+            for c in range(row.shape[0]):
+                dot += units[c // BLOCK, p, c % BLOCK] * row[c, q]
+            sim = dot * scales[q]
+            for place, other in ((p, q), (probe_locations + q, p)):
+                if sim > maxima[place] or (np.isnan(sim) and not np.isnan(maxima[place])):
+                    maxima[place] = sim
+                    where[place] = other
+                    dots[place] = dot
+
+
+@compiled
+def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
+    """Find the maxima for the classes ids[first:last], by float32 products."""
+    probe_locations, locations = probes.units.shape[2], table.maps.shape[2]
+    columns = probes.panels.shape[2]
+    room = _room(locations, columns, max(probe_locations - columns, 0))
+    valid = _valid(probe_locations, columns)
+    for u in range(first, last):
+        row, scales = table.maps[pairs.ids[u]], found.scales[u]
+        following = table.maps[pairs.ids[min(u + 1, last - 1)]].ctypes.data
+        top = measure(row, of(table.visibility, u), scales, found.lengths[u])
+        for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+            b = pair // pairs.candidates
+            maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
+            if np.isfinite(top) and np.isfinite(probes.tops[b]):
+                _products(row, probes.panels[b], room.sims, following)
+                _highest(room, scales, valid)
+                if probe_locations > columns:
+                    _rest_products(row, probes.rest[b], room.rest)
+                    _highest_of_rest(room, scales)
+                _write(room, maxima, where, dots)
+            else:
+                _strictly(row, probes.units[:, b], scales, maxima, where, dots)
+
+
+@compiled
+def _narrow(row: Floats, narrow: Bits) -> None:
+    """A class [C, Q] as pairs of bfloat16 channels [C / 2, Q]."""
+    channels, locations = row.shape
+    for step in range(narrow.shape[0]):
+        c = 2 * step
+        if c + 1 < channels:
+            for q in range(locations):
+                narrow[step, q] = pair_of_bfloat16(row[c, q], row[c + 1, q])
+        else:
+            for q in range(locations):
+                narrow[step, q] = pair_of_bfloat16(row[c, q], np.float32(0))
+
+
+@compiled
+def _products_bf16(narrow: Bits, panel: Bits, sims: Floats, ahead: int) -> None:
+    steps, locations = narrow.shape
+    vectors = panel.shape[1] // LANES
+    height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
+    fetched = 0
+    for first in range(0, vectors, width):
+        some = min(width, vectors - first)
+        for q in range(0, locations, height):
+            product_tile_bf16(
+                min(height, locations - q),
+                some,
+                narrow.ctypes.data + 4 * q,
+                narrow.strides[0],
+                panel.ctypes.data + first * LINE,
+                panel.strides[0],
+                (some - 1) * LINE,
+                steps,
+                sims.ctypes.data + q * sims.strides[0] + first * LINE,
+                sims.strides[0],
+                ahead + fetched,
+            )
+            fetched = fetched + LINE * steps if fetched < 8 * narrow.size else fetched
+
+
+@compiled
+def _dot(a: Floats, b: Floats) -> np.float32:
+    """Of two locations [K, 32]."""
+    total = np.float32(0)
+    for block in range(a.shape[0]):
+        for c in range(BLOCK):
+            total += a[block, c] * b[block, c]
+    return total
+
+
+@compiled
+def _measured(
+    room: Sims,
+    units: Floats,
+    tall: Floats,
+    scales: Floats,
+    slack: np.float32,
+    valid: int,
+    maxima: Floats,
+    where: Places,
+    dots: Floats,
+) -> None:
+    """Exact maxima, of float32 products of what may be one; units, tall: [K, ·, 32]."""
+    probe_locations = units.shape[1]
+    sims, bounds = room.sims, room.column_maxima
+    bounds -= slack
+    maxima[:] = -np.inf
+    where[:] = 0
+    dots[:] = 0
+    for q in range(sims.shape[0]):
+        row_place = probe_locations + q
+        for block in range(0, sims.shape[1], LANES):
+            candidates = hits(
+                sims.ctypes.data + q * sims.strides[0] + block * 4,
+                scales[q],
+                bounds.ctypes.data + block * 4,
+                room.row_maxima[q] - slack,
+            )
+            if block + LANES == sims.shape[1]:
+                candidates &= valid
+            while candidates != 0:
+                p = block + lowest_bit(candidates)
+                candidates &= candidates - 1
+                dot = _dot(units[:, p], tall[:, q])
+                sim = dot * scales[q]
+                if sim > maxima[p]:
+                    maxima[p] = sim
+                    where[p] = q
+                    dots[p] = dot
+                if sim > maxima[row_place]:
+                    maxima[row_place] = sim
+                    where[row_place] = p
+                    dots[row_place] = dot
+
+
+@compiled
+def forward_bf16(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
+    """As `forward`: bfloat16 products find the maxima, float32 measures them."""
+    channels, locations = table.maps.shape[1:]
+    probe_locations, columns = probes.units.shape[2], probes.panels.shape[2]
+    room = _room(locations, columns, 0)
+    valid = _valid(probe_locations, columns)
+    narrow = np.empty(((channels + 1) // 2, locations), np.uint32)
+    tall = np.empty((probes.units.shape[0], locations, BLOCK), np.float32)
+    ones = np.ones(locations, np.float32)
+    for u in range(first, last):
+        row, scales = table.maps[pairs.ids[u]], found.scales[u]
+        following = table.maps[pairs.ids[min(u + 1, last - 1)]].ctypes.data
+        top = measure(row, of(table.visibility, u), scales, found.lengths[u])
+        _narrow(row, narrow)
+        for block in range(tall.shape[0]):
+            block_of(row, block, ones, tall[block])
+        for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+            b = pair // pairs.candidates
+            maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
+            if np.isfinite(top) and np.isfinite(probes.tops[b]):
+                _products_bf16(narrow, probes.panels[b], room.sims, following)
+                _highest(room, scales, valid)
+                slack = np.float32(2) * BOUND * top * probes.tops[b]
+                _measured(room, probes.units[:, b], tall, scales, slack, valid, maxima, where, dots)
+            else:
+                _strictly(row, probes.units[:, b], scales, maxima, where, dots)
