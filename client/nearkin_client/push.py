@@ -25,6 +25,7 @@ from nearkin_client.errors import (
     invalid,
     status_of,
 )
+from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
 from nearkin_client.shared import Source, lent
 from nearkin_client.wire import Wire
@@ -82,6 +83,7 @@ def begin_request(
         commit_when_complete=commit and base_generation is None,
         base_generation=base_generation,
         accept_shared_memory=shared and rows.count > 0,
+        accept_bulk_lane=rows.count * rows.row_bytes >= SMALLEST_BYTES,
         qaconv_candidates=_candidates(qaconv_candidates, key, k),
         qaconv_weights=_weights(qaconv_weights, key, rows.shape),
     )
@@ -166,6 +168,7 @@ class Sender:
     ) -> None:
         self._wire = wire
         self._push = begun.push
+        self._offer = begun.bulk_lane
         self._rows = rows
         self._row_start = row_start
         self._deadline = deadline
@@ -180,6 +183,20 @@ class Sender:
         wanted = shared_memory if rows.count else False
         place_bytes = self._rows_per_message * rows.row_bytes
         self._shared = lent(begun, Source(rows, row_start), place_bytes, wanted, wire.endpoint)
+        self._lane = self._find_lane() if self._shared is None and rows.count else None
+
+    def _find_lane(self) -> Lane | None:
+        """What the connection is, bulk lane or gRPC (None); says at INFO which and why."""
+        if self._rows.count * self._rows.row_bytes < SMALLEST_BYTES:
+            log.info("%s: the connection is gRPC: these are few bytes", self._doing)
+            return None
+        try:
+            lane = self._wire.lane(self._offer)
+        except NoLane as why:
+            log.info("%s: the connection is gRPC: %s", self._doing, why)
+            return None
+        log.info("%s: the connection is the bulk lane, %s", self._doing, lane)
+        return lane
 
     def digest(self) -> int | None:
         """CRC32C of all rows of the epoch, if they are all ours and none is absent (and so ignored)."""
@@ -200,7 +217,7 @@ class Sender:
             batch = ranges.first(todo, self._rows_per_stream)
             sent: list[ranges.Range] = []
             try:
-                self._push = self._wire.write_rows(self._messages(batch, sent), self._seconds()).push
+                self._push = self._write(self._messages(batch, sent)).push
                 arrived = batch
             except grpc.RpcError as error:
                 damaged = self._judge(error, persistence, damaged)
@@ -214,8 +231,17 @@ class Sender:
         self._raise_if_failed()
         return self._push
 
-    def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bytes]:
-        """The messages of one stream; notes in `sent` what was handed over. Runs on gRPC's thread."""
+    def _write(self, messages: Iterator[bulk.WriteRows]) -> pb.WriteRowsResponse:
+        if self._lane is not None:
+            try:
+                return self._lane.write_rows(messages, self._seconds())
+            except NoLane as why:
+                log.info("%s: what is left goes through gRPC: %s", self._doing, why)
+                self._lane = None
+        return self._wire.write_rows(messages, self._seconds())
+
+    def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bulk.WriteRows]:
+        """The messages of one stream; notes in `sent` what was handed over. May run on gRPC's thread."""
         stream = self._streams
         try:
             for start, stop in ranges.pieces(batch, self._rows_per_message):
@@ -225,7 +251,7 @@ class Sender:
                 sent.append((start, stop))
                 if message.crc32c is not None:
                     self._digest.note(start - self._row_start, stop - self._row_start, message.crc32c)
-                yield bulk.encode_write_rows(message)
+                yield message
         except Exception as failure:
             self._failure = failure
             raise
@@ -242,8 +268,9 @@ class Sender:
             raise self._failure
         code, _ = status_of(error)
         if self._shared is not None:
-            log.info("%s: what is left goes through the socket", self._doing)
+            log.info("%s: what is left goes through the connection", self._doing)
             self._shared = None  # places of a broken stream are nobody's to free
+            self._lane = self._find_lane()
             if code is grpc.StatusCode.INVALID_ARGUMENT and error_from_rpc(error).field == "segment":
                 return damaged  # the service took it back
         if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:

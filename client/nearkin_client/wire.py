@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import Cancelled
+from nearkin_client.lane import Lane, Sockets
 from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
 
 Request_contra = TypeVar("Request_contra", contravariant=True)
@@ -55,6 +57,7 @@ class Wire:
         self._metadata = endpoint.metadata()
         self._lock = threading.Lock()
         self._closed = False
+        self._lane_sockets = Sockets()
         self._channel = endpoint.open_channel()
         self._bulk_channel: grpc.Channel | None = None
         self._stub = NeighbourServiceStub(self._channel)
@@ -85,14 +88,20 @@ class Wire:
             return repeat_until(attempt, deadline, self.patience.outage, doing)
         return once(attempt, deadline)
 
-    def write_rows(self, messages: Iterable[bytes], seconds: float) -> pb.WriteRowsResponse:
-        """One WriteRows stream of messages that are encoded already. Raises grpc.RpcError.
+    def lane(self, offer: pb.BulkLane) -> Lane:
+        """The bulk lane that an answer of the service offers. NoLane: it is not for us."""
+        return Lane(offer, self.endpoint, self._lane_sockets)
+
+    def write_rows(self, messages: Iterable[bulk.WriteRows], seconds: float) -> pb.WriteRowsResponse:
+        """One WriteRows stream. Raises grpc.RpcError.
 
         gRPC's blocking form would wait for ever, deadline or not, for a dead peer to take a message.
         """
         channel, taken = self._bulk(), _Counted(messages)
         call: Any = channel.stream_unary(
-            _SERVICE + "WriteRows", response_deserializer=pb.WriteRowsResponse.FromString
+            _SERVICE + "WriteRows",
+            request_serializer=bulk.encode_write_rows,
+            response_deserializer=pb.WriteRowsResponse.FromString,
         )
         pending = call.future(taken, timeout=seconds, metadata=self._metadata)
         while True:
@@ -121,6 +130,7 @@ class Wire:
 
     def close(self) -> None:
         """End every call that is under way. Idempotent."""
+        self._lane_sockets.close()
         with self._lock:
             self._closed = True
             channels = [self._channel, *([self._bulk_channel] if self._bulk_channel else [])]
@@ -143,14 +153,14 @@ class Wire:
             return self._bulk_channel
 
 
-class _Counted(Iterator[bytes]):
+class _Counted(Iterator[bulk.WriteRows]):
     """Messages on their way, and how many gRPC has taken."""
 
-    def __init__(self, messages: Iterable[bytes]) -> None:
+    def __init__(self, messages: Iterable[bulk.WriteRows]) -> None:
         self._messages = iter(messages)
         self.count = 0
 
-    def __next__(self) -> bytes:
+    def __next__(self) -> bulk.WriteRows:
         message = next(self._messages)
         self.count += 1
         return message

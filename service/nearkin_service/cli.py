@@ -59,6 +59,13 @@ def serve(  # noqa: PLR0917 - one parameter per option
             help="unix:///path or host:port; repeatable. Default: 127.0.0.1:50051. Port 0 takes a free one."
         ),
     ] = None,
+    bulk_port: Annotated[
+        str,
+        typer.Option(
+            help="Port of the bulk lane beside a host:port, where rows and tables go fastest. 0: any free one; "
+            "off: no lane, everything goes through gRPC."
+        ),
+    ] = "0",
     engine: Annotated[str, typer.Option(help="The engine for pushes that do not name one.")] = "auto",
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda. cuda fails where FAISS sees no GPU; auto logs its choice.")
@@ -122,6 +129,7 @@ def serve(  # noqa: PLR0917 - one parameter per option
             engine=engine,
             device=_device(device),
             target_recall=target_recall,
+            bulk_port=_bulk_port(bulk_port),
             http=http,
             keep_embeddings=keep_embeddings,
             drain_seconds=drain_seconds,
@@ -142,6 +150,14 @@ def _device(name: str) -> Literal["auto", "cpu", "cuda"]:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {name!r} is not auto, cpu or cuda")
     return name  # type: ignore[return-value]
+
+
+def _bulk_port(text: str) -> int | None:
+    if text == "off":
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"--bulk-port {text!r} is neither a port nor off")
+    return int(text)
 
 
 async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:

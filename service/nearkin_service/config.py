@@ -58,6 +58,7 @@ class ServiceConfig:
         chunk_bytes: payload size per message that suits this service.
         io_threads: threads that check and store rows and read tables.
         searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
+        bulk_port: where the bulk lane of a `host:port` listens; 0: any free port, None: no lane at all.
         http: `host:port` of /metrics, /livez and /readyz, or None.
         drain_seconds: how long a stop waits for builds and readers.
         insecure: whether other machines may be let in unasked, or asked for a token in clear text.
@@ -75,6 +76,7 @@ class ServiceConfig:
     chunk_bytes: int = 4 * MIB
     io_threads: int = 4
     searcher_memory_bytes: int = 4 * GIB
+    bulk_port: int | None = 0
     http: str | None = None
     drain_seconds: float = 30.0
     insecure: bool = False
@@ -95,6 +97,8 @@ class ServiceConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 64 * KIB <= self.chunk_bytes <= self.limits.max_message_bytes:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be in 64 KiB..max_message_bytes")
+        if self.bulk_port is not None and not 0 <= self.bulk_port <= 65535:
+            raise ValueError(f"bulk_port is {self.bulk_port}; it must be in 0..65535")
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must not be negative")
 

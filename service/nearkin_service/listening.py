@@ -18,6 +18,8 @@ log = logging.getLogger("nearkin.service")
 
 _MAX_SOCKET_PATH = 107
 _SOCKET_MASK = 0o177
+_BULK_SUFFIX = ".bulk"
+_BACKLOG = 128
 
 
 def is_unix(address: str) -> bool:
@@ -113,6 +115,40 @@ def _bind_unix(server: grpc.aio.Server, path: Path) -> str:
     except RuntimeError as error:
         raise ValueError(f"cannot listen on unix://{path}: {error}") from error
     return f"unix://{path}"
+
+
+def bulk_path(address: str) -> Path:
+    """Where the bulk lane of a unix address is."""
+    path = socket_path(address)
+    return path.with_name(path.name + _BULK_SUFFIX)
+
+
+def bulk_socket(address: str) -> socket.socket:
+    """Listens beside a unix address. ValueError: that cannot be done."""
+    path = bulk_path(address)
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        raise ValueError(f"{path} has more than {_MAX_SOCKET_PATH} bytes; choose a shorter path")
+    _make_way(path)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with _umask(_SOCKET_MASK):
+            listener.bind(str(path))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"cannot listen on {path}: {error.strerror}") from error
+    return listener
+
+
+def bulk_port(address: str, port: int) -> socket.socket:
+    """Listens on a port of the host of `address`; 0: any free one. ValueError: it is taken."""
+    host, _ = split_host_port(address)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and host == "::"
+        return socket.create_server(place[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        raise ValueError(f"--bulk-port {port}: cannot listen beside {address}: {error.strerror}") from error
 
 
 def _make_way(path: Path) -> None:

@@ -61,22 +61,25 @@ class NeighbourServer:
             self._http = self._serve_http(self._config.http)
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         faults.point("start.recovered")
-        self._server = self._make_server()
+        pushing = Pushing(core, self._builds)
+        self._lane = wire.BulkLane(core, pushing, self._count_error)
+        self._server = self._make_server(pushing)
         self.addresses = self._bind()
+        self._lane.open(self.addresses, tls=self._config.tls is not None)
         await self._server.start()
         faults.point("start.listening")
         self._builds.start()
-        self._resume()
+        self._resume(pushing)
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._ready = True
 
-    def _make_server(self) -> grpc.aio.Server:
+    def _make_server(self, pushing: Pushing) -> grpc.aio.Server:
         core = self.core
         # Only who the gate lets in leaves a trace.
         interceptors = [self._make_gate(), *tracing.server_interceptors()]
         server = grpc.aio.server(interceptors=interceptors, options=_options(self._config))
-        behaviours = wire.behaviours(core, self._builds, self._searching)
+        behaviours = wire.behaviours(core, self._builds, self._searching, pushing, self._lane)
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -100,9 +103,9 @@ class NeighbourServer:
     def _count_error(self, method: str, code: str) -> None:
         self.core.metrics.errors.labels(method, code).inc()
 
-    def _resume(self) -> None:
+    def _resume(self, pushing: Pushing) -> None:
         """Goes on where the service before stopped: open pushes, builds, flushing, sweeping."""
-        core, pushing = self.core, Pushing(self.core, self._builds)
+        core = self.core
         for push in core.catalogue.open_pushes:
             core.files[push.push_id] = core.directory.open_push(push.spec, push.push_id)
             if push.state is PushState.BUILDING:
@@ -172,7 +175,8 @@ class NeighbourServer:
         core.catalogue.changed.fire()
         core.catalogue.events.close()
         await _within(deadline, self._builds.idle.wait)
-        await self._server.stop(max(deadline - time.monotonic(), _LAST_REPLIES_SECONDS))
+        left = max(deadline - time.monotonic(), _LAST_REPLIES_SECONDS)
+        await asyncio.gather(self._server.stop(left), self._lane.close(left))
         await self._builds.stop()
         await _within(deadline, core.settle)
         self._beating.cancel()
@@ -182,6 +186,7 @@ class NeighbourServer:
         for address in self.addresses:
             if listening.is_unix(address):
                 listening.socket_path(address).unlink(missing_ok=True)
+                listening.bulk_path(address).unlink(missing_ok=True)
 
 
 async def _within(deadline: float, wait: Callable[[], object]) -> None:

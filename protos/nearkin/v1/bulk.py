@@ -70,6 +70,11 @@ class TableBlock:
 def encode_write_rows(message: WriteRows) -> bytes:
     """The message as protobuf bytes, the payload last; one copy."""
     payload = message.payload.cast("B") if message.payload.nbytes else b""
+    return b"".join((write_rows_head(message), payload))
+
+
+def write_rows_head(message: WriteRows) -> bytes:
+    """The message as protobuf bytes up to its payload, which has to follow."""
     head = pb.WriteRowsRequest(
         push_id=message.push_id,
         row_start=message.row_start,
@@ -79,16 +84,16 @@ def encode_write_rows(message: WriteRows) -> bytes:
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
-    return b"".join((head.SerializeToString(), _length_prefix(_PAYLOAD, len(payload)), payload))
+    return head.SerializeToString() + _length_prefix(_PAYLOAD, message.payload.nbytes)
 
 
-def decode_write_rows(data: bytes) -> WriteRows:
+def decode_write_rows(data: Buffer) -> WriteRows:
     """Takes a serialised `WriteRowsRequest` apart. DecodeError: these bytes are not one."""
     fields = _scan(memoryview(data), _WRITE_ROWS_FIELDS)
     push_id = None if fields is None else _text(fields.get(_PUSH_ID))
     segment = None if fields is None else _text(fields.get(_SEGMENT))
     if fields is None or push_id is None or segment is None:
-        parsed = pb.WriteRowsRequest.FromString(data)
+        parsed = pb.WriteRowsRequest.FromString(bytes(data))
         return WriteRows(
             push_id=parsed.push_id,
             row_start=parsed.row_start,
@@ -114,13 +119,51 @@ def encode_table_message(message: TableBlock | pb.TableHeader) -> bytes:
     if isinstance(message, pb.TableHeader):
         return pb.ReadTableResponse(header=message).SerializeToString()
     payload = message.payload.cast("B") if message.payload.nbytes else b""
+    return b"".join((table_block_head(message, len(payload)), payload))
+
+
+def table_block_head(message: TableBlock, payload_bytes: int) -> bytes:
+    """A `ReadTableResponse` (or a `BulkReply`) with this block up to its payload, which has to follow."""
     head = pb.TableBlock(
         column=message.column,  # type: ignore[arg-type]
         row_start=message.row_start,
         row_count=message.row_count,
         crc32c=message.crc32c,
-    ).SerializeToString() + _length_prefix(_PAYLOAD, len(payload))
-    return b"".join((_length_prefix(_BLOCK, len(head) + len(payload)), head, payload))
+    ).SerializeToString() + _length_prefix(_PAYLOAD, payload_bytes)
+    return _length_prefix(_BLOCK, len(head) + payload_bytes) + head
+
+
+MOST_BLOCK_HEAD = 64
+"""`table_block_head` is shorter."""
+
+
+def split_table_block(start: memoryview, length: int) -> tuple[TableBlock, int]:
+    """What `table_block_head` wrote, and how many bytes of it there are; the payload is what lies behind.
+
+    `start`: the first bytes of a message of so many bytes in all. DecodeError: it is no such message.
+    """
+    tag, position = _varint(start, 0)
+    inner, position = _varint(start, position) if position > 0 else (0, -1)
+    if position < 0 or tag != _BLOCK << 3 | _LENGTH or position + inner != length:
+        raise DecodeError("not a block of a table")
+    fields: dict[int, int] = {}
+    while True:
+        tag, position = _varint(start, position)
+        number = tag >> 3
+        if position < 0 or _BLOCK_FIELDS.get(number) != tag & 7 or number in fields:
+            raise DecodeError("not the head of a table's block")
+        if number == _PAYLOAD:
+            break
+        value, position = _value(start, position, tag & 7)
+        if position < 0:
+            raise DecodeError("not the head of a table's block")
+        fields[number] = _integer(value)
+    nbytes, position = _varint(start, position)
+    if position < 0 or position + nbytes != length:
+        raise DecodeError("the payload of a table's block does not end where the block does")
+    column, first, count = (fields.get(each, 0) for each in (_COLUMN, _BLOCK_ROW_START, _BLOCK_ROW_COUNT))
+    block = TableBlock(column, _signed(first), _signed(count), fields.get(_BLOCK_CRC32C, 0), memoryview(b""))
+    return block, position
 
 
 def decode_table_message(data: bytes) -> TableBlock | pb.TableHeader:

@@ -211,6 +211,7 @@ class BeginPushRequest(_message.Message):
     ACCEPT_SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     QACONV_CANDIDATES_FIELD_NUMBER: _builtins.int
     QACONV_WEIGHTS_FIELD_NUMBER: _builtins.int
+    ACCEPT_BULK_LANE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     epoch: _builtins.int
     """>= 0"""
@@ -230,6 +231,8 @@ class BeginPushRequest(_message.Message):
     """the caller is on the same host and can map a file the service names"""
     qaconv_candidates: _builtins.int
     """Key QACONV: how many POOLED candidates are re-ranked. 0: the server's default."""
+    accept_bulk_lane: _builtins.bool
+    """the caller would rather send its rows over the bulk lane"""
     @_builtins.property
     def row_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[D] or [C, H, W]"""
@@ -269,10 +272,11 @@ class BeginPushRequest(_message.Message):
         accept_shared_memory: _builtins.bool = ...,
         qaconv_candidates: _builtins.int = ...,
         qaconv_weights: _abc.Iterable[_builtins.float] | None = ...,
+        accept_bulk_lane: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "absent", b"absent", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_shape", b"row_shape", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "absent", b"absent", "accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_shape", b"row_shape", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_generation: _TypeAlias = _typing.Literal["base_generation"]  # noqa: Y015
     _WhichOneofArgType__base_generation: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation"]  # noqa: Y015
@@ -288,6 +292,7 @@ class BeginPushResponse(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    BULK_LANE_FIELD_NUMBER: _builtins.int
     chunk_bytes: _builtins.int
     """payload size per message that suits this server"""
     max_message_bytes: _builtins.int
@@ -298,6 +303,10 @@ class BeginPushResponse(_message.Message):
     def shared_memory(self) -> Global___SharedMemory:
         """set when offered"""
 
+    @_builtins.property
+    def bulk_lane(self) -> Global___BulkLane:
+        """set when offered"""
+
     def __init__(
         self,
         *,
@@ -305,10 +314,11 @@ class BeginPushResponse(_message.Message):
         chunk_bytes: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         shared_memory: Global___SharedMemory | None = ...,
+        bulk_lane: Global___BulkLane | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "max_message_bytes", b"max_message_bytes", "push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "chunk_bytes", b"chunk_bytes", "max_message_bytes", b"max_message_bytes", "push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +356,122 @@ class SharedMemory(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
+
+@_typing.final
+class BulkLane(_message.Message):
+    """A socket beside each of the service's addresses that are spoken to without TLS, on which nothing but bulk bytes
+    moves: the same messages as in WriteRows and ReadTable, each behind its length as a varint, and no HTTP/2 around them.
+    Nobody has to use it.
+
+    It belongs to the address itself, not to what stands before it: whoever dialled `unix:PATH` finds it at
+    `PATH.bulk`; whoever dialled a `service_port` of `doors` finds it at that `port` of the same host. Whoever dialled
+    anything else (a proxy, a published port) stays with gRPC.
+
+    The caller connects and sends a BulkHello; the service answers with a BulkReply that holds `answer`. Then either
+      * rows: WriteRowsRequest messages, then the end of the caller's direction (shutdown); the service sends `stored`
+        once all is stored, or `status`, at any time;
+      * a table: the service sends every `block`, ids first, in the order of their rows, or `status`, at any time.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    DOORS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """good for this push alone, or this table once; for some minutes"""
+    answer: _builtins.bytes
+    """what the service proves itself with"""
+    @_builtins.property
+    def doors(self) -> _containers.RepeatedCompositeFieldContainer[Global___BulkDoor]: ...
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+        answer: _builtins.bytes = ...,
+        doors: _abc.Iterable[Global___BulkDoor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "doors", b"doors", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkLane: _TypeAlias = BulkLane  # noqa: Y015
+
+@_typing.final
+class BulkDoor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_PORT_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    service_port: _builtins.int
+    port: _builtins.int
+    def __init__(
+        self,
+        *,
+        service_port: _builtins.int = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port", "service_port", b"service_port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkDoor: _TypeAlias = BulkDoor  # noqa: Y015
+
+@_typing.final
+class BulkHello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkHello: _TypeAlias = BulkHello  # noqa: Y015
+
+@_typing.final
+class BulkReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    answer: _builtins.bytes
+    status: _builtins.bytes
+    """a google.rpc.Status: what the call would have ended in"""
+    @_builtins.property
+    def block(self) -> Global___TableBlock: ...
+    @_builtins.property
+    def stored(self) -> Global___WriteRowsResponse: ...
+    def __init__(
+        self,
+        *,
+        answer: _builtins.bytes = ...,
+        block: Global___TableBlock | None = ...,
+        stored: Global___WriteRowsResponse | None = ...,
+        status: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "block", b"block", "outcome", b"outcome", "status", b"status", "stored", b"stored"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "block", b"block", "outcome", b"outcome", "status", b"status", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["answer", "block", "stored", "status"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___BulkReply: _TypeAlias = BulkReply  # noqa: Y015
 
 @_typing.final
 class RowRange(_message.Message):
@@ -575,6 +701,7 @@ class ReadTableRequest(_message.Message):
     ROW_COUNT_FIELD_NUMBER: _builtins.int
     WITH_SCORES_FIELD_NUMBER: _builtins.int
     ACCEPT_SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    ACCEPT_BULK_LANE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     generation: _builtins.int
     """exactly this one"""
@@ -586,6 +713,8 @@ class ReadTableRequest(_message.Message):
     with_scores: _builtins.bool
     accept_shared_memory: _builtins.bool
     """answer with files to map instead of blocks when on the same host"""
+    accept_bulk_lane: _builtins.bool
+    """answer with a ticket for the bulk lane instead of blocks"""
     def __init__(
         self,
         *,
@@ -596,10 +725,11 @@ class ReadTableRequest(_message.Message):
         row_count: _builtins.int = ...,
         with_scores: _builtins.bool = ...,
         accept_shared_memory: _builtins.bool = ...,
+        accept_bulk_lane: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "min_epoch", b"min_epoch", "which", b"which"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_shared_memory", b"accept_shared_memory", "generation", b"generation", "min_epoch", b"min_epoch", "row_count", b"row_count", "row_start", b"row_start", "run", b"run", "which", b"which", "with_scores", b"with_scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "generation", b"generation", "min_epoch", b"min_epoch", "row_count", b"row_count", "row_start", b"row_start", "run", b"run", "which", b"which", "with_scores", b"with_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_which: _TypeAlias = _typing.Literal["generation", "min_epoch"]  # noqa: Y015
     _WhichOneofArgType_which: _TypeAlias = _typing.Literal["which", b"which"]  # noqa: Y015
@@ -648,6 +778,7 @@ class TableHeader(_message.Message):
     WITH_SCORES_FIELD_NUMBER: _builtins.int
     IDS_PATH_FIELD_NUMBER: _builtins.int
     SCORES_PATH_FIELD_NUMBER: _builtins.int
+    BULK_LANE_FIELD_NUMBER: _builtins.int
     row_start: _builtins.int
     row_count: _builtins.int
     k: _builtins.int
@@ -658,6 +789,10 @@ class TableHeader(_message.Message):
     """float32 [num_classes, k]"""
     @_builtins.property
     def generation(self) -> Global___Generation: ...
+    @_builtins.property
+    def bulk_lane(self) -> Global___BulkLane:
+        """set when offered: the blocks follow there, and none here"""
+
     def __init__(
         self,
         *,
@@ -668,10 +803,11 @@ class TableHeader(_message.Message):
         with_scores: _builtins.bool = ...,
         ids_path: _builtins.str = ...,
         scores_path: _builtins.str = ...,
+        bulk_lane: Global___BulkLane | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "ids_path", b"ids_path", "k", b"k", "row_count", b"row_count", "row_start", b"row_start", "scores_path", b"scores_path", "with_scores", b"with_scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "generation", b"generation", "ids_path", b"ids_path", "k", b"k", "row_count", b"row_count", "row_start", b"row_start", "scores_path", b"scores_path", "with_scores", b"with_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

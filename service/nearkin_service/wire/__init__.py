@@ -4,8 +4,9 @@ No faiss, no files.
 """
 
 from nearkin_service.wire.handlers import SERVICE_NAME, generic_handler
+from nearkin_service.wire.lane import BulkLane
 from nearkin_service.wire.reflection import reflection_v1
 from nearkin_service.wire.servicer import behaviours
 from nearkin_service.wire.status import refuser
 
-__all__ = ["SERVICE_NAME", "behaviours", "generic_handler", "reflection_v1", "refuser"]
+__all__ = ["SERVICE_NAME", "BulkLane", "behaviours", "generic_handler", "reflection_v1", "refuser"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc_status import rpc_status  # type: ignore[import-untyped]
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
-from nearkin_service.errors import InvalidArgumentError, LimitExceededError, NearkinError
-from nearkin_service.wire.status import to_status
-
-log = logging.getLogger("nearkin.wire")
+from nearkin_service.errors import InvalidArgumentError
+from nearkin_service.wire.status import code_name, meaning
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NeighbourService"]
 SERVICE_NAME = _SERVICE.full_name
@@ -128,19 +125,9 @@ class _Guard:
         return call
 
     async def _refuse(self, name: str, error: Exception, context: Context) -> NoReturn:
-        """Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told."""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
-        if isinstance(error, MemoryError):
-            error = LimitExceededError("memory", "the service has not enough memory for this call")
-        if not isinstance(error, NearkinError):
-            log.error("%s failed", name, exc_info=error)
-            self._count_error(name, "INTERNAL")
-            await context.abort(
-                grpc.StatusCode.INTERNAL, f"{name} failed inside the service; its log says how"
-            )
-        status = to_status(error)
-        self._count_error(name, status.code.name)
+        found = meaning(name, error)
+        self._count_error(name, code_name(found))
+        status = rpc_status.to_status(found)
         await context.abort(status.code, status.details, status.trailing_metadata)
         raise asyncio.CancelledError  # abort has raised already
 

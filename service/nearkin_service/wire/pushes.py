@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from functools import partial
 
+from nearkin import tracing
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
@@ -19,6 +20,7 @@ from nearkin_service.operations import Core, Pushing, Sharing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
+from nearkin_service.wire.lane import BulkLane, RowsGrant
 from nearkin_service.wire.liveliness import lively
 
 _STREAM_DEPTH = 2
@@ -28,10 +30,11 @@ _STREAM_DEPTH = 2
 class PushMethods:
     """The RPCs of a push."""
 
-    def __init__(self, core: Core, pushing: Pushing, sharing: Sharing) -> None:
+    def __init__(self, core: Core, pushing: Pushing, sharing: Sharing, lane: BulkLane) -> None:
         self._core = core
         self._pushing = pushing
         self._sharing = sharing
+        self._lane = lane
         self._config: ServiceConfig = core.config
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
@@ -51,6 +54,10 @@ class PushMethods:
             if segment is not None:
                 offer = pb.SharedMemory(path=str(segment.path), size=segment.size, segment=segment.name)
                 response.shared_memory.CopyFrom(offer)
+        if request.accept_bulk_lane:
+            grant = RowsGrant(view.push_id, tracing.here())
+            if lane := self._lane.offer(grant, local=is_local(context)):
+                response.bulk_lane.CopyFrom(lane)
         return response
 
     async def WriteRows(

@@ -13,18 +13,21 @@ from nearkin_service.operations import (
     Sharing,
 )
 from nearkin_service.wire.catalogue import CatalogueMethods
+from nearkin_service.wire.lane import BulkLane
 from nearkin_service.wire.nearest import NearestMethods
 from nearkin_service.wire.pushes import PushMethods
 from nearkin_service.wire.tables import TableMethods
 from nearkin_service.wire.watch import WatchMethods
 
 
-def behaviours(core: Core, builds: Builds, searching: Searching) -> tuple[object, ...]:
+def behaviours(
+    core: Core, builds: Builds, searching: Searching, pushing: Pushing, lane: BulkLane
+) -> tuple[object, ...]:
     """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
     reading = Reading(core)
     administering = Administering(core, builds, searching)
     return (
-        PushMethods(core, Pushing(core, builds), Sharing(core)),
+        PushMethods(core, pushing, Sharing(core), lane),
         TableMethods(core, reading),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from nearkin_service import errors
+
+log = logging.getLogger("nearkin.wire")
 
 CODES: Mapping[type[errors.NearkinError], grpc.StatusCode] = {
     errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -31,16 +35,43 @@ _MOST_MESSAGE = 2_000
 _RETRY_SECONDS = 1
 
 
-def to_status(error: errors.NearkinError) -> grpc.Status:
-    """What the caller is to see."""
+_CODE_OF_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def meaning(name: str, error: Exception) -> Any:
+    """The google.rpc.Status in which the call `name` ends.
+
+    Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = errors.LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
+    if isinstance(error, MemoryError):
+        error = errors.LimitExceededError("memory", "the service has not enough memory for this call")
+    if isinstance(error, errors.NearkinError):
+        return _status(error)
+    log.error("%s failed", name, exc_info=error)
+    message = f"{name} failed inside the service; its log says how"
+    return status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=message)
+
+
+def code_name(status: Any) -> str:
+    """Of a google.rpc.Status."""
+    return _CODE_OF_NUMBER[status.code].name
+
+
+def _status(error: errors.NearkinError) -> Any:
     code = CODES[type(error)]
-    message = str(error)[:_MOST_MESSAGE]
-    status = status_pb2.Status(code=code.value[0], message=message)
+    status = status_pb2.Status(code=code.value[0], message=str(error)[:_MOST_MESSAGE])
     for detail in _details(error):
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    sent: grpc.Status = rpc_status.to_status(status)
+    return status
+
+
+def to_status(error: errors.NearkinError) -> grpc.Status:
+    """What the caller is to see."""
+    sent: grpc.Status = rpc_status.to_status(_status(error))
     return sent
 
 

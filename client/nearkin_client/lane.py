@@ -1,0 +1,235 @@
+"""The bulk lane: a socket beside the service's address on which nothing but rows and tables moves.
+
+gRPC agrees on what may move and hands out a ticket; the bytes then go from where they lie into the socket,
+without HTTP/2 and its copies. Whoever did not dial the service itself (a proxy stands between, or a published
+port) or cannot reach the lane goes on through gRPC.
+"""
+
+from __future__ import annotations
+
+import hmac
+import select
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2  # type: ignore[import-untyped]
+from nearkin.v1 import bulk, frames
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_client.channel import Endpoint, socket_path
+from nearkin_client.errors import Cancelled
+
+SMALLEST_BYTES = 1 << 20
+"""Less than this goes through gRPC: a connection of its own would not pay."""
+CONNECT_SECONDS = 2.0
+STALL_SECONDS = 30.0
+"""A lane that moves nothing for so long is taken for dead."""
+_BUFFER_BYTES = 4 << 20
+_SUFFIX = ".bulk"
+_Address = str | tuple[str, int]
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class NoLane(Exception):  # noqa: N818 - nothing is wrong: gRPC is used instead
+    """Why this goes through gRPC."""
+
+
+class LaneError(grpc.RpcError):
+    """What a call over the lane ended in; to its callers like the same end of a gRPC call."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, status: bytes = b"") -> None:
+        super().__init__(details)
+        self._code = code
+        self._details = details
+        self._status = status
+
+    @classmethod
+    def told(cls, status: bytes) -> LaneError:
+        """As the service says."""
+        found: Any = status_pb2.Status.FromString(status)
+        return cls(_CODES.get(found.code, grpc.StatusCode.UNKNOWN), found.message, status)
+
+    def code(self) -> grpc.StatusCode:
+        """Of the call's end."""
+        return self._code
+
+    def details(self) -> str:
+        """What was said, or noticed."""
+        return self._details
+
+    def trailing_metadata(self) -> tuple[Any, ...]:
+        """Where `google.rpc` details are looked for."""
+        return (("grpc-status-details-bin", self._status),) if self._status else ()
+
+
+class Sockets:
+    """The lane's connections of one client, so that closing it ends them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closed = False
+
+    @contextmanager
+    def holding(self, connection: socket.socket) -> Iterator[None]:
+        """Closes it in the end. Cancelled: the client was closed meanwhile."""
+        try:
+            with connection:
+                with self._lock:
+                    self._open.add(connection)
+                    if self._closed:
+                        raise Cancelled("the client is closed")
+                yield
+        except LaneError as error:
+            if self._closed:
+                raise Cancelled("the client is closed") from error
+            raise
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+
+    def close(self) -> None:
+        """Ends all that are open. Idempotent."""
+        with self._lock:
+            self._closed = True
+            for connection in self._open:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+class Lane:
+    """The way in that one answer of the service offered."""
+
+    def __init__(self, offer: pb.BulkLane, endpoint: Endpoint, sockets: Sockets) -> None:
+        """NoLane: it is not for whoever dialled this endpoint."""
+        if not offer.ticket:
+            raise NoLane("the service offers no bulk lane")
+        self._address = _door(offer, endpoint)
+        self._ticket = offer.ticket
+        self._answer = offer.answer
+        self._sockets = sockets
+
+    def __str__(self) -> str:
+        return self._address if isinstance(self._address, str) else f"port {self._address[1]}"
+
+    def write_rows(self, messages: Iterable[bulk.WriteRows], seconds: float) -> pb.WriteRowsResponse:
+        """One stream of messages. LaneError; NoLane: nothing was sent."""
+        call = _Call(seconds)
+        connection = self._connected()
+        with self._sockets.holding(connection), call.lost_as_error():
+            try:
+                for message in messages:
+                    call.wait_no_longer(connection)
+                    if _has_answer(connection):
+                        break
+                    frames.send(connection, bulk.write_rows_head(message), message.payload.cast("B"))
+                connection.shutdown(socket.SHUT_WR)
+            except (BrokenPipeError, ConnectionResetError):
+                return _stored(connection)  # the service ended it, and has said why
+            call.wait_no_longer(connection)
+            return _stored(connection)
+
+    def _connected(self) -> socket.socket:
+        """A connection that has shown its ticket, and whose other end has proven itself. NoLane."""
+        try:
+            connection = _connect(self._address)
+        except OSError as error:
+            raise NoLane(f"{self} cannot be reached: {error.strerror or error}") from error
+        try:
+            frames.limit_silence(connection, CONNECT_SECONDS)
+            frames.send(connection, pb.BulkHello(ticket=self._ticket).SerializeToString())
+            answer = _reply(connection).answer
+        except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
+            connection.close()
+            raise NoLane(f"{self} does not let us in ({str(error) or type(error).__name__})") from error
+        if not hmac.compare_digest(answer, self._answer):
+            connection.close()
+            raise NoLane(f"{self} is not the service's")
+        return connection
+
+
+class _Call:
+    """The deadline of one call over the lane."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def wait_no_longer(self, connection: socket.socket) -> None:
+        """No read or write from now on waits beyond the deadline, or for a dead peer."""
+        frames.limit_silence(connection, min(STALL_SECONDS, max(self._end - time.monotonic(), 0.001)))
+
+    @contextmanager
+    def lost_as_error(self) -> Iterator[None]:
+        """A connection that breaks, or moves nothing, as the status that gRPC would find for it."""
+        try:
+            yield
+        except BlockingIOError:
+            if time.monotonic() >= self._end:
+                raise LaneError(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline exceeded") from None
+            raise LaneError(grpc.StatusCode.UNAVAILABLE, f"nothing moved for {STALL_SECONDS:g} s") from None
+        except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
+            raise LaneError(grpc.StatusCode.UNAVAILABLE, f"bulk lane: {error}") from error
+
+
+def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
+    path = socket_path(endpoint.address)
+    if path is not None:
+        beside = path.with_name(path.name + _SUFFIX)
+        try:
+            if stat.S_ISSOCK(beside.stat().st_mode):
+                return str(beside)
+        except OSError as error:
+            raise NoLane(f"{beside}: {error.strerror}") from error
+        raise NoLane(f"{beside} is no socket")
+    if endpoint.tls is not None:
+        raise NoLane("the bulk lane has no TLS")
+    host, _, port = endpoint.address.rpartition(":")
+    for door in offer.doors:
+        if door.service_port == int(port):
+            return host.strip("[]"), door.port
+    raise NoLane(f"port {port} is not the service's own: something stands between")
+
+
+def _connect(address: _Address) -> socket.socket:
+    if isinstance(address, tuple):
+        connection = socket.create_connection(address, CONNECT_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(CONNECT_SECONDS)
+        try:
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            raise
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    connection.setblocking(True)
+    return connection
+
+
+def _has_answer(connection: socket.socket) -> bool:
+    """Whether the service has said something, or ended, before we were done."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _reply(connection: socket.socket) -> pb.BulkReply:
+    data = frames.receive(connection)
+    if data is None:
+        raise frames.Ended("the service closed the connection")
+    return pb.BulkReply.FromString(data)
+
+
+def _stored(connection: socket.socket) -> pb.WriteRowsResponse:
+    reply = _reply(connection)
+    if reply.WhichOneof("outcome") == "status":
+        raise LaneError.told(reply.status)
+    return reply.stored

@@ -1,0 +1,214 @@
+"""Connections of the bulk lane: accepted, asked for their ticket, served by a thread each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from google.protobuf.message import DecodeError
+from nearkin import tracing
+from nearkin.v1 import frames
+from nearkin.v1 import neighbours_pb2 as pb
+
+from nearkin_service import listening
+from nearkin_service.errors import InvalidArgumentError, UnavailableError
+from nearkin_service.operations import Core, Pushing
+from nearkin_service.wire.lane.rows import RowsReceiver
+from nearkin_service.wire.lane.tickets import RowsGrant, Ticket, Tickets
+from nearkin_service.wire.status import code_name, meaning
+
+log = logging.getLogger("nearkin.lane")
+
+MOST_CONNECTIONS = 256
+"""Who comes after that is turned away, and goes through gRPC."""
+GREETING_SECONDS = 5.0
+"""For showing a ticket."""
+_LAST_WORDS_SECONDS = 5.0
+"""For reading an error."""
+_MOST_GREETING_BYTES = 256
+_BREATH_SECONDS = 0.1
+
+
+class BulkLane:
+    """Made, opened and closed on the event loop."""
+
+    def __init__(self, core: Core, pushing: Pushing, count_error: Callable[[str, str], None]) -> None:
+        self._core = core
+        self._count_error = count_error
+        self._idle_seconds = core.config.limits.max_stream_idle_seconds
+        most = core.config.limits.max_message_bytes
+        self._rows = RowsReceiver(pushing, asyncio.get_running_loop(), most)
+        self._tickets = Tickets()
+        self._listeners: list[socket.socket] = []
+        self._doors: list[pb.BulkDoor] = []
+        self._beside_unix = False
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._closing = False
+
+    # ------------------------------------------------------------------------------------------- offering
+
+    def open(self, addresses: Sequence[str], *, tls: bool) -> None:
+        """Listens beside each of the service's addresses. ValueError: a place is taken."""
+        port = self._core.config.bulk_port
+        if port is None:
+            log.info("no bulk lane (--bulk-port off): rows and tables go through gRPC")
+            return
+        for address in addresses:
+            if listening.is_unix(address):
+                self._open_beside_socket(address)
+            elif tls:
+                log.info("no bulk lane beside %s: it would have no TLS", address)
+            else:
+                self._open_beside_port(address, port)
+
+    def _open_beside_socket(self, address: str) -> None:
+        try:
+            self._listen(listening.bulk_socket(address))
+        except ValueError as error:
+            log.warning("no bulk lane beside %s: %s", address, error)
+        else:
+            self._beside_unix = True
+
+    def _open_beside_port(self, address: str, port: int) -> None:
+        listener = listening.bulk_port(address, port)
+        self._listen(listener)
+        taken: int = listener.getsockname()[1]
+        log.info("bulk lane of %s on port %d", address, taken)
+        self._doors.append(pb.BulkDoor(service_port=listening.split_host_port(address)[1], port=taken))
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listeners.append(listener)
+        threading.Thread(target=self._accept, args=(listener,), name="nearkin-lane", daemon=True).start()
+
+    def offer(self, grant: RowsGrant, *, local: bool) -> pb.BulkLane | None:
+        """A ticket for a caller who came over a unix socket, or not; None where there is no lane for it."""
+        doors = [] if local else self._doors
+        if self._closing or not (self._beside_unix if local else doors):
+            return None
+        ticket = self._tickets.issue(grant)
+        return pb.BulkLane(ticket=ticket.shown, answer=ticket.answer, doors=doors)
+
+    # -------------------------------------------------------------------------------------------- serving
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closing:
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if not self._closing:
+                    log.warning("the bulk lane takes no connection: %s", error.strerror)
+                    time.sleep(_BREATH_SECONDS)
+                continue
+            self._take(connection)
+
+    def _take(self, connection: socket.socket) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(connection,), name="nearkin-lane-caller", daemon=True
+        )
+        with self._lock:
+            if not self._closing and len(self._connections) < MOST_CONNECTIONS:
+                self._connections[connection] = thread
+                thread.start()
+                return
+        log.info("a caller of the bulk lane was turned away: there are %d", MOST_CONNECTIONS)
+        connection.close()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            ticket = self._greeted(connection)
+            if ticket is not None:
+                frames.limit_silence(connection, self._idle_seconds)
+                frames.send(connection, pb.BulkReply(answer=ticket.answer).SerializeToString())
+                with tracing.span("bulk rows", ticket.grant.span, push=ticket.grant.push_id):
+                    self._answer(connection, "WriteRows", lambda: self._receive(connection, ticket.grant))
+        except (OSError, frames.Ended, frames.Malformed) as error:
+            log.info("a caller of the bulk lane is gone: %s", error)
+        finally:
+            with self._lock:
+                del self._connections[connection]
+            connection.close()
+
+    def _greeted(self, connection: socket.socket) -> Ticket | None:
+        """The ticket that a caller shows in time; None for a stranger, who is told nothing."""
+        watch = threading.Timer(GREETING_SECONDS, _shut, (connection,))
+        watch.daemon = True
+        watch.start()
+        try:
+            hello = frames.receive(connection, _MOST_GREETING_BYTES)
+        finally:
+            watch.cancel()
+        try:
+            shown = pb.BulkHello.FromString(hello or b"").ticket
+        except DecodeError:
+            shown = b""
+        ticket = self._tickets.redeem(shown)
+        if ticket is None:
+            log.warning("a caller of the bulk lane had no ticket that is good here")
+            self._count_error("BulkLane", "UNAUTHENTICATED")
+        return ticket
+
+    def _receive(self, connection: socket.socket, grant: RowsGrant) -> pb.BulkReply:
+        return pb.BulkReply(stored=self._rows.receive(connection, grant.push_id))
+
+    def _answer(self, connection: socket.socket, name: str, work: Callable[[], pb.BulkReply]) -> None:
+        """Does what the ticket is for; errors are told as by gRPC, but to a caller who is gone."""
+        try:
+            reply = work()
+        except (ConnectionError, TimeoutError, frames.Ended):
+            raise
+        except BlockingIOError:
+            seconds = f"{self._idle_seconds:g} s and was ended (max_stream_idle_seconds)"
+            reply = self._refusal(name, UnavailableError(f"nothing moved on the stream for {seconds}"))
+        except frames.Malformed as error:
+            reply = self._refusal(name, InvalidArgumentError("request", str(error)))
+        except Exception as error:
+            reply = self._refusal(name, error)
+        frames.send(connection, reply.SerializeToString())
+        _part(connection)
+
+    def _refusal(self, name: str, error: Exception) -> pb.BulkReply:
+        status = meaning(name, error)
+        self._count_error(name, code_name(status))
+        return pb.BulkReply(status=status.SerializeToString())
+
+    # -------------------------------------------------------------------------------------------- closing
+
+    async def close(self, seconds: float) -> None:
+        """Takes nobody new, lets callers finish for so long, then ends them."""
+        self._closing = True
+        for listener in self._listeners:
+            _shut(listener)
+            listener.close()
+        await asyncio.to_thread(self._join, time.monotonic() + seconds)
+        with self._lock:
+            left = list(self._connections)
+        for connection in left:
+            _shut(connection)
+        await asyncio.to_thread(self._join, time.monotonic() + _LAST_WORDS_SECONDS)
+
+    def _join(self, deadline: float) -> None:
+        with self._lock:
+            threads = list(self._connections.values())
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _shut(connection: socket.socket) -> None:
+    """Wakes whoever waits on it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _part(connection: socket.socket) -> None:
+    """Ends our direction and takes what is still coming: a close before would throw our last words away."""
+    connection.shutdown(socket.SHUT_WR)
+    deadline, rest = time.monotonic() + _LAST_WORDS_SECONDS, bytearray(1 << 16)
+    frames.limit_silence(connection, _LAST_WORDS_SECONDS)
+    while connection.recv_into(rest) and time.monotonic() < deadline:
+        pass

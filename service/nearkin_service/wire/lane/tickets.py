@@ -1,0 +1,71 @@
+"""Tickets: what may move over the bulk lane, and proof that gRPC has let its caller do so."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+_NAME_BYTES, _SECRET_BYTES = 8, 24
+_MOST = 4096
+_SECONDS = 900.0
+"""How long a ticket may lie unused."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsGrant:
+    """Rows of one push, over any number of connections. `span`: what they belong to in a trace."""
+
+    push_id: str
+    span: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """`shown` by the caller, `answer` by the service. Neither is ever logged."""
+
+    shown: bytes = field(repr=False)
+    answer: bytes = field(repr=False)
+    grant: RowsGrant
+
+
+class Tickets:
+    """All that are good at present. Any thread."""
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._good: dict[bytes, tuple[Ticket, float]] = {}  # by the first bytes; the longest unused first
+
+    def issue(self, grant: RowsGrant) -> Ticket:
+        """A new ticket. Where there are too many, the one that was longest unused is none any more."""
+        name = secrets.token_bytes(_NAME_BYTES)
+        ticket = Ticket(name + secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SECRET_BYTES), grant)
+        with self._lock:
+            self._forget_old()
+            if len(self._good) >= _MOST:
+                del self._good[next(iter(self._good))]
+            self._good[name] = (ticket, time.monotonic())
+        return ticket
+
+    def redeem(self, shown: bytes) -> Ticket | None:
+        """The ticket that these bytes are; None: they are none."""
+        name = shown[:_NAME_BYTES]
+        with self._lock:
+            self._forget_old()
+            ticket, _ = self._good.get(name, (None, 0.0))
+            if ticket is None or not hmac.compare_digest(ticket.shown, shown):
+                return None
+            del self._good[name]
+            self._good[name] = (ticket, time.monotonic())
+        return ticket
+
+    def _forget_old(self) -> None:
+        until = time.monotonic() - self._seconds
+        for name in list(self._good):
+            if self._good[name][1] > until:
+                return
+            del self._good[name]
