@@ -31,7 +31,7 @@ SMALLEST_BYTES = 1 << 20
 CONNECT_SECONDS = 2.0
 STALL_SECONDS = 30.0
 """A lane that moves nothing for so long is taken for dead."""
-_BUFFER_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 20
 _SUFFIX = ".bulk"
 _Address = str | tuple[str, int]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}

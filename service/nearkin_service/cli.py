@@ -62,7 +62,7 @@ def serve(  # noqa: PLR0917 - one parameter per option
     bulk_port: Annotated[
         str,
         typer.Option(
-            help="Port of the bulk lane beside a host:port, where rows and tables go fastest. 0: any free one; "
+            help="Port of the bulk lane beside a host:port, where rows and tables go fastest; 0: any free; "
             "off: no lane, everything goes through gRPC."
         ),
     ] = "0",

@@ -40,7 +40,9 @@ class RowSet:
     @staticmethod
     def of(start: int, stop: int) -> RowSet:
         """Rows start <= r < stop."""
-        return RowSet.from_arrays(np.array([start], np.int64), np.array([stop], np.int64))
+        if start >= stop:
+            return RowSet.empty()
+        return RowSet(np.array([start], np.int64), np.array([stop], np.int64))
 
     @staticmethod
     def from_ids(ids: Int64s) -> RowSet:
@@ -60,6 +62,8 @@ class RowSet:
         return RowSet(starts[opens], reach[closes])
 
     def union(self, other: RowSet) -> RowSet:
+        if not self.ranges or not other.ranges:
+            return self if self.ranges else other
         return RowSet.from_arrays(
             np.concatenate([self.starts, other.starts]), np.concatenate([self.stops, other.stops])
         )
@@ -73,6 +77,8 @@ class RowSet:
 
     def within(self, start: int, stop: int) -> RowSet:
         """The rows of this set with start <= r < stop."""
+        if not self.ranges or self.stops[-1] <= start:
+            return RowSet.empty()
         return RowSet.from_arrays(np.maximum(self.starts, start), np.minimum(self.stops, stop))
 
     def minus(self, other: RowSet) -> RowSet:

@@ -1,0 +1,291 @@
+"""Rows and tables over the bulk lane: by itself where the service was dialled, and never where it was not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nearkin.v1 import bulk, frames
+from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient
+from nearkin_client.local import LocalService
+from nearkin_client.testing import neighbour_service
+
+from tests.client.proxy import cutting_proxy
+
+N, WIDTH = 96, 4096
+ROWS = np.random.default_rng(5).standard_normal((N, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[LocalService]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with neighbour_service(listen=(f"127.0.0.1:{port}",)) as started:
+        yield started
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def address(request: pytest.FixtureRequest, service: LocalService) -> str:
+    return service.address if request.param == "unix" else service._listen[1]
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    return "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[-64:].lstrip("-")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="nearkin")
+    return caplog
+
+
+def connected(address: str, run: str) -> NeighbourClient:
+    return NeighbourClient(address, run=run, shared_memory=False)
+
+
+def assert_pushed(client: NeighbourClient, epoch: int = 0) -> None:
+    """That the rows are there: the same again are taken, others are not."""
+    client.push(ROWS, epoch=epoch, k=4, commit=False)
+    for row in (0, N // 2, N - 1):
+        with pytest.raises(AlreadyExists):
+            client.push(-ROWS[row : row + 1], epoch=epoch, row_start=row, num_classes=N, k=4, commit=False)
+
+
+def after(count: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Does something when so many messages of rows went over lanes; the list grows by one for each."""
+    sent: list[int] = []
+    send = frames.send
+
+    def counting(connection: socket.socket, head: bytes, payload: Any = b"") -> None:
+        send(connection, head, payload)
+        if len(payload):
+            sent.append(len(payload))
+            if len(sent) == count:
+                act()
+
+    monkeypatch.setattr(frames, "send", counting)
+    return sent
+
+
+def test_rows_take_the_lane_and_the_log_says_so(
+    address: str, run: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = after(0, lambda: None, monkeypatch)
+    with connected(address, run) as client:
+        client.push(ROWS, epoch=0, k=4, commit=False)
+        assert sum(sent) == ROWS.nbytes
+        assert "the connection is the bulk lane" in log.text
+        assert_pushed(client)
+
+
+def test_few_rows_do_not(address: str, run: str, log: pytest.LogCaptureFixture) -> None:
+    with connected(address, run) as client:
+        client.push(ROWS[:9], epoch=0, k=4, commit=False)
+    assert "the connection is gRPC: these are few bytes" in log.text
+
+
+def test_behind_a_proxy_everything_goes_through_it(
+    service: LocalService, run: str, log: pytest.LogCaptureFixture
+) -> None:
+    with cutting_proxy(service.address, 1 << 40, 0) as proxy:
+        with connected(proxy.address, run) as client:
+            client.push(ROWS, epoch=0, k=4, commit=False)
+        assert proxy.bytes_up > ROWS.nbytes
+    assert "the connection is gRPC" in log.text
+
+
+def test_a_published_port_goes_through_grpc(address: str, run: str, log: pytest.LogCaptureFixture) -> None:
+    if address.startswith("unix:"):
+        pytest.skip("a port is what this is about")
+
+    def forward(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                down = listener.accept()[0]
+            except OSError:
+                return
+            up = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+            for pair in ((down, up), (up, down)):
+                threading.Thread(target=forward, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        with connected(f"127.0.0.1:{listener.getsockname()[1]}", run) as client:
+            client.push(ROWS, epoch=0, k=4, commit=False)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "not the service's own: something stands between" in log.text
+
+
+@pytest.fixture
+def passing() -> Iterator[LocalService]:
+    """A service that a test may do anything to."""
+    with neighbour_service("--drain-seconds", "0.5") as started:
+        yield started
+
+
+def test_a_lane_that_is_gone_is_done_without(passing: LocalService, log: pytest.LogCaptureFixture) -> None:
+    Path(passing.address.removeprefix("unix://") + ".bulk").unlink()
+    with connected(passing.address, "gone") as client:
+        client.push(ROWS, epoch=0, k=4, commit=False)
+        assert_pushed(client)
+    assert "the connection is gRPC" in log.text
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x00", b"\x03\x0a\x01x", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_rows_are_shown_to_the_service_alone(
+    passing: LocalService, log: pytest.LogCaptureFixture, answer: bytes
+) -> None:
+    path = passing.address.removeprefix("unix://") + ".bulk"
+    Path(path).unlink()
+    heard: list[bytes] = []
+
+    def pose(listener: socket.socket) -> None:
+        connection = listener.accept()[0]
+        heard.append(connection.recv(1 << 20))
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        while data := connection.recv(1 << 20):
+            heard.append(data)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        posing = threading.Thread(target=pose, args=(listener,))
+        posing.start()
+        with connected(passing.address, "posed") as client:
+            client.push(ROWS, epoch=0, k=4, commit=False)
+        posing.join()
+    assert len(b"".join(heard)) < 100, "no row among them"
+    assert "what is left goes through gRPC" in log.text
+
+
+def test_a_cut_lane_is_taken_again(
+    address: str, run: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(address, run) as client:
+        sockets = client._wire._lane_sockets
+
+        def cut() -> None:
+            for each in list(sockets._open):
+                each.shutdown(socket.SHUT_RDWR)
+
+        sent = after(3, cut, monkeypatch)
+        client.push(ROWS, epoch=0, k=4, commit=False)
+        assert ROWS.nbytes <= sum(sent) < 2 * ROWS.nbytes
+        assert_pushed(client)
+    assert "rows of the broken stream had arrived" in log.text
+    assert "goes through gRPC" not in log.text
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_a_push_goes_on_after_the_service_came_back(
+    passing: LocalService, how: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        getattr(passing, how)()
+        passing.start()
+
+    after(3, act, monkeypatch)
+    with connected(passing.address, "back") as client:
+        push = client.push(ROWS, epoch=0, k=4, timeout=60)
+        assert push.rows_stored == N
+        assert client.table(epoch=0, timeout=60).ids.shape == (N, 4)
+
+
+DYING = """
+import os, signal, sys
+import numpy as np
+from nearkin.v1 import frames
+from nearkin_client import NeighbourClient
+
+send, sent = frames.send, []
+def dying(connection, head, payload=b""):
+    if len(sent) == 3 and len(payload):
+        connection.sendall(frames.prefix(len(head) + len(payload)) + head + bytes(payload)[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+    sent.append(1)
+    send(connection, head, payload)
+frames.send = dying
+NeighbourClient(sys.argv[1], run=sys.argv[2], shared_memory=False).push(
+    np.load(sys.argv[3]), epoch=0, k=4, commit=False)
+"""
+
+
+def test_whoever_dies_in_the_middle_is_followed_by_another(address: str, run: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", ROWS)
+    command = [sys.executable, "-c", DYING, address, run, str(tmp_path / "rows.npy")]
+    assert subprocess.run(command, env=os.environ, check=False, timeout=60).returncode == -signal.SIGKILL
+    with connected(address, run) as client:
+        client.push(ROWS, epoch=0, k=4, commit=False)
+        assert_pushed(client)
+
+
+def test_many_writers_at_once(address: str, run: str) -> None:
+    rows = np.random.default_rng(6).standard_normal((8 * N, WIDTH)).astype(np.float32)
+
+    def write(part: int) -> None:
+        with connected(address, run) as client:
+            mine = rows[part * N : (part + 1) * N]
+            client.push(mine, epoch=0, row_start=part * N, num_classes=len(rows), k=4)
+
+    with ThreadPoolExecutor(8) as writers:
+        list(writers.map(write, range(8)))
+    with connected(address, run) as client:
+        client.table(epoch=0, timeout=60)
+        client.push(rows, epoch=0, k=4)  # compared with what is there
+
+
+def test_a_wrong_row_is_named_in_the_middle_of_a_push(address: str, run: str) -> None:
+    rows = ROWS.copy()
+    rows[40, 7] = np.inf
+    with connected(address, run) as client, pytest.raises(InvalidArgument, match="row 40") as caught:
+        client.push(rows, epoch=0, k=4)
+    assert caught.value.field == "payload"
+
+
+def test_a_flipped_bit_is_sent_again(
+    address: str, run: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[bytes] = []
+    write_rows_head = bulk.write_rows_head
+
+    def flipping(message: bulk.WriteRows) -> bytes:
+        if len(heads) == 2:
+            assert message.crc32c is not None
+            message = bulk.WriteRows(
+                message.push_id, message.row_start, message.payload, message.crc32c ^ 1024
+            )
+        heads.append(write_rows_head(message))
+        return heads[-1]
+
+    monkeypatch.setattr(bulk, "write_rows_head", flipping)
+    with connected(address, run) as client:
+        client.push(ROWS, epoch=0, k=4, commit=False)
+        assert "sending it again" in log.text
+        assert_pushed(client)
+
+
+def test_closing_the_client_ends_its_lane(address: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connected(address, run)
+    after(2, client.close, monkeypatch)
+    with pytest.raises(Cancelled):
+        client.push(ROWS, epoch=0, k=4, commit=False)

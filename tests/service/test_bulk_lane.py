@@ -1,0 +1,388 @@
+"""The bulk lane on raw sockets: what it takes, whom it turns away, what it says when something is wrong."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from nearkin.v1 import frames
+from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_service.config import Limits
+from nearkin_service.wire.lane import lane as lane_module
+from nearkin_service.wire.lane.tickets import RowsGrant, Tickets
+
+from tests.service.conftest import WAIT, Caller, Service, brute_force, eventually, messages, random_rows
+
+Start = Callable[..., Service]
+ROWS = random_rows(60, 16)
+
+
+def offered(caller: Caller, rows: Any = ROWS, epoch: int = 0, **changes: Any) -> tuple[str, pb.BulkLane]:
+    begun = caller.begin(rows, epoch, accept_bulk_lane=True, **changes)
+    return begun.push.push_id, begun.bulk_lane
+
+
+@contextmanager
+def dialled(caller: Caller, lane: pb.BulkLane) -> Iterator[socket.socket]:
+    if caller.address.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(caller.address.removeprefix("unix://") + ".bulk")
+    else:
+        (door,) = lane.doors
+        assert str(door.service_port) == caller.address.rpartition(":")[2]
+        connection = socket.create_connection(("127.0.0.1", door.port))
+    with connection:
+        frames.limit_silence(connection, WAIT)
+        yield connection
+
+
+@contextmanager
+def let_in(caller: Caller, lane: pb.BulkLane) -> Iterator[socket.socket]:
+    with dialled(caller, lane) as connection:
+        say(connection, pb.BulkHello(ticket=lane.ticket))
+        assert hear(connection).answer == lane.answer
+        yield connection
+
+
+def say(connection: socket.socket, message: Any) -> None:
+    frames.send(connection, message.SerializeToString())
+
+
+def hear(connection: socket.socket) -> pb.BulkReply:
+    data = frames.receive(connection)
+    assert data is not None, "the service ended without a word"
+    return pb.BulkReply.FromString(data)
+
+
+def status(connection: socket.socket) -> Any:
+    reply = hear(connection)
+    assert reply.WhichOneof("outcome") == "status", reply
+    return status_pb2.Status.FromString(reply.status)
+
+
+def code(found: Any) -> grpc.StatusCode:
+    return next(each for each in grpc.StatusCode if each.value[0] == found.code)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def either(request: pytest.FixtureRequest, start_service: Start) -> Caller:
+    if request.param == "unix":
+        return start_service().caller()
+    return start_service(listen=("127.0.0.1:0",)).caller()
+
+
+def test_rows_go_in_and_their_table_comes_of_it(either: Caller) -> None:
+    push_id, lane = offered(either)
+    with let_in(either, lane) as connection:
+        for each in messages(push_id, ROWS, 0, 7):
+            say(connection, each)
+        connection.shutdown(socket.SHUT_WR)
+        stored = hear(connection).stored
+        assert is_closed(connection)
+    assert (stored.complete, stored.rows_stored) == (True, len(ROWS))
+    np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+def test_a_push_may_use_any_number_of_connections(either: Caller) -> None:
+    push_id, lane = offered(either)
+
+    def send(part: int) -> None:
+        with let_in(either, lane) as connection:
+            for each in messages(push_id, ROWS[part::1][:10], part, 3):
+                say(connection, each)
+            connection.shutdown(socket.SHUT_WR)
+            assert hear(connection).WhichOneof("outcome") == "stored"
+
+    writers = [threading.Thread(target=send, args=(start,)) for start in range(0, 60, 10)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"",
+        b"\x00",
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\xff" * 64,
+        frames.prefix(1 << 40),
+        frames.prefix(40) + b"half",
+        frames.prefix(34) + pb.BulkHello(ticket=b"x" * 32).SerializeToString(),
+    ],
+    ids=["nothing", "empty", "http", "http2", "no varint", "long", "half", "made up"],
+)
+def test_a_stranger_is_told_nothing(caller: Caller, greeting: bytes) -> None:
+    _, lane = offered(caller)
+    with dialled(caller, lane) as connection:
+        connection.sendall(greeting)
+        connection.shutdown(socket.SHUT_WR)
+        assert is_closed(connection)
+    caller.push(ROWS, epoch=1)
+
+
+def test_almost_the_ticket_is_none(caller: Caller) -> None:
+    _, lane = offered(caller)
+    for changed in (lane.ticket[:-1], lane.ticket + b"x", lane.ticket[:-1] + b"?", lane.ticket[:8]):
+        with dialled(caller, lane) as connection:
+            say(connection, pb.BulkHello(ticket=changed))
+            assert is_closed(connection)
+
+
+def test_a_silent_stranger_is_not_waited_for(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "GREETING_SECONDS", 0.2)
+    _, lane = offered(caller)
+    with dialled(caller, lane) as connection:
+        assert is_closed(connection)
+    with dialled(caller, lane) as connection:  # nor one that says a byte now and then
+        for _ in range(20):
+            try:
+                connection.sendall(b"\x80")
+            except OSError:
+                break
+            time.sleep(0.05)
+        assert is_closed(connection)
+
+
+def test_there_are_only_so_many_connections(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "MOST_CONNECTIONS", 2)
+    _, lane = offered(caller)
+    with let_in(caller, lane), let_in(caller, lane):
+        with dialled(caller, lane) as third:
+            assert is_closed(third)
+        caller.push(ROWS, epoch=1)
+    eventually(lambda: _is_let_in(caller, lane), bool)
+
+
+def _is_let_in(caller: Caller, lane: pb.BulkLane) -> bool:
+    with dialled(caller, lane) as connection:
+        try:
+            say(connection, pb.BulkHello(ticket=lane.ticket))
+            return not is_closed(connection)
+        except OSError:
+            return False
+
+
+def damaged(push_id: str) -> pb.WriteRowsRequest:
+    (one,) = messages(push_id, ROWS[:5], 0, 5)
+    one.crc32c ^= 1
+    return one
+
+
+def infinite(push_id: str) -> pb.WriteRowsRequest:
+    rows = ROWS[:5].copy()
+    rows[3] = np.nan
+    (one,) = messages(push_id, rows, 0, 5)
+    return one
+
+
+REFUSED: list[tuple[str, Callable[[str], pb.WriteRowsRequest], grpc.StatusCode]] = [
+    ("damaged", damaged, grpc.StatusCode.DATA_LOSS),
+    ("infinite", infinite, grpc.StatusCode.INVALID_ARGUMENT),
+    ("elsewhere", lambda _: messages("other", ROWS, 0, 60)[0], grpc.StatusCode.INVALID_ARGUMENT),
+    ("outside", lambda push_id: messages(push_id, ROWS, 9, 60)[0], grpc.StatusCode.INVALID_ARGUMENT),
+    (
+        "shared",
+        lambda push_id: pb.WriteRowsRequest(push_id=push_id, shared_row_count=5, segment="s"),
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "expected"), REFUSED, ids=[each[0] for each in REFUSED])
+def test_what_is_wrong_is_said_though_more_is_under_way(
+    either: Caller,
+    name: str,
+    wrong: Callable[[str], pb.WriteRowsRequest],
+    expected: grpc.StatusCode,
+) -> None:
+    push_id, lane = offered(either)
+    with let_in(either, lane) as connection:
+        say(connection, wrong(push_id))
+        for each in messages(push_id, ROWS, 0, 60) * 2000:  # 8 MB: more than the kernel holds for us
+            try:
+                say(connection, each)
+            except OSError:
+                break
+        found = status(connection)
+    assert code(found) is expected, name
+    assert either.state(push_id).state == pb.PUSH_STATE_OPEN
+
+
+def test_a_field_is_named_as_by_grpc(caller: Caller) -> None:
+    push_id, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        say(connection, infinite(push_id))
+        connection.shutdown(socket.SHUT_WR)
+        (packed,) = status(connection).details
+    details = error_details_pb2.BadRequest()
+    assert packed.Unpack(details)
+    assert details.field_violations[0].field == "payload"
+
+
+def test_rows_that_differ_are_refused_and_the_same_are_not(caller: Caller) -> None:
+    push_id, lane = offered(caller, commit_when_complete=False)
+    caller.write(push_id, ROWS[:30])
+    with let_in(caller, lane) as connection:
+        for each in messages(push_id, ROWS, 0, 20):
+            say(connection, each)
+        connection.shutdown(socket.SHUT_WR)
+        assert hear(connection).stored.complete
+    with let_in(caller, lane) as connection:
+        say(connection, messages(push_id, ROWS[1:], 0, 59)[0])
+        connection.shutdown(socket.SHUT_WR)
+        assert code(status(connection)) is grpc.StatusCode.ALREADY_EXISTS
+
+
+def test_a_length_is_looked_at_before_there_is_memory_for_it(caller: Caller) -> None:
+    _, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        connection.sendall(frames.prefix(1 << 50))
+        found = status(connection)
+    assert code(found) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "max_message_bytes" in found.message
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 11, frames.prefix(8) + b"\xff" * 8], ids=["length", "message"])
+def test_garbage_is_called_that(caller: Caller, garbage: bytes) -> None:
+    _, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        connection.sendall(garbage)
+        assert code(status(connection)) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_half_a_message_is_none(either: Caller, reset: bool) -> None:
+    push_id, lane = offered(either)
+    first, second = messages(push_id, ROWS, 0, 30)
+    with let_in(either, lane) as connection:
+        say(connection, first)
+        encoded = second.SerializeToString()
+        connection.sendall(frames.prefix(len(encoded)) + encoded[:-1])
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    push = eventually(lambda: either.state(push_id), lambda push: push.rows_stored > 0)
+    assert [(each.start, each.count) for each in push.stored] == [(0, 30)]
+    either.write(push_id, ROWS[30:], 30)
+    np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+def test_a_push_that_is_aborted_meanwhile_takes_nothing_more(caller: Caller) -> None:
+    push_id, lane = offered(caller)
+    first, second = messages(push_id, ROWS, 0, 30)
+    with let_in(caller, lane) as connection:
+        say(connection, first)
+        eventually(lambda: caller.state(push_id).rows_stored, bool)
+        caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=WAIT)
+        say(connection, second)
+        connection.shutdown(socket.SHUT_WR)
+        assert code(status(connection)) is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_stream_that_goes_silent_is_ended(start_service: Start) -> None:
+    caller = start_service(limits=Limits(max_stream_idle_seconds=1)).caller()
+    push_id, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        say(connection, messages(push_id, ROWS, 0, 30)[0])
+        found = status(connection)
+    assert code(found) is grpc.StatusCode.UNAVAILABLE
+    assert "max_stream_idle_seconds" in found.message
+
+
+def test_a_service_that_stops_ends_its_lane(start_service: Start, tmp_path: Path) -> None:
+    service = start_service(drain_seconds=0.1)
+    caller = service.caller()
+    _, lane = offered(caller)
+    path = tmp_path / "nearkin.sock.bulk"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with let_in(caller, lane) as connection:
+        stopping = threading.Thread(target=service.stop)
+        stopping.start()
+        assert is_closed(connection)
+        stopping.join()
+    assert not path.exists()
+
+
+def test_a_lane_that_a_dead_service_left_is_replaced(start_service: Start, tmp_path: Path) -> None:
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(tmp_path / "nearkin.sock.bulk"))
+    left.close()
+    caller = start_service().caller()
+    _, lane = offered(caller)
+    with let_in(caller, lane):
+        pass
+
+
+def test_there_may_be_none(start_service: Start, tmp_path: Path) -> None:
+    caller = start_service(bulk_port=None).caller()
+    assert not offered(caller)[1].ticket
+    assert not (tmp_path / "nearkin.sock.bulk").exists()
+
+
+def test_who_does_not_ask_gets_no_ticket(caller: Caller) -> None:
+    assert not caller.begin(ROWS).HasField("bulk_lane")
+
+
+def test_a_port_that_is_taken_is_named(start_service: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--bulk-port {port}"):
+            start_service(listen=("127.0.0.1:0",), bulk_port=port)
+
+
+def test_no_ticket_is_in_the_log(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    push_id, lane = offered(caller)
+    with dialled(caller, lane) as connection:
+        say(connection, pb.BulkHello(ticket=lane.ticket[:-1]))
+        assert is_closed(connection)
+    with let_in(caller, lane) as connection:
+        say(connection, damaged(push_id))
+        connection.shutdown(socket.SHUT_WR)
+        status(connection)
+    for secret in (lane.ticket, lane.ticket[:-1], lane.answer):
+        assert secret.hex() not in caplog.text
+        assert repr(secret) not in caplog.text
+
+
+def test_tickets_end() -> None:
+    grant = RowsGrant("p")
+    tickets = Tickets(seconds=60)
+    ticket = tickets.issue(grant)
+    assert tickets.redeem(ticket.shown) is ticket
+    assert repr(ticket.shown) not in repr(ticket)
+    assert tickets.redeem(b"") is None
+    short = Tickets(seconds=0)
+    assert short.redeem(short.issue(grant).shown) is None
+
+
+def test_only_so_many_tickets_are_good() -> None:
+    tickets = Tickets(seconds=60)
+    first, second = (tickets.issue(RowsGrant(name)) for name in "ab")
+    tickets.redeem(first.shown)
+    for _ in range(4095):
+        tickets.issue(RowsGrant("more"))
+    assert tickets.redeem(second.shown) is None
+    assert tickets.redeem(first.shown) is first
