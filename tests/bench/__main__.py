@@ -14,7 +14,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-BENCHMARKS = ("tables", "matching", "steps", "transport", "turnaround")
+BENCHMARKS = ("tables", "matching", "steps", "sharding", "transport", "turnaround")
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "latest.json"
 PACKAGES = (
     "nearkin-service",
