@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import Host
+from nearkin_trainer.classes import Host, table
 from nearkin_trainer.distributed import World
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +23,7 @@ ROW_WISE = {
 }
 PLACES: dict[str, dict[str, Any]] = {
     "whole": {"sharded": False},
+    "in place": {"sharded": False},  # how large rows are read; these are small
     "sharded": {"sharded": True},
     "host": {"sharded": False, "host": Host(16)},  # a step reads more
 }
@@ -83,7 +84,11 @@ def _step(num_classes: int, way: str, backend: str, place: str) -> Callable[[], 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("way", WAYS)
-def test_tensors_are_as_large_at_any_number_of_classes(way: str, place: str) -> None:
+def test_tensors_are_as_large_at_any_number_of_classes(
+    way: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "in place":
+        monkeypatch.setattr(table, "SMALL_ROW_BYTES", 0)
     few = _step(FEW, way, "plain", place)()
     many = _step(MANY, way, "plain", place)()
     assert few == many

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from nearkin_trainer.classes.optimisers import RowOptimiser
-from nearkin_trainer.classes.rows import Rows
+from nearkin_trainer.classes.rows import Rows, put, take
 
 STALE = 4  # notes of uses are tidied up when there are so many per row of the cache
 BLOCK_BYTES = 64 * 2**20  # of rows on their way back at a time
@@ -46,7 +46,7 @@ class Host:
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A new table."""
         if self.folder is None:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype).zero_()  # written now, not page by page in the steps
         self.folder.mkdir(parents=True, exist_ok=True)
         return _mapped(self.folder, shape, dtype)
 
@@ -126,7 +126,7 @@ class RowCache:
             self._used[room] = self._turn
             places = room.to(self.device)
             for table, cached in self._tables:
-                cached.index_copy_(0, places, table.index_select(0, missing).to(self.device))
+                put(cached, places, take(table, missing).to(self.device))
             self.brought += len(missing)
             slots = self._slots[rows].long()
         self._note(slots)
@@ -169,7 +169,7 @@ class RowCache:
         if self.before_write is not None:
             self.before_write(rows)
         for table, cached in self._tables:
-            table.index_copy_(0, rows, cached.index_select(0, places).cpu())
+            put(table, rows, take(cached, places).cpu())
         self._changed[slots] = False
 
 

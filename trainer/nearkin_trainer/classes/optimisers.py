@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nearkin_trainer.classes.rows import Rows, rounded
+from nearkin_trainer.classes.rows import Rows, put, rounded, take
 
 
 class RowOptimiser(nn.Module):
@@ -28,12 +28,12 @@ class RowSGD(RowOptimiser):
     def __init__(self, table: torch.Tensor, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("velocity", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
+        self.register_buffer("velocity", _zeros(table, *table.shape))
 
     @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
-        velocity = self.momentum * self.velocity[gradient.ids] + gradient.values
-        self.velocity[gradient.ids] = velocity
+        velocity = take(self.velocity, gradient.ids).mul_(self.momentum).add_(gradient.values)
+        put(self.velocity, gradient.ids, velocity)
         _move(table, gradient.ids, velocity, rate)
 
 
@@ -45,12 +45,12 @@ class RowAdagrad(RowOptimiser):
     def __init__(self, table: torch.Tensor, epsilon: float = 1e-10) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.register_buffer("squares", torch.zeros(table.shape[0], device=table.device))
+        self.register_buffer("squares", _zeros(table, len(table)))
 
     @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
-        squares = self.squares[gradient.ids] + gradient.values.square().flatten(1).mean(1)
-        self.squares[gradient.ids] = squares
+        squares = take(self.squares, gradient.ids).add_(gradient.values.square().flatten(1).mean(1))
+        put(self.squares, gradient.ids, squares)
         scale = (squares.sqrt() + self.epsilon).view(-1, 1, 1, 1)
         _move(table, gradient.ids, gradient.values / scale, rate)
 
@@ -67,17 +67,18 @@ class RowAdam(RowOptimiser):
     ) -> None:
         super().__init__()
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.register_buffer("first", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
-        self.register_buffer("second", torch.zeros_like(table, dtype=torch.float32, requires_grad=False))
-        self.register_buffer("steps", torch.zeros(table.shape[0], device=table.device))
+        self.register_buffer("first", _zeros(table, *table.shape))
+        self.register_buffer("second", _zeros(table, *table.shape))
+        self.register_buffer("steps", _zeros(table, len(table)))
 
     @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         ids, values = gradient.ids, gradient.values
-        steps = self.steps[ids] + 1
-        first = self.first[ids].lerp_(values, 1 - self.beta1)
-        second = self.second[ids].mul_(self.beta2).addcmul_(values, values, value=1 - self.beta2)
-        self.steps[ids], self.first[ids], self.second[ids] = steps, first, second
+        steps = take(self.steps, ids).add_(1)
+        first = take(self.first, ids).lerp_(values, 1 - self.beta1)
+        second = take(self.second, ids).mul_(self.beta2).addcmul_(values, values, value=1 - self.beta2)
+        for table_of, rows in ((self.steps, steps), (self.first, first), (self.second, second)):
+            put(table_of, ids, rows)
         steps = steps.double().view(-1, 1, 1, 1)  # 1 - 0.999 ** 1 has few digits left in float32
         deviation = second.div_((1 - self.beta2**steps).float()).sqrt_().add_(self.epsilon)
         scale = (1 - self.beta1**steps).float()
@@ -86,10 +87,12 @@ class RowAdam(RowOptimiser):
 
 def _move(table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, rate: float) -> None:
     """Takes `rate * steps` from some rows, in float32 whatever they are stored as."""
-    if table.dtype == torch.float32:
-        table.index_add_(0, ids, steps, alpha=-rate)
-    else:
-        table[ids] = rounded(table[ids].float().sub_(steps, alpha=rate), table.dtype)
+    put(table, ids, rounded(take(table, ids).float().sub_(steps, alpha=rate), table.dtype))
+
+
+def _zeros(table: torch.Tensor, *shape: int) -> torch.Tensor:
+    """float32 zeros beside a table, written now: else the first steps would pay for the pages they touch."""
+    return torch.empty(shape, device=table.device).zero_()
 
 
 RowOptimiserName = Literal["sgd", "adagrad", "adam"]

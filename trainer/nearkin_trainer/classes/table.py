@@ -19,6 +19,7 @@ nothing in a step costs O(num_classes), and a step ends with the same bits.
 Legend: N classes, C channels, H x W feature map, U touched classes (unique, ascending), B images.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -35,8 +36,10 @@ from nearkin_trainer.classes.rows import (
     class_sums,
     exchange,
     no_rows,
+    put,
     rounded,
     sparse_rows,
+    take,
 )
 from nearkin_trainer.distributed import World, sum_over_ranks
 from nearkin_trainer.matching.rows import touched_classes
@@ -44,6 +47,7 @@ from nearkin_trainer.matching.rows import touched_classes
 Keeping = Literal["learnable", "memory"]
 
 NOISE_BLOCK = 1024  # rows drawn from one generator
+SMALL_ROW_BYTES = 4096  # so small, rows far apart are copied together faster than matched one by one (CPU)
 SUM_BLOCK_BYTES = 64 * 2**20  # of rows summed over processes at a time
 
 
@@ -172,8 +176,8 @@ class ClassEmbeddings(nn.Module):
         keep = torch.where(self.seen[ids], momentum, 0.0).view(-1, 1, 1, 1).to(rows.values.device)
         table = self._table
         for part, places in self._open(rows.ids, change=True):
-            moved = keep[part] * table[places].float() + (1 - keep[part]) * rows.values[part]
-            table[places] = rounded(moved, table.dtype)
+            moved = keep[part] * take(table, places).float() + (1 - keep[part]) * rows.values[part]
+            put(table, places, rounded(moved, table.dtype))
         self.seen[ids] = True
 
     # ------------------------------------------------------------------------------------- the whole
@@ -227,7 +231,10 @@ class ClassEmbeddings(nn.Module):
 
     @property
     def _read_in_place(self) -> bool:
-        return self.weight.dtype == torch.float32 and self.cache is None
+        if self.weight.dtype != torch.float32 or self.cache is not None:
+            return False
+        row_bytes = math.prod(self.shape[1:]) * self.weight.element_size()
+        return self.weight.device.type != "cpu" or row_bytes > SMALL_ROW_BYTES
 
     @property
     def _table(self) -> torch.Tensor:
@@ -244,7 +251,7 @@ class ClassEmbeddings(nn.Module):
         """A copy of some rows, as they are stored."""
         table = self._table
         if self.cache is None:
-            return table[ids]
+            return take(table, ids)
         found = table.new_empty(len(ids), *table.shape[1:])
         for part, places in self._open(ids):
             torch.index_select(table, 0, places, out=found[part])
