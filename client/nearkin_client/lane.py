@@ -13,18 +13,23 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
+from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.checksums import followed_by
+from numpy.typing import NDArray
 
 from nearkin_client.channel import Endpoint, socket_path
-from nearkin_client.errors import Cancelled
+from nearkin_client.errors import Cancelled, DataLoss
 
 SMALLEST_BYTES = 1 << 20
 """Less than this goes through gRPC: a connection of its own would not pay."""
@@ -32,8 +37,11 @@ CONNECT_SECONDS = 2.0
 STALL_SECONDS = 30.0
 """A lane that moves nothing for so long is taken for dead."""
 _BUFFER_BYTES = 1 << 20
+_PIECE_BYTES = 512 << 10  # is still in a core's cache when it is summed up
+_STATUS_TAG = b"\x22"
 _SUFFIX = ".bulk"
 _Address = str | tuple[str, int]
+_AVOID_SECONDS = 60.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -76,6 +84,15 @@ class Sockets:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closed = False
+        self._avoided: dict[_Address, float] = {}
+
+    def avoid(self, address: _Address) -> None:
+        """It cannot be reached: who waited for that once need not do so each time."""
+        self._avoided[address] = time.monotonic() + _AVOID_SECONDS
+
+    def avoids(self, address: _Address) -> bool:
+        """Whether that was noticed a moment ago."""
+        return self._avoided.get(address, 0.0) > time.monotonic()
 
     @contextmanager
     def holding(self, connection: socket.socket) -> Iterator[None]:
@@ -112,6 +129,8 @@ class Lane:
         if not offer.ticket:
             raise NoLane("the service offers no bulk lane")
         self._address = _door(offer, endpoint)
+        if sockets.avoids(self._address):
+            raise NoLane(f"{self} could not be reached a moment ago")
         self._ticket = offer.ticket
         self._answer = offer.answer
         self._sockets = sockets
@@ -136,11 +155,27 @@ class Lane:
             call.wait_no_longer(connection)
             return _stored(connection)
 
+    def read_table(
+        self, columns: Mapping[int, NDArray[Any]], row_start: int, seconds: float
+    ) -> dict[int, int]:
+        """Fills the columns (by their `pb.TableColumn`), from this row of the table on; the CRC32C of each.
+
+        LaneError; NoLane: nothing was read. DataLoss: a block is damaged, or not the one that comes next.
+        """
+        call = _Call(seconds)
+        connection = self._connected()
+        with self._sockets.holding(connection), call.lost_as_error():
+            return {
+                column: _read_column(connection, call, _Goal(column, table, row_start))
+                for column, table in columns.items()
+            }
+
     def _connected(self) -> socket.socket:
         """A connection that has shown its ticket, and whose other end has proven itself. NoLane."""
         try:
             connection = _connect(self._address)
         except OSError as error:
+            self._sockets.avoid(self._address)
             raise NoLane(f"{self} cannot be reached: {error.strerror or error}") from error
         try:
             frames.limit_silence(connection, CONNECT_SECONDS)
@@ -153,6 +188,19 @@ class Lane:
             connection.close()
             raise NoLane(f"{self} is not the service's")
         return connection
+
+
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """Where a column's blocks go: `table` [n, k] begins with this row."""
+
+    column: int
+    table: NDArray[Any]
+    row_start: int
+
+    @property
+    def row_bytes(self) -> int:
+        return int(self.table.strides[0])
 
 
 class _Call:
@@ -176,6 +224,55 @@ class _Call:
             raise LaneError(grpc.StatusCode.UNAVAILABLE, f"nothing moved for {STALL_SECONDS:g} s") from None
         except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
             raise LaneError(grpc.StatusCode.UNAVAILABLE, f"bulk lane: {error}") from error
+
+
+def _read_column(connection: socket.socket, call: _Call, goal: _Goal) -> int:
+    place = goal.table.reshape(-1).view(np.uint8).data
+    done = whole = 0
+    while done < len(place):
+        call.wait_no_longer(connection)
+        length = _length(connection)
+        start = memoryview(bytearray(min(length, bulk.MOST_BLOCK_HEAD)))
+        frames.fill(connection, start)
+        _raise_if_told(connection, bytes(start), length)
+        block, head_bytes = bulk.split_table_block(start, length)
+        nbytes = length - head_bytes
+        expected = (goal.column, goal.row_start + done // goal.row_bytes, block.row_count * goal.row_bytes)
+        if (block.column, block.row_start, nbytes) != expected or not 0 < nbytes <= len(place) - done:
+            raise DataLoss("a block of a neighbour table does not fit its header")
+        crc = _receive(connection, place[done : done + nbytes], start[head_bytes:])
+        if crc != block.crc32c:
+            raise DataLoss("a neighbour table arrived damaged: crc32c of its block differs")
+        whole = followed_by(whole, crc, nbytes)
+        done += nbytes
+    return whole
+
+
+def _receive(connection: socket.socket, place: memoryview, begun: memoryview) -> int:
+    """Fills the place, whose first bytes are here already; its CRC32C, summed up piece by piece."""
+    place[: len(begun)] = begun
+    crc = crc32c(begun)
+    for at in range(len(begun), len(place), _PIECE_BYTES):
+        piece = place[at : at + _PIECE_BYTES]
+        frames.fill(connection, piece)
+        crc = crc32c(piece, crc)
+    return crc
+
+
+def _raise_if_told(connection: socket.socket, start: bytes, length: int) -> None:
+    """LaneError: this is no block but an error of the service."""
+    if start[:1] != _STATUS_TAG or length > frames.MOST_SMALL_BYTES:
+        return
+    rest = bytearray(length - len(start))
+    frames.fill(connection, memoryview(rest))
+    raise LaneError.told(pb.BulkReply.FromString(start + bytes(rest)).status)
+
+
+def _length(connection: socket.socket) -> int:
+    length = frames.receive_length(connection)
+    if length is None:
+        raise frames.Ended("the service closed the connection")
+    return length
 
 
 def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:

@@ -11,6 +11,7 @@ import numpy as np
 from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.checksums import followed_by
 from numpy.typing import NDArray
 
 from nearkin_client.errors import (
@@ -21,6 +22,7 @@ from nearkin_client.errors import (
     error_from_rpc,
     status_of,
 )
+from nearkin_client.lane import NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted
 from nearkin_client.shared import map_table
 from nearkin_client.values import NeighbourTable
@@ -43,10 +45,13 @@ def read_table(
     damaged = 0
     while True:
         try:
-            return _Reading(request, must_share).finish(wire.read_table(request, deadline.remaining))
+            return _Reading(wire, request, deadline, must_share).finish()
         except _NotMapped as why:
             log.info("%s: read through the connection: %s", doing, why)
             request.accept_shared_memory = False
+        except NoLane as why:
+            log.info("%s: read through gRPC: %s", doing, why)
+            request.accept_bulk_lane = False
         except grpc.RpcError as error:
             if not interrupted(error):
                 raise _meaning(error, request, deadline, doing) from error
@@ -76,37 +81,37 @@ class _NotMapped(Exception):  # noqa: N818 - nothing is wrong: the blocks are re
 class _Reading:
     """One attempt. Once the header is there, `request` asks for that generation and no other."""
 
-    def __init__(self, request: pb.ReadTableRequest, must_share: bool) -> None:
+    def __init__(
+        self, wire: Wire, request: pb.ReadTableRequest, deadline: Deadline, must_share: bool
+    ) -> None:
+        self._wire = wire
         self._request = request
+        self._deadline = deadline
         self._must_share = must_share and not request.row_count
 
-    def finish(self, messages: Iterator[bytes]) -> NeighbourTable:
+    def finish(self) -> NeighbourTable:
+        messages = self._wire.read_table(self._request, self._deadline.remaining)
         header = bulk.decode_table_message(next(messages))
         if not isinstance(header, pb.TableHeader):
             raise DataLoss("a neighbour table arrived without its header")
         self._request.generation = header.generation.generation
         if header.ids_path or self._must_share:
-            return self._table(header, self._mapped(header))
+            return self._mapped(header)
         shape = (header.row_count, header.k)
         columns: dict[int, NDArray[Any]] = {pb.TABLE_COLUMN_IDS: np.empty(shape, "<i4")}
         if header.with_scores:
             columns[pb.TABLE_COLUMN_SCORES] = np.empty(shape, "<f4")
-        missing = dict.fromkeys(columns, header.row_count)
-        for message in messages:
-            block = bulk.decode_table_message(message)
-            if not isinstance(block, bulk.TableBlock) or block.column not in columns:
-                raise DataLoss("a neighbour table holds a message that was not asked for")
-            _check("block", block.payload, block.crc32c)
-            _place(block, columns[block.column], block.row_start - header.row_start)
-            missing[block.column] -= block.row_count
-        if any(missing.values()):
-            raise DataLoss("a neighbour table ended before its last row")
-        return self._table(header, columns)
+        if header.HasField("bulk_lane"):
+            lane = self._wire.lane(header.bulk_lane)
+            checksums = lane.read_table(columns, header.row_start, max(self._deadline.remaining, 0.001))
+        else:
+            checksums = _fill(columns, header.row_start, messages)
+        return _table(header, columns, checksums)
 
-    def _mapped(self, header: pb.TableHeader) -> dict[int, NDArray[Any]]:
+    def _mapped(self, header: pb.TableHeader) -> NeighbourTable:
         """The service's own files, one copy for all readers; they last while they are mapped."""
         try:
-            return {
+            columns: dict[int, NDArray[Any]] = {
                 column: map_table(path, (header.row_count, header.k), dtype)
                 for column, path, dtype in (
                     (pb.TABLE_COLUMN_IDS, header.ids_path, "<i4"),
@@ -118,27 +123,43 @@ class _Reading:
             if self._must_share:
                 raise FailedPrecondition(f"shared_memory=True: {error}", field="shared_memory") from error
             raise _NotMapped(str(error)) from error
-
-    @staticmethod
-    def _table(header: pb.TableHeader, columns: dict[int, NDArray[Any]]) -> NeighbourTable:
-        generation = header.generation
-        ids, scores = columns[pb.TABLE_COLUMN_IDS], columns.get(pb.TABLE_COLUMN_SCORES)
-        if header.row_count == generation.num_classes:
-            _check("ids", ids.data.cast("B"), generation.ids_crc32c)
-            if scores is not None:
-                _check("scores", scores.data.cast("B"), generation.scores_crc32c)
-        for column in columns.values():
-            column.setflags(write=False)
-        return NeighbourTable(ids, scores, generation.generation, generation.epoch, header.row_start)
+        return _table(header, columns, {name: crc32c(each.data.cast("B")) for name, each in columns.items()})
 
 
-def _place(block: bulk.TableBlock, column: NDArray[Any], start: int) -> None:
-    part = column[start : start + block.row_count]
-    if start < 0 or part.nbytes != block.payload.nbytes:
-        raise DataLoss("a block of a neighbour table does not fit its header")
-    part[...] = np.frombuffer(block.payload, part.dtype).reshape(part.shape)
+def _fill(columns: dict[int, NDArray[Any]], row_start: int, messages: Iterator[bytes]) -> dict[int, int]:
+    """Puts every block in its place; the CRC32C of each column."""
+    done, checksums = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0)
+    for message in messages:
+        block = bulk.decode_table_message(message)
+        if not isinstance(block, bulk.TableBlock) or block.column not in columns:
+            raise DataLoss("a neighbour table holds a message that was not asked for")
+        if crc32c(block.payload) != block.crc32c:
+            raise DataLoss("a neighbour table arrived damaged: crc32c of its block differs")
+        start = done[block.column]
+        part = columns[block.column][start : start + block.row_count]
+        if block.row_start != row_start + start or not part.nbytes == block.payload.nbytes > 0:
+            raise DataLoss("a block of a neighbour table does not fit its header")
+        part[...] = np.frombuffer(block.payload, part.dtype).reshape(part.shape)
+        done[block.column] += block.row_count
+        checksums[block.column] = followed_by(checksums[block.column], block.crc32c, part.nbytes)
+    if any(len(columns[column]) != rows for column, rows in done.items()):
+        raise DataLoss("a neighbour table ended before its last row")
+    return checksums
 
 
-def _check(what: str, payload: memoryview, expected: int) -> None:
-    if crc32c(payload) != expected:
-        raise DataLoss(f"a neighbour table arrived damaged: crc32c of its {what} differs")
+def _table(
+    header: pb.TableHeader, columns: dict[int, NDArray[Any]], checksums: dict[int, int]
+) -> NeighbourTable:
+    """What the blocks say is compared with what was published, where all rows are there."""
+    generation = header.generation
+    published: dict[int, tuple[str, int]] = {
+        pb.TABLE_COLUMN_IDS: ("ids", generation.ids_crc32c),
+        pb.TABLE_COLUMN_SCORES: ("scores", generation.scores_crc32c),
+    }
+    for column, table in columns.items():
+        name, expected = published[column]
+        if header.row_count == generation.num_classes and checksums[column] != expected:
+            raise DataLoss(f"a neighbour table arrived damaged: crc32c of its {name} differs")
+        table.setflags(write=False)
+    ids, scores = columns[pb.TABLE_COLUMN_IDS], columns.get(pb.TABLE_COLUMN_SCORES)
+    return NeighbourTable(ids, scores, generation.generation, generation.epoch, header.row_start)

@@ -19,7 +19,7 @@ from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.http import HealthServer
 from nearkin_service.observing import RunHealth, RunMetrics
-from nearkin_service.operations import Builds, Core, Engines, Pushing, Searching
+from nearkin_service.operations import Builds, Core, Engines, Pushing, Reading, Searching
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
 
@@ -61,9 +61,9 @@ class NeighbourServer:
             self._http = self._serve_http(self._config.http)
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         faults.point("start.recovered")
-        pushing = Pushing(core, self._builds)
-        self._lane = wire.BulkLane(core, pushing, self._count_error)
-        self._server = self._make_server(pushing)
+        pushing, reading = Pushing(core, self._builds), Reading(core)
+        self._lane = wire.BulkLane(core, pushing, reading, self._count_error)
+        self._server = self._make_server(pushing, reading)
         self.addresses = self._bind()
         self._lane.open(self.addresses, tls=self._config.tls is not None)
         await self._server.start()
@@ -74,12 +74,14 @@ class NeighbourServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._ready = True
 
-    def _make_server(self, pushing: Pushing) -> grpc.aio.Server:
+    def _make_server(self, pushing: Pushing, reading: Reading) -> grpc.aio.Server:
         core = self.core
         # Only who the gate lets in leaves a trace.
         interceptors = [self._make_gate(), *tracing.server_interceptors()]
         server = grpc.aio.server(interceptors=interceptors, options=_options(self._config))
-        behaviours = wire.behaviours(core, self._builds, self._searching, pushing, self._lane)
+        behaviours = wire.behaviours(
+            core, self._builds, self._searching, pushing=pushing, reading=reading, lane=self._lane
+        )
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

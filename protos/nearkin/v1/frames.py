@@ -52,6 +52,13 @@ def send(connection: socket.socket, head: Buffer, bulk: Buffer = b"") -> None:
             parts[0] = parts[0][sent:]
 
 
+def send_head(connection: socket.socket, head: bytes, bulk_bytes: int) -> None:
+    """The beginning of a message whose last bytes, so many, have to follow by themselves."""
+    rest = memoryview(prefix(len(head) + bulk_bytes) + head)
+    while rest:
+        rest = rest[connection.send(rest, socket.MSG_MORE) :]
+
+
 def receive_length(connection: socket.socket) -> int | None:
     """The length of the next message; None where the peer has ended its direction. Malformed, Ended."""
     value = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,27 @@ class Reading:
             TableBlocks(await self._core.io(self._core.directory.map_column, generation, name), checksums)
             for name, checksums in wanted
         ]
+
+    @contextmanager
+    def opened(self, generation: Generation, *, scores: bool) -> Iterator[list[tuple[TableBlocks, int]]]:
+        """The same with their files' descriptors; what is open outlives its removal. Any thread.
+
+        NotFoundError: the generation was just removed.
+        """
+        directory = self._core.directory
+        wanted = [(IDS, generation.ids), (SCORES, generation.scores)][: 2 if scores else 1]
+        columns: list[tuple[TableBlocks, int]] = []
+        try:
+            for name, checksums in wanted:
+                blocks = TableBlocks(directory.map_column(generation, name), checksums)
+                path = directory.column_path(generation, name)
+                columns.append((blocks, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+            yield columns
+        except FileNotFoundError:
+            raise NotFoundError(f"generation {generation.number} was just removed") from None
+        finally:
+            for _, descriptor in columns:
+                os.close(descriptor)
 
     def paths(self, generation: Generation) -> tuple[str, str]:
         """Where ids and scores lie, for a caller on this host to map; what is mapped outlives its removal."""

@@ -21,14 +21,13 @@ from nearkin_service.wire.watch import WatchMethods
 
 
 def behaviours(
-    core: Core, builds: Builds, searching: Searching, pushing: Pushing, lane: BulkLane
+    core: Core, builds: Builds, searching: Searching, *, pushing: Pushing, reading: Reading, lane: BulkLane
 ) -> tuple[object, ...]:
     """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
-    reading = Reading(core)
     administering = Administering(core, builds, searching)
     return (
         PushMethods(core, pushing, Sharing(core), lane),
-        TableMethods(core, reading),
+        TableMethods(core, reading, lane),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),
         WatchMethods(administering),

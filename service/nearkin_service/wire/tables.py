@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+from nearkin import tracing
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
@@ -14,18 +15,23 @@ from nearkin_service.ranges import RowRange
 from nearkin_service.values import Generation
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
+from nearkin_service.wire.lane import BulkLane, TableGrant
 
 _COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 _MARGIN_SECONDS = 0.05
 """A wait ends this much before the call's deadline, so that the caller learns why it was in vain."""
 
+_SMALLEST_LANE_BYTES = 1 << 20
+"""Less than this is not worth a connection of its own."""
+
 
 class TableMethods:
     """The RPC that streams tables."""
 
-    def __init__(self, core: Core, reading: Reading) -> None:
+    def __init__(self, core: Core, reading: Reading, lane: BulkLane) -> None:
         self._core = core
         self._reading = reading
+        self._lane = lane
 
     async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
         generation = await self._generation(request, context)
@@ -42,6 +48,13 @@ class TableMethods:
             paths = self._reading.paths(generation)
             header.ids_path, header.scores_path = paths[0], paths[1] if request.with_scores else ""
             columns = []
+        elif request.accept_bulk_lane and _table_bytes(header) >= _SMALLEST_LANE_BYTES:
+            grant = TableGrant(generation, rows, request.with_scores, tracing.here())
+            if lane := self._lane.offer(grant, local=is_local(context)):
+                header.bulk_lane.CopyFrom(lane)
+        if header.HasField("bulk_lane"):
+            yield bulk.encode_table_message(header)
+            return
         yield bulk.encode_table_message(header)
         for column, blocks in zip(_COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
@@ -56,6 +69,10 @@ class TableMethods:
         left: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
         seconds = None if left is None else left - min(_MARGIN_SECONDS, left / 4)
         return await self._reading.since(request.run, request.min_epoch, seconds)
+
+
+def _table_bytes(header: pb.TableHeader) -> int:
+    return header.row_count * header.k * (8 if header.with_scores else 4)
 
 
 def _encoded(blocks: TableBlocks, rows: RowRange, column: pb.TableColumn.ValueType) -> bytes:

@@ -2,10 +2,11 @@
 
 What may move is agreed on by gRPC, which hands out a ticket for it; what happens to it is the same on either
 way. gRPC for Python copies a received message three times while no other thread of the service can run; here
-rows are received into a buffer that is used again and again.
+rows are received into a buffer that is used again and again, and tables leave the page cache without passing
+through the service.
 """
 
 from nearkin_service.wire.lane.lane import BulkLane
-from nearkin_service.wire.lane.tickets import RowsGrant
+from nearkin_service.wire.lane.tickets import RowsGrant, TableGrant
 
-__all__ = ["BulkLane", "RowsGrant"]
+__all__ = ["BulkLane", "RowsGrant", "TableGrant"]

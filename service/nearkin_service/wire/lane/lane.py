@@ -17,9 +17,10 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service import listening
 from nearkin_service.errors import InvalidArgumentError, UnavailableError
-from nearkin_service.operations import Core, Pushing
+from nearkin_service.operations import Core, Pushing, Reading
 from nearkin_service.wire.lane.rows import RowsReceiver
-from nearkin_service.wire.lane.tickets import RowsGrant, Ticket, Tickets
+from nearkin_service.wire.lane.tables import TableSender
+from nearkin_service.wire.lane.tickets import Grant, RowsGrant, Ticket, Tickets
 from nearkin_service.wire.status import code_name, meaning
 
 log = logging.getLogger("nearkin.lane")
@@ -32,17 +33,21 @@ _LAST_WORDS_SECONDS = 5.0
 """For reading an error."""
 _MOST_GREETING_BYTES = 256
 _BREATH_SECONDS = 0.1
+_UNIX_BUFFER_BYTES = 1 << 20
 
 
 class BulkLane:
     """Made, opened and closed on the event loop."""
 
-    def __init__(self, core: Core, pushing: Pushing, count_error: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, core: Core, pushing: Pushing, reading: Reading, count_error: Callable[[str, str], None]
+    ) -> None:
         self._core = core
         self._count_error = count_error
         self._idle_seconds = core.config.limits.max_stream_idle_seconds
         most = core.config.limits.max_message_bytes
         self._rows = RowsReceiver(pushing, asyncio.get_running_loop(), most)
+        self._tables = TableSender(reading, core.metrics)
         self._tickets = Tickets()
         self._listeners: list[socket.socket] = []
         self._doors: list[pb.BulkDoor] = []
@@ -86,7 +91,7 @@ class BulkLane:
         self._listeners.append(listener)
         threading.Thread(target=self._accept, args=(listener,), name="nearkin-lane", daemon=True).start()
 
-    def offer(self, grant: RowsGrant, *, local: bool) -> pb.BulkLane | None:
+    def offer(self, grant: Grant, *, local: bool) -> pb.BulkLane | None:
         """A ticket for a caller who came over a unix socket, or not; None where there is no lane for it."""
         doors = [] if local else self._doors
         if self._closing or not (self._beside_unix if local else doors):
@@ -124,9 +129,10 @@ class BulkLane:
             ticket = self._greeted(connection)
             if ticket is not None:
                 frames.limit_silence(connection, self._idle_seconds)
+                if connection.family == socket.AF_UNIX:  # TCP finds its own size
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
                 frames.send(connection, pb.BulkReply(answer=ticket.answer).SerializeToString())
-                with tracing.span("bulk rows", ticket.grant.span, push=ticket.grant.push_id):
-                    self._answer(connection, "WriteRows", lambda: self._receive(connection, ticket.grant))
+                self._do(connection, ticket.grant)
         except (OSError, frames.Ended, frames.Malformed) as error:
             log.info("a caller of the bulk lane is gone: %s", error)
         finally:
@@ -153,11 +159,20 @@ class BulkLane:
             self._count_error("BulkLane", "UNAUTHENTICATED")
         return ticket
 
-    def _receive(self, connection: socket.socket, grant: RowsGrant) -> pb.BulkReply:
-        return pb.BulkReply(stored=self._rows.receive(connection, grant.push_id))
+    def _do(self, connection: socket.socket, grant: Grant) -> None:
+        """What the ticket is for."""
+        if isinstance(grant, RowsGrant):
+            with tracing.span("bulk rows", grant.span, push=grant.push_id):
+                self._answer(connection, "WriteRows", lambda: self._receive(connection, grant.push_id))
+        else:
+            with tracing.span("bulk table", grant.span, generation=grant.generation.number):
+                self._answer(connection, "ReadTable", lambda: self._tables.send(connection, grant))
 
-    def _answer(self, connection: socket.socket, name: str, work: Callable[[], pb.BulkReply]) -> None:
-        """Does what the ticket is for; errors are told as by gRPC, but to a caller who is gone."""
+    def _receive(self, connection: socket.socket, push_id: str) -> pb.BulkReply:
+        return pb.BulkReply(stored=self._rows.receive(connection, push_id))
+
+    def _answer(self, connection: socket.socket, name: str, work: Callable[[], pb.BulkReply | None]) -> None:
+        """Does the work; errors are told as by gRPC, but to a caller who is gone."""
         try:
             reply = work()
         except (ConnectionError, TimeoutError, frames.Ended):
@@ -169,7 +184,8 @@ class BulkLane:
             reply = self._refusal(name, InvalidArgumentError("request", str(error)))
         except Exception as error:
             reply = self._refusal(name, error)
-        frames.send(connection, reply.SerializeToString())
+        if reply is not None:
+            frames.send(connection, reply.SerializeToString())
         _part(connection)
 
     def _refusal(self, name: str, error: Exception) -> pb.BulkReply:

@@ -9,6 +9,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearkin_service.ranges import RowRange
+from nearkin_service.values import Generation
+
 _NAME_BYTES, _SECRET_BYTES = 8, 24
 _MOST = 4096
 _SECONDS = 900.0
@@ -24,12 +27,25 @@ class RowsGrant:
 
 
 @dataclass(frozen=True, slots=True)
+class TableGrant:
+    """Rows of one generation's table, once."""
+
+    generation: Generation
+    rows: RowRange
+    scores: bool
+    span: Any = None
+
+
+Grant = RowsGrant | TableGrant
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
     """`shown` by the caller, `answer` by the service. Neither is ever logged."""
 
     shown: bytes = field(repr=False)
     answer: bytes = field(repr=False)
-    grant: RowsGrant
+    grant: Grant
 
 
 class Tickets:
@@ -40,7 +56,7 @@ class Tickets:
         self._lock = threading.Lock()
         self._good: dict[bytes, tuple[Ticket, float]] = {}  # by the first bytes; the longest unused first
 
-    def issue(self, grant: RowsGrant) -> Ticket:
+    def issue(self, grant: Grant) -> Ticket:
         """A new ticket. Where there are too many, the one that was longest unused is none any more."""
         name = secrets.token_bytes(_NAME_BYTES)
         ticket = Ticket(name + secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SECRET_BYTES), grant)
@@ -60,7 +76,8 @@ class Tickets:
             if ticket is None or not hmac.compare_digest(ticket.shown, shown):
                 return None
             del self._good[name]
-            self._good[name] = (ticket, time.monotonic())
+            if isinstance(ticket.grant, RowsGrant):
+                self._good[name] = (ticket, time.monotonic())
         return ticket
 
     def _forget_old(self) -> None:
