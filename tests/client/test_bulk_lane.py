@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import bulk, frames
-from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient
+from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient, NeighbourTable
+from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 
@@ -289,3 +290,105 @@ def test_closing_the_client_ends_its_lane(address: str, run: str, monkeypatch: p
     after(2, client.close, monkeypatch)
     with pytest.raises(Cancelled):
         client.push(ROWS, epoch=0, k=4, commit=False)
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture(scope="module")
+def tall(service: LocalService) -> NeighbourTable:
+    """Generation 1 of run "tall": some megabytes, in several blocks."""
+    rows = np.random.default_rng(7).standard_normal((1200, 4)).astype(np.float32)
+    with NeighbourClient(service.address, run="tall") as client:
+        client.push(rows, epoch=0, k=1000)
+        return client.table(epoch=0, timeout=60)
+
+
+def assert_same(found: NeighbourTable, expected: NeighbourTable, rows: slice = slice(None)) -> None:
+    np.testing.assert_array_equal(found.ids, expected.ids[rows])
+    assert not found.ids.flags.writeable
+    if found.scores is not None:
+        assert expected.scores is not None
+        np.testing.assert_array_equal(found.scores, expected.scores[rows])
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("rows", [None, (0, 1200), (3, 1190)])
+def test_a_table_takes_the_lane(
+    address: str,
+    tall: NeighbourTable,
+    rows: tuple[int, int] | None,
+    scores: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes: list[int] = []
+    read = Lane.read_table
+
+    def noting(self: Lane, *arguments: Any) -> Any:
+        lanes.append(1)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Lane, "read_table", noting)
+    with connected(address, "tall") as client:
+        found = client.table(generation=1, rows=rows, scores=scores)
+    assert (found.scores is not None) is scores
+    assert_same(found, tall, slice(*rows) if rows else slice(None))
+    assert lanes
+
+
+def test_behind_a_proxy_a_table_comes_through_it(
+    service: LocalService, tall: NeighbourTable, log: pytest.LogCaptureFixture
+) -> None:
+    with cutting_proxy(service.address, 1 << 40, 0) as proxy, connected(proxy.address, "tall") as client:
+        assert_same(client.table(generation=1), tall)
+    assert "read through gRPC" in log.text
+
+
+@pytest.mark.parametrize("flip", [0, 1_000_000], ids=["first", "later"])
+def test_a_bit_that_flips_on_the_way_is_noticed(
+    address: str,
+    tall: NeighbourTable,
+    flip: int,
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill, seen = frames.fill, [0]
+
+    def flipping(connection: socket.socket, place: memoryview) -> None:
+        fill(connection, place)
+        if len(place) > 1000:
+            if seen[0] <= flip < seen[0] + len(place):
+                place[flip - seen[0]] ^= 16
+            seen[0] += len(place)
+
+    monkeypatch.setattr(frames, "fill", flipping)
+    with connected(address, "tall") as client:
+        assert_same(client.table(generation=1), tall)
+    assert "reading it again" in log.text
+
+
+def test_a_lane_that_is_cut_under_a_table_is_taken_again(
+    address: str, tall: NeighbourTable, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, pieces = frames.fill, []
+
+    def cutting(connection: socket.socket, place: memoryview) -> None:
+        pieces.append(len(place))
+        if len(pieces) == 6:
+            connection.shutdown(socket.SHUT_RDWR)
+        fill(connection, place)
+
+    monkeypatch.setattr(frames, "fill", cutting)
+    with connected(address, "tall") as client:
+        assert_same(client.table(generation=1), tall)
+    assert "connection lost, trying again" in log.text
+
+
+def test_many_readers_get_the_same(address: str, tall: NeighbourTable) -> None:
+    def read(_: int) -> NeighbourTable:
+        with connected(address, "tall") as client:
+            return client.table(generation=1)
+
+    with ThreadPoolExecutor(16) as readers:
+        for found in readers.map(read, range(48)):
+            assert_same(found, tall)

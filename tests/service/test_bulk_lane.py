@@ -23,7 +23,16 @@ from nearkin_service.config import Limits
 from nearkin_service.wire.lane import lane as lane_module
 from nearkin_service.wire.lane.tickets import RowsGrant, Tickets
 
-from tests.service.conftest import WAIT, Caller, Service, brute_force, eventually, messages, random_rows
+from tests.service.conftest import (
+    WAIT,
+    Caller,
+    Service,
+    brute_force,
+    eventually,
+    messages,
+    random_rows,
+    read_table,
+)
 
 Start = Callable[..., Service]
 ROWS = random_rows(60, 16)
@@ -386,3 +395,104 @@ def test_only_so_many_tickets_are_good() -> None:
         tickets.issue(RowsGrant("more"))
     assert tickets.redeem(second.shown) is None
     assert tickets.redeem(first.shown) is first
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+TALL = random_rows(1500, 4)
+
+
+@pytest.fixture
+def tall(either: Caller) -> Caller:
+    """With a table of some megabytes, in several blocks."""
+    either.push(TALL, k=700)
+    return either
+
+
+def ticket_for_table(caller: Caller, **request: Any) -> pb.TableHeader:
+    asked = pb.ReadTableRequest(run="run", with_scores=True, accept_bulk_lane=True)
+    asked.MergeFrom(pb.ReadTableRequest(**request))
+    header, *blocks = [*caller.stub.ReadTable(asked, timeout=WAIT)]
+    assert not blocks
+    return header.header
+
+
+def read(connection: socket.socket, header: pb.TableHeader) -> Any:
+    def responses() -> Iterator[pb.ReadTableResponse]:
+        yield pb.ReadTableResponse(header=header)
+        while data := frames.receive(connection, most=1 << 30):
+            yield pb.ReadTableResponse(block=pb.BulkReply.FromString(data).block)
+
+    return read_table(responses())
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1500), (1, 1400), (749, 3)])
+def test_a_table_comes_as_by_grpc(tall: Caller, rows: tuple[int, int]) -> None:
+    asked = {"row_start": rows[0], "row_count": rows[1]}
+    expected = tall.table(**asked)
+    if expected.ids.nbytes * 2 < 1 << 20:
+        assert not any(each.header.HasField("bulk_lane") for each in _answers(tall, **asked)), "few bytes"
+        return
+    header = ticket_for_table(tall, **asked)
+    with let_in(tall, header.bulk_lane) as connection:
+        found = read(connection, header)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def _answers(caller: Caller, **request: Any) -> list[pb.ReadTableResponse]:
+    asked = pb.ReadTableRequest(run="run", with_scores=True, accept_bulk_lane=True, **request)
+    return list(caller.stub.ReadTable(asked, timeout=WAIT))
+
+
+def test_a_table_is_given_once_for_a_ticket(tall: Caller) -> None:
+    header = ticket_for_table(tall)
+    with let_in(tall, header.bulk_lane) as connection:
+        read(connection, header)
+    with dialled(tall, header.bulk_lane) as connection:
+        say(connection, pb.BulkHello(ticket=header.bulk_lane.ticket))
+        assert is_closed(connection)
+
+
+def test_a_generation_that_was_removed_meanwhile_is_not_found(tall: Caller) -> None:
+    header = ticket_for_table(tall)
+    tall.stub.DeleteGeneration(pb.DeleteGenerationRequest(run="run", generation=1), timeout=WAIT)
+    with let_in(tall, header.bulk_lane) as connection:
+        assert code(status(connection)) is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_slow_reader_holds_nobody_up_and_reads_what_was_removed(tall: Caller) -> None:
+    expected = tall.table()
+    header = ticket_for_table(tall)
+    with let_in(tall, header.bulk_lane) as connection:
+        first = connection.recv(10, socket.MSG_PEEK)  # its sending has begun: the rest does not fit anywhere
+        assert first
+        for _ in range(3):
+            other = ticket_for_table(tall)
+            with let_in(tall, other.bulk_lane) as quick:
+                read(quick, other)
+        tall.stub.DeleteGeneration(pb.DeleteGenerationRequest(run="run", generation=1), timeout=WAIT)
+        found = read(connection, header)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_reader_that_takes_nothing_is_left(start_service: Start) -> None:
+    service = start_service(limits=Limits(max_stream_idle_seconds=1))
+    caller = service.caller()
+    caller.push(random_rows(3000, 4), k=1500)
+    header = ticket_for_table(caller)
+    with let_in(caller, header.bulk_lane) as connection:
+        eventually(lambda: service.server._lane._connections, lambda left: not left)
+        taken = 0
+        while data := connection.recv(1 << 20):
+            taken += len(data)
+        assert taken < 8 * 3000 * 1500
+
+
+def test_a_reader_that_leaves_is_no_error(tall: Caller, caplog: pytest.LogCaptureFixture) -> None:
+    header = ticket_for_table(tall)
+    with let_in(tall, header.bulk_lane):
+        pass
+    tall.table()
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]

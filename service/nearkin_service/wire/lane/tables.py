@@ -9,7 +9,8 @@ from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.metrics import Metrics
-from nearkin_service.operations import Reading
+from nearkin_service.operations import Reading, TableBlocks
+from nearkin_service.ranges import RowRange
 from nearkin_service.wire.lane.tickets import TableGrant
 
 _COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
@@ -23,27 +24,39 @@ class TableSender:
         self._metrics = metrics
 
     def send(self, connection: socket.socket, grant: TableGrant) -> None:
-        """Every block. NotFoundError: the generation was just removed; then nothing was sent."""
+        """Every block. NotFoundError: the generation was just removed; then nothing was sent.
+
+        ConnectionError: the caller takes nothing any more. To tell it now would look like a part of the table.
+        """
         with self._reading.opened(grant.generation, scores=grant.scores) as columns:
-            for column, (blocks, descriptor) in zip(_COLUMNS, columns, strict=False):
-                for rows in blocks.cut(grant.rows):
-                    block = blocks.block(rows)
-                    described = bulk.TableBlock(column, rows.start, len(rows), block.crc, memoryview(b""))
-                    nbytes = block.payload.nbytes
-                    frames.send_head(connection, bulk.table_block_head(described, nbytes), nbytes)
-                    _send_file(connection, descriptor, rows.start * (nbytes // len(rows)), nbytes)
-                    self._metrics.table_bytes.inc(nbytes)
+            try:
+                for column, (blocks, descriptor) in zip(_COLUMNS, columns, strict=False):
+                    self._send_column(connection, column, blocks, descriptor, grant.rows)
+            except BlockingIOError:
+                raise ConnectionAbortedError("it takes nothing any more") from None
         self._metrics.table_reads.inc()
+
+    def _send_column(
+        self,
+        connection: socket.socket,
+        column: int,
+        blocks: TableBlocks,
+        descriptor: int,
+        rows: RowRange,
+    ) -> None:
+        for piece in blocks.cut(rows):
+            block = blocks.block(piece)
+            nbytes = block.payload.nbytes
+            described = bulk.TableBlock(column, piece.start, len(piece), block.crc, memoryview(b""))
+            frames.send_head(connection, bulk.table_block_head(described, nbytes), nbytes)
+            _send_file(connection, descriptor, piece.start * (nbytes // len(piece)), nbytes)
+            self._metrics.table_bytes.inc(nbytes)
 
 
 def _send_file(connection: socket.socket, descriptor: int, offset: int, count: int) -> None:
-    """ConnectionError: the caller takes nothing any more. To tell an error now would look like a part of it."""
     end = offset + count
     while offset < end:
-        try:
-            sent = os.sendfile(connection.fileno(), descriptor, offset, end - offset)
-        except BlockingIOError:
-            raise ConnectionAbortedError("it takes nothing any more") from None
+        sent = os.sendfile(connection.fileno(), descriptor, offset, end - offset)
         if not sent:
             raise ConnectionAbortedError("the table's file ends before its last row")
         offset += sent
