@@ -26,7 +26,7 @@ class TableSender:
     def send(self, connection: socket.socket, grant: TableGrant) -> None:
         """Every block. NotFoundError: the generation was just removed; then nothing was sent.
 
-        ConnectionError: the caller takes nothing any more. To tell it now would look like a part of the table.
+        ConnectionError: the caller takes nothing any more. Told now, it would look like a part of the table.
         """
         with self._reading.opened(grant.generation, scores=grant.scores) as columns:
             try:
