@@ -12,7 +12,7 @@ import torch
 from nearkin_client import NeighbourClient, NeighbourTable, Push
 from nearkin_client.errors import InvalidArgument
 from nearkin_client.local import LocalService
-from nearkin_trainer.classes import ClassEmbeddings
+from nearkin_trainer.classes import ClassEmbeddings, Rows
 from nearkin_trainer.distributed import World
 from nearkin_trainer.neighbours import NeighbourConfig, Neighbours
 
@@ -44,9 +44,8 @@ def gated(nearkin_server: LocalService) -> Iterator[Gated]:
 
 
 def _train(table: ClassEmbeddings) -> None:
-    """Changes every row."""
-    with torch.no_grad():
-        table.weight.normal_()
+    """Changes every row, as steps do."""
+    table.remember(Rows(torch.arange(len(table.weight)), torch.randn_like(table.weight)), momentum=0.0)
 
 
 def _nearest(table: ClassEmbeddings, k: int) -> np.ndarray:

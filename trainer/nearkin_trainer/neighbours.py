@@ -6,8 +6,8 @@
 
 Epoch e trains with the table of epoch e - staleness, never with another: a job that finds a newer one ready
 does not take it, so that its result does not depend on how fast a service is. With staleness 0 `refresh`
-waits for push, build and table. Above 0 a copy of the rows is pushed, and the table fetched, by two threads;
-they only speak to the service, and everything that processes say to each other stays on the main thread.
+waits for push, build and table. Above 0 the rows are pushed as they were, and the table fetched, by two
+threads; they only speak to the service, and what processes say to each other stays on the main thread.
 
 Legend: N classes, k neighbours, n rows of this process.
 """
@@ -16,9 +16,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -28,13 +29,14 @@ from nearkin_client import NeighbourClient, NeighbourTable
 from nearkin_client.errors import FailedPrecondition, NotFound
 from numpy.typing import NDArray
 
-from nearkin_trainer.classes import ClassEmbeddings
+from nearkin_trainer.classes import ClassEmbeddings, Snapshot
 from nearkin_trainer.distributed import World, fail_together, tell_all, tell_node
 from nearkin_trainer.node import node_array, wait_for_node
 
 logger = logging.getLogger("nearkin.trainer.neighbours")
 
 Table = NDArray[np.int32]
+BLOCK_BYTES = 64 * 2**20  # of rows pushed at a time while training goes on
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Neighbours:
 
     Attributes:
         k: neighbours per class after cutting down.
-        stall_seconds: how long this process has stood still so far: copying rows, pushing, waiting.
+        stall_seconds: how long this process has stood still so far: pushing, waiting.
         generation: number of the last table's generation, 0 before the first.
         table_epoch: the epoch whose rows that table compares, None before the first.
     """
@@ -102,7 +104,6 @@ class Neighbours:
         self._reading = ThreadPoolExecutor(1, "nearkin-table")
         self._pushed: Future[None] | None = None  # the push begun last, until it is settled
         self._coming: dict[int, Future[NeighbourTable]] = {}  # by epoch; on the machine's first process
-        self._copy: torch.Tensor | None = None  # kept: fresh memory is slower to write than used memory
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +158,7 @@ class Neighbours:
         """
         wanted = max(self._oldest, epoch - self._staleness)
         with self._standing_still():
-            self._begin(epoch, embeddings, copy=wanted < epoch)
+            self._begin(epoch, embeddings, training=wanted < epoch)
             if wanted == epoch:
                 self._settle()
             if self._table is None or wanted != self.table_epoch:
@@ -176,31 +177,28 @@ class Neighbours:
 
     def publish(self, epoch: int, embeddings: ClassEmbeddings) -> None:
         """Pushes and waits for the table; nobody trains meanwhile, so it is not counted as standing still."""
-        self._begin(epoch, embeddings, copy=False)
+        self._begin(epoch, embeddings, training=False)
         self._settle()
         self._table = self._receive(epoch)
 
     # ------------------------------------------------------------------------------------------ push
 
-    def _begin(self, epoch: int, embeddings: ClassEmbeddings, *, copy: bool) -> None:
-        self._settle()  # also frees the copy
-        rows = self._world.share(embeddings.num_classes)
-        values, absent = embeddings.rows(rows), embeddings.absent(rows).tolist()
-        if copy:
-            values = self._copied(values)
-        size = embeddings.num_classes
-        self._pushed = self._pushing.submit(self._push, epoch, values, rows.start, size, absent)
+    def _begin(self, epoch: int, embeddings: ClassEmbeddings, *, training: bool) -> None:
+        """Starts to push this process's rows as they are now; `training` may go on to change them."""
+        self._settle()
+        classes = self._world.share(embeddings.num_classes)
+        absent = embeddings.absent(classes).tolist()
+        send = partial(self._send, epoch=epoch, num_classes=embeddings.num_classes, absent=absent)
+        if training:
+            snapshot = embeddings.snapshot(classes)
+            self._pushed = self._pushing.submit(_push_blocks, snapshot, classes.start, send)
+        else:
+            self._pushed = self._pushing.submit(send, embeddings.rows(classes), classes.start)
         if self._world.leads_node:
             self._coming[epoch] = self._reading.submit(self._ask, epoch, self._pushed)
 
-    def _copied(self, values: torch.Tensor) -> torch.Tensor:
-        """The rows as they are now, in this machine's memory; training goes on changing the others."""
-        if self._copy is None or self._copy.shape != values.shape:
-            self._copy = torch.empty_like(values, device="cpu")
-        return self._copy.copy_(values)
-
-    def _push(
-        self, epoch: int, values: torch.Tensor, row_start: int, num_classes: int, absent: list[int]
+    def _send(
+        self, values: torch.Tensor, row_start: int, *, epoch: int, num_classes: int, absent: list[int]
     ) -> None:
         """Runs on a thread; returns when the service has the rows."""
         if not len(values):
@@ -320,3 +318,12 @@ class Neighbours:
             first_epoch,
         )
         return first_epoch
+
+
+def _push_blocks(snapshot: Snapshot, row_start: int, send: Callable[[torch.Tensor, int], None]) -> None:
+    """Runs on a thread; sends a table's rows as they were, in blocks, while training changes them."""
+    try:
+        for start, block in snapshot.blocks(BLOCK_BYTES):
+            send(block, row_start + start)
+    finally:
+        snapshot.close()

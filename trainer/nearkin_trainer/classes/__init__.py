@@ -3,6 +3,7 @@
 table       where the rows lie: all of them on every process, or each process its own
 host        rows in host memory or in a file, those of recent steps on the device
 owners      which process keeps which rows, and how they travel
+snapshot    rows as they were, while training goes on
 rows        some rows of a table: means of a batch, sums over processes
 optimisers  how a gradient moves rows
 shards      rows in a checkpoint, for any number of processes
@@ -18,6 +19,7 @@ from nearkin_trainer.classes.optimisers import (
     RowSGD,
 )
 from nearkin_trainer.classes.rows import Rows, class_means, exchange
+from nearkin_trainer.classes.snapshot import Snapshot
 from nearkin_trainer.classes.table import ClassEmbeddings, Keeping, ShardedClassEmbeddings
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "RowSGD",
     "Rows",
     "ShardedClassEmbeddings",
+    "Snapshot",
     "class_means",
     "exchange",
 ]

@@ -41,6 +41,7 @@ from nearkin_trainer.classes.rows import (
     sparse_rows,
     take,
 )
+from nearkin_trainer.classes.snapshot import Snapshot
 from nearkin_trainer.distributed import World, sum_over_ranks
 from nearkin_trainer.matching.rows import touched_classes
 
@@ -92,6 +93,7 @@ class ClassEmbeddings(nn.Module):
         kept = self.kept
         size = kept.stop - kept.start
         self._reads: list[_Read] = []
+        self._snapshot: Snapshot | None = None
         shape = (size, *self.shape[1:])
         table = torch.zeros(shape, dtype=dtype) if host is None else host.zeros(*shape, dtype=dtype)
         draw_noise(table, kept, num_classes)
@@ -102,6 +104,7 @@ class ClassEmbeddings(nn.Module):
             self.cache = RowCache(host, size, device or torch.device("cpu"))
             self._cached = torch.zeros(self.cache.size, *shape[1:], dtype=dtype, device=self.cache.device)
             self.cache.add(self.weight.detach(), self._cached)
+            self.cache.before_write = self._before_change
             flush_and_forget(self, self.cache)
 
     @property
@@ -155,6 +158,8 @@ class ClassEmbeddings(nn.Module):
 
     def update(self, optimiser: RowOptimiser, gradient: Rows, rate: float) -> None:
         """Moves rows against a gradient that `take_gradient` has given, by an optimiser of this table."""
+        if self.cache is None:
+            self._before_change(gradient.ids)
         optimiser.update(self._table, gradient, rate)
 
     def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
@@ -175,6 +180,8 @@ class ClassEmbeddings(nn.Module):
         ids = rows.ids.to(self.seen.device)
         keep = torch.where(self.seen[ids], momentum, 0.0).view(-1, 1, 1, 1).to(rows.values.device)
         table = self._table
+        if self.cache is None:
+            self._before_change(rows.ids)
         for part, places in self._open(rows.ids, change=True):
             moved = keep[part] * take(table, places).float() + (1 - keep[part]) * rows.values[part]
             put(table, places, rounded(moved, table.dtype))
@@ -211,6 +218,15 @@ class ClassEmbeddings(nn.Module):
             self.cache.flush()
         return self.weight.detach()[self._place(classes)]
 
+    def snapshot(self, classes: slice) -> Snapshot:
+        """The rows of some of the classes kept here as they are now, whatever steps do to them then.
+
+        Only the last one made is kept up; close it when it has been read.
+        """
+        rows = self.rows(classes)
+        self._snapshot = Snapshot(rows, self._place(classes).start)
+        return self._snapshot
+
     def absent(self, classes: slice) -> torch.Tensor:
         """Those of some of the classes kept here that have no embedding yet; ids, int64."""
         ids: torch.Tensor = torch.nonzero(~self.seen[self._place(classes)]).flatten() + classes.start
@@ -246,6 +262,11 @@ class ClassEmbeddings(nn.Module):
         if self.cache is not None:
             return self.cache.bring(ids, change=change)
         return iter([(slice(None), ids)])
+
+    def _before_change(self, ids: torch.Tensor) -> None:
+        """Called before rows of `weight` change in a step."""
+        if self._snapshot is not None:
+            self._snapshot.keep(ids)
 
     def _take(self, ids: torch.Tensor) -> torch.Tensor:
         """A copy of some rows, as they are stored."""
