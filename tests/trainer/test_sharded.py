@@ -124,6 +124,14 @@ def _load(path: Path, model: Model, learner: Learner) -> None:
     learner.restore(tree["learner"])
 
 
+def _check_shares(path: Path, size: int, rows: torch.Tensor) -> None:
+    """Any number of processes can each take its share of a checkpoint."""
+    for rank in range(size):
+        tree, kept = checkpoint.load(path), World(rank=rank, size=size, local_size=size).share(CLASSES)
+        shards.restore_rows(path, tree, kept)
+        assert torch.equal(tree["model"]["sparse.classes.weight"], rows[kept])
+
+
 def test_two_processes_then_one(tmp_path: Path) -> None:
     printed = run_together("tests.trainer.test_sharded", str(tmp_path), seconds=300)
     assert printed.count("all passed") == 2
@@ -134,6 +142,8 @@ def test_two_processes_then_one(tmp_path: Path) -> None:
         shared, other = _made(World(), way, sharded=True)
         _load(tmp_path / way / "whole.npz", whole, learner)
         _load(tmp_path / way / "shared.npz", shared, other)
+        for size in (1, 3, 5):
+            _check_shares(tmp_path / way / "shared.npz", size, whole.classes.weight.detach())
         for name, values in {**whole.state_dict(), **learner.state()["row_optimiser"]}.items():
             assert torch.equal({**shared.state_dict(), **other.state()["row_optimiser"]}[name], values), name
         assert _learn(World(), learner, 2, 4) == _learn(World(), other, 2, 4)
@@ -198,7 +208,8 @@ def test_rows_read_twice_in_a_step() -> None:
     assert table.take_gradient(World()) is None
 
 
-def test_rows_travel_while_the_network_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["adam", "memory"])
+def test_rows_travel_while_the_network_computes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
 
     def noted(name: str) -> None:
@@ -212,7 +223,7 @@ def test_rows_travel_while_the_network_computes(monkeypatch: pytest.MonkeyPatch)
 
     noted("fetch")
     noted("send_home")
-    model, learner = _made(World(), "adam", sharded=True)
+    model, learner = _made(World(), way, sharded=True)
     model.backbone.register_forward_hook(lambda *_: events.append("features"))
     first = next(model.backbone.parameters())
     first.register_post_accumulate_grad_hook(lambda _: events.append("end of backward"))  # type: ignore[no-untyped-call]

@@ -79,6 +79,8 @@ class Learner:
         self._announce(Question(labels, neighbours), upcoming)
         labels, neighbours = labels.to(device), neighbours.to(device)
         features = self._model(self._augment(pixels, device))
+        if self._row_optimiser is None:
+            self._model.classes.send_means(class_means(features, labels))
         loss, parts = self._model.losses(features, labels, neighbours, self._losses)
         if self._cosine.weight:
             cosine = cosine_loss(features, labels, self._cosine.scale)
@@ -89,7 +91,7 @@ class Learner:
         self._model.classes.send_gradient()
         factor = self._optimise.factor(self.steps / self._total)
         self._update_weights(factor)
-        self._update_classes(features, labels, factor)
+        self._update_classes(factor)
         self._model.classes.set_out()
         self.steps += 1
         return {"loss": loss.detach(), **parts}
@@ -113,6 +115,8 @@ class Learner:
     def _announce(self, this: Question, upcoming: Question | None) -> None:
         """Sends this step's rows on their way, unless they are, and says which the next one needs."""
         classes = self._model.classes
+        if self._row_optimiser is None:
+            classes.expect_means(this.labels)
         if not self._losses.needs_sparse:
             return
         if not self._announced:
@@ -131,11 +135,10 @@ class Learner:
         self._optimiser.step()
         self._model.head.keep_monotone()
 
-    def _update_classes(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> None:
+    def _update_classes(self, factor: float) -> None:
         classes = self._model.classes
         if self._row_optimiser is None:
-            rows = classes.collect(self._world, class_means(features, labels), average=True)
-            classes.remember(rows, self._embedding.momentum)
+            classes.remember(classes.take_means(self._world), self._embedding.momentum)
             return
         gradient = classes.take_gradient(self._world)
         if gradient is not None:

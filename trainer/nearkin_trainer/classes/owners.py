@@ -54,8 +54,8 @@ class Owners:
             asking.wait()
         return asking
 
-    def send_home(self, rows: Rows, *, average: bool = False) -> Rows:
-        """The sum (or the mean) over processes of the rows of this process's classes, numbered from 0.
+    def send_home(self, rows: Rows) -> Rows:
+        """The sum over processes of the rows of this process's classes, numbered from 0.
 
         All processes call this together, each with the rows that it has touched, whosever they are. The sum
         is taken in the order of `exchange`, and has its bits.
@@ -64,7 +64,7 @@ class Owners:
         ids = swap_rows(self.world, list(torch.split(rows.ids, sizes)))
         values = swap_rows(self.world, list(torch.split(rows.values, sizes)))
         parts = [Rows(i - self.mine.start, v) for i, v in zip(ids, values, strict=True)]
-        return parts[0] if self.world.size == 1 else add_up(parts, average=average)
+        return parts[0] if self.world.size == 1 else add_up(parts)
 
     def edges(self, ids: torch.Tensor) -> torch.Tensor:
         """Where in ascending ids each process's classes begin, and the last one's end; on the CPU."""
@@ -122,11 +122,11 @@ class Errand:
         """Sends something for each row read to the process that keeps it; `sum_of` adds up what comes."""
         return self._send(values_U.contiguous(), self.counts, self._lengths)
 
-    def sum_of(self, arrived: torch.Tensor) -> Rows:
-        """The sum by position of what has come home, in the order of `exchange` and with its bits."""
+    def sum_of(self, arrived: torch.Tensor, *, average: bool = False) -> Rows:
+        """The sum (or mean) by position of what has come home; its bits are those of `exchange`."""
         values = torch.split(arrived, self._lengths)
         parts = [Rows(*part) for part in zip(self.asked, values, strict=True)]
-        return parts[0] if self.owners.world.size == 1 else add_up(parts)
+        return parts[0] if self.owners.world.size == 1 else add_up(parts, average=average)
 
     @property
     def _lengths(self) -> list[int]:

@@ -93,6 +93,7 @@ class ClassEmbeddings(nn.Module):
         kept = self.kept
         size = kept.stop - kept.start
         self._reads: list[_Read] = []
+        self._means: Rows | None = None
         self._snapshot: Snapshot | None = None
         shape = (size, *self.shape[1:])
         table = torch.zeros(shape, dtype=dtype) if host is None else host.zeros(*shape, dtype=dtype)
@@ -162,19 +163,32 @@ class ClassEmbeddings(nn.Module):
             self._before_change(gradient.ids)
         optimiser.update(self._table, gradient, rate)
 
-    def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
-        """The sum (or the mean) over processes of rows by class; ids are positions in `weight`.
+    def collect(self, world: World, rows: Rows) -> Rows:
+        """The sum over processes of rows by class; ids are positions in `weight`.
 
         All processes call this together.
         """
-        return exchange(world, rows, average=average)
+        return exchange(world, rows)
+
+    def expect_means(self, labels: torch.Tensor) -> None:
+        """Says which classes the next `send_means` will be of: `labels`, as many on each process."""
+
+    def send_means(self, means: Rows) -> None:
+        """Hands over what this process's batch says about some classes: the means of their features."""
+        self._means = means
+
+    def take_means(self, world: World) -> Rows:
+        """What `remember` needs: the mean over the processes that have sent one, for each class."""
+        means, self._means = self._means, None
+        assert means is not None
+        return exchange(world, means, average=True)
 
     @torch.no_grad()
     def remember(self, rows: Rows, momentum: float) -> None:
         """Moves rows to `momentum * old + (1 - momentum) * new`; a row never seen before, to new.
 
         Args:
-            rows: what `collect` has put together.
+            rows: what `take_means` has put together; ids are positions in `weight`.
             momentum: share of the old row that stays.
         """
         ids = rows.ids.to(self.seen.device)
@@ -339,11 +353,12 @@ class _Read:
 class ShardedClassEmbeddings(ClassEmbeddings):
     """The table, each process keeping its contiguous share of the rows (`World.share`).
 
-    A step ends with the bits that a replicated table would have. `expect`, `set_out`, `read`, `send_gradient`
-    and `collect` are exchanges: all processes call them together.
+    A step ends with the bits that a replicated table would have. What a step calls is an exchange: all
+    processes call it together.
 
-    Rows travel from `set_out` to `read`, and their gradients from the moment that the backward pass has them
-    to `take_gradient`; whatever is computed in between hides it. A row that was read counts as touched, also
+    Rows travel from `set_out` to `read`, their gradients from the moment that the backward pass has them to
+    `take_gradient`, and means of features from `send_means` to `take_means`; whatever is computed in between
+    hides it. A row that was read counts as touched, also
     where its gradient is zero.
     """
 
@@ -370,6 +385,8 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         self._asking: Asking | None = None
         self._coming: tuple[Errand, UnderWay] | None = None
         self._going: UnderWay | None = None
+        self._asking_home: Asking | None = None
+        self._going_home: tuple[Errand, UnderWay] | None = None
 
     @property
     def kept(self) -> slice:
@@ -405,10 +422,28 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         rows = read.errand.sum_of(going.wait())
         return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
 
-    def collect(self, world: World, rows: Rows, *, average: bool = False) -> Rows:
-        """The sum (or the mean) over processes of the rows of this process's classes."""
+    def collect(self, world: World, rows: Rows) -> Rows:
+        """The sum over processes of the rows of this process's classes."""
         assert world.size == self._owners.world.size
-        return self._owners.send_home(rows, average=average)
+        return self._owners.send_home(rows)
+
+    def expect_means(self, labels: torch.Tensor) -> None:
+        """See `ClassEmbeddings.expect_means`: tells the other processes which classes' means will come."""
+        self._asking_home = self._owners.ask(torch.unique(labels.cpu()), room=len(labels))
+
+    def send_means(self, means: Rows) -> None:
+        """Sends each mean to the process that keeps its class."""
+        asking, self._asking_home = self._asking_home or self._owners.ask(means.ids.cpu()), None
+        errand = asking.wait()
+        if not torch.equal(errand.ids, means.ids):
+            raise ValueError("these means are of other classes than `expect_means` has announced")
+        self._going_home = errand, errand.send_home(means.values)
+
+    def take_means(self, world: World) -> Rows:
+        """The mean over processes, of this process's classes."""
+        assert self._going_home is not None
+        (errand, going), self._going_home = self._going_home, None
+        return errand.sum_of(going.wait(), average=True)
 
     @property
     def _read_in_place(self) -> bool:
