@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nearkin_trainer import checkpoint
 from nearkin_trainer.classes import ClassEmbeddings, Host, Rows, shards, table
 from nearkin_trainer.classes.host import RowCache
 from nearkin_trainer.distributed import World
@@ -66,8 +65,8 @@ def test_checkpoints_fit_both(way: str, tmp_path: Path) -> None:
     for name, host in (("plain", Host(7)), ("cached", None), ("cached", Host(7))):
         model, taught = made(World(), way, CLASSES, sharded=False, host=host)
         learn(World(), taught, CLASSES, range(1))  # what is in the cache has to go
-        tree = checkpoint.load(tmp_path / f"{name}.npz")
-        shards.restore_rows(tmp_path, tree, model.classes.kept)
+        tree = shards.load(tmp_path / f"{name}.npz")
+        shards.restore_rows(tmp_path, tree, model.classes, taught.state()["row_optimiser"])
         model.load_state_dict(tree["model"])
         taught.restore(tree["learner"])
         assert learn(World(), taught, CLASSES, range(2, 4)) == expected

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from nearkin_trainer import checkpoint
 from nearkin_trainer.classes import ClassEmbeddings, Host, ShardedClassEmbeddings, shards, table
 from nearkin_trainer.classes.owners import Errand
 from nearkin_trainer.classes.table import NOISE_BLOCK, draw_noise
@@ -118,18 +117,25 @@ def check_start(world: World) -> None:
 
 
 def _load(path: Path, model: Model, learner: Learner) -> None:
-    tree = checkpoint.load(path)
-    shards.restore_rows(path, tree, model.classes.kept)
+    tree = shards.load(path)
+    shards.restore_rows(path, tree, model.classes, learner.state()["row_optimiser"])
     model.load_state_dict(tree["model"])
     learner.restore(tree["learner"])
 
 
-def _check_shares(path: Path, size: int, rows: torch.Tensor) -> None:
+def _check_shares(path: Path, way: str, size: int, whole: dict[str, torch.Tensor]) -> None:
     """Any number of processes can each take its share of a checkpoint."""
+    keeping, optimiser = WAYS[way]
+    rows = whole["sparse.classes.weight"]
     for rank in range(size):
-        tree, kept = checkpoint.load(path), World(rank=rank, size=size, local_size=size).share(CLASSES)
-        shards.restore_rows(path, tree, kept)
-        assert torch.equal(tree["model"]["sparse.classes.weight"], rows[kept])
+        world = World(rank=rank, size=size, local_size=size)
+        table = ShardedClassEmbeddings(world, *rows.shape, keeping, rows.dtype)  # type: ignore[arg-type, call-arg]
+        state = {} if keeping == "memory" else table.optimiser(optimiser).state_dict()  # type: ignore[arg-type]
+        tree = shards.load(path)
+        shards.restore_rows(path, tree, table, state)
+        for name, values in {**tree["model"], **state}.items():
+            if name in state or name.startswith("sparse.classes"):
+                assert torch.equal(values, whole[name][table.kept]), name
 
 
 def test_two_processes_then_one(tmp_path: Path) -> None:
@@ -143,7 +149,8 @@ def test_two_processes_then_one(tmp_path: Path) -> None:
         _load(tmp_path / way / "whole.npz", whole, learner)
         _load(tmp_path / way / "shared.npz", shared, other)
         for size in (1, 3, 5):
-            _check_shares(tmp_path / way / "shared.npz", size, whole.classes.weight.detach())
+            saved = {**whole.state_dict(), **learner.state()["row_optimiser"]}
+            _check_shares(tmp_path / way / "shared.npz", way, size, saved)
         for name, values in {**whole.state_dict(), **learner.state()["row_optimiser"]}.items():
             assert torch.equal({**shared.state_dict(), **other.state()["row_optimiser"]}[name], values), name
         assert _learn(World(), learner, 2, 4) == _learn(World(), other, 2, 4)
@@ -157,10 +164,22 @@ def test_a_lost_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="c-1-0-of-1"):
         _load(path, model, learner)
     shards.save(path, _tree(model, learner), 1, World(), model.classes)
-    tree = checkpoint.load(path)
+    tree = shards.load(path)
     tree["shards"] *= 2
     with pytest.raises(ValueError, match=r"62 rows of sparse\.classes\.weight for classes 0 to 31"):
-        shards.restore_rows(path, tree, model.classes.kept)
+        shards.restore_rows(path, tree, model.classes, learner.state()["row_optimiser"])
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    model, learner = _made(World(), "adam", sharded=True)
+    path = tmp_path / "c.npz"
+    shards.save(path, _tree(model, learner), 1, World(), model.classes)
+    shard = tmp_path / "c-1-0-of-1.npz"
+    content = bytearray(shard.read_bytes())
+    content[content.index(model.classes.weight[20].detach().numpy().tobytes())] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c-1-0-of-1\.npz is not a checkpoint that can be read.*CRC"):
+        _load(path, model, learner)
 
 
 def test_noise_does_not_depend_on_the_share() -> None:

@@ -2,21 +2,28 @@
 
 A checkpoint is an uncompressed NumPy archive. A tree of dicts, lists, numbers, strings and tensors is taken
 apart into its arrays (`a0`, `a1`, ...) and one JSON text (`tree`) that says where they belong. bfloat16
-tensors travel as their bits.
+tensors travel as their bits. Large tensors can be left in the file and read a few rows at a time.
 """
 
 import io
 import json
+import math
 import os
 import random
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 FORMAT = "nearkin checkpoint 1"
+
+Keys = tuple[str | int, ...]
+_PIECE_BYTES = 4 * 2**20
 
 
 def save(path: Path, tree: dict[str, Any]) -> None:
@@ -32,8 +39,12 @@ def save(path: Path, tree: dict[str, Any]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, leave: Callable[[Keys], bool] = lambda _: False) -> dict[str, Any]:
     """Reads what `save` wrote; tensors are on the CPU, tuples have become lists.
+
+    Args:
+        path: of the file.
+        leave: whether a tensor stays in the file, as a `Stored`, by the keys that lead to it in the tree.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,13 +53,65 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             content = json.loads(archive["tree"].tobytes())
-            tree = _put_together(content[FORMAT], archive)
+            tree = _put_together(content[FORMAT], archive, _Left(path, leave))
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+        raise unreadable(path, error) from error
     assert isinstance(tree, dict)
     return tree
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """What `load` raises for a file that is damaged or something else."""
+    return ValueError(f"{path} is not a checkpoint that can be read: {error}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor `[n, ...]` that was left in a file, which should stay as it is as long as this is used."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+
+    def read_into(self, table: torch.Tensor, first: int) -> int:
+        """Puts row i in `table[first + i]`, wherever that is a row of the table; how many those are.
+
+        Raises:
+            ValueError: the file is damaged, or rows have another shape.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
+                return self._copy(file, table, first)
+        except Exception as error:
+            raise unreadable(self.path, error) from error
+
+    def _copy(self, file: IO[bytes], table: torch.Tensor, first: int) -> int:
+        (count, *shape), dtype = _npy_header(file)
+        if tuple(shape) != table.shape[1:]:
+            raise ValueError(f"rows of {self.name} are {shape} and should be {list(table.shape[1:])}")
+        row_bytes = dtype.itemsize * math.prod(shape)
+        step = max(1, _PIECE_BYTES // max(1, row_bytes))
+        copied = 0
+        # Also what is not wanted is read, because the checksum is that of the whole.
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            read = torch.frombuffer(bytearray(file.read(rows * row_bytes)), dtype=self.dtype)
+            skip = max(0, -(first + start))
+            wanted = read.view(rows, *shape)[skip : max(skip, len(table) - first - start)]
+            table[first + start + skip :][: len(wanted)] = wanted
+            copied += len(wanted)
+        file.read(1)  # the end, where the checksum is compared
+        return copied
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    assert version == (1, 0), version  # for anything but tables of tables
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    assert not fortran
+    return shape, dtype
 
 
 class atomic_file:  # noqa: N801 - used like open()
@@ -101,14 +164,24 @@ def _take_apart(node: Any, arrays: dict[str, NDArray[Any]]) -> Any:
     raise TypeError(f"a checkpoint cannot hold a {type(node).__name__}")
 
 
-def _put_together(node: dict[str, Any], archive: Any) -> Any:
+@dataclass(frozen=True)
+class _Left:
+    """Which tensors stay in the file."""
+
+    path: Path
+    leave: Callable[[Keys], bool]
+
+
+def _put_together(node: dict[str, Any], archive: Any, left: _Left, keys: Keys = ()) -> Any:
     if "tensor" in node:
+        if left.leave(keys):
+            return Stored(left.path, node["tensor"], getattr(torch, node["dtype"]))
         tensor = torch.from_numpy(archive[node["tensor"]])
         return tensor.view(torch.bfloat16) if node["dtype"] == "bfloat16" else tensor
     if "dict" in node:
-        return {key: _put_together(value, archive) for key, value in node["dict"]}
+        return {key: _put_together(value, archive, left, (*keys, key)) for key, value in node["dict"]}
     if "list" in node:
-        return [_put_together(value, archive) for value in node["list"]]
+        return [_put_together(value, archive, left, (*keys, i)) for i, value in enumerate(node["list"])]
     return node["value"]
 
 

@@ -288,14 +288,14 @@ class Job:
         shards.save(path, tree, self.progress.epoch, self.world, self.model.classes)
 
     def _load(self, path: Path) -> None:
-        tree = checkpoint.load(path)
+        tree = shards.load(path)
         for name, mine in self._identity().items():
             if tree["job"].get(name) != mine:
                 raise ValueError(
                     f"resume: {path} was made with another {name} ({tree['job'].get(name)}, now {mine}); "
                     "use the same, or --overwrite"
                 )
-        shards.restore_rows(path, tree, self.model.classes.kept)
+        shards.restore_rows(path, tree, self.model.classes, self.learner.state()["row_optimiser"])
         self.model.load_state_dict(tree["model"])
         self.learner.restore(tree["learner"])
         self.progress = Progress(**tree["progress"])

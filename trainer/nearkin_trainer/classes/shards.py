@@ -18,7 +18,7 @@ from nearkin_trainer.distributed import World, barrier
 TABLE = "sparse.classes."  # of a model's state
 ROW_OPTIMISER = "row_optimiser"  # of a learner's
 
-Parts = dict[str, dict[str, torch.Tensor]]
+Parts = dict[str, dict[str, Any]]
 
 
 def names(classes: ClassEmbeddings) -> frozenset[str]:
@@ -53,41 +53,66 @@ def save(path: Path, tree: dict[str, Any], epoch: int, world: World, classes: Cl
     barrier(world)
 
 
-def restore_rows(path: Path, tree: dict[str, Any], kept: slice) -> None:
-    """Puts the rows of the classes `kept` in their place in the tree of a checkpoint, however it was written.
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, but for the rows: they stay in their file until `restore_rows` reads them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `checkpoint.load`.
+    """
+    return checkpoint.load(path, leave=_has_rows)
+
+
+def restore_rows(
+    path: Path, tree: dict[str, Any], classes: ClassEmbeddings, row_optimiser: dict[str, torch.Tensor]
+) -> None:
+    """Reads the rows of a checkpoint, however it was written, into a table and what its optimiser keeps.
+
+    They are read piece by piece: memory holds no second copy of them.
 
     Args:
         path: of the checkpoint.
-        tree: what it holds; it may have all rows, or the names of the files that do.
-        kept: the classes of this process's table.
+        tree: what `load` has found. The table and the optimiser's state take the rows' place in it.
+        classes: the table; of a sharded one, the rows of this process are read.
+        row_optimiser: the state of its optimiser, empty if it has none.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: one is damaged, or they do not hold all of these rows.
     """
-    found: dict[str, dict[str, list[torch.Tensor]]] = {"model": {}, ROW_OPTIMISER: {}}
+    tables = {
+        "model": {TABLE + name: table for name, table in classes.state_dict().items()},
+        ROW_OPTIMISER: row_optimiser,
+    }
+    found = {part: dict.fromkeys(entries, 0) for part, entries in tables.items()}
     for start, parts in _pieces(path, tree):
         for part, entries in parts.items():
-            for name, values in entries.items():
-                wanted = values[max(kept.start - start, 0) : max(kept.stop - start, 0)]
-                # A copy, so that the rest of the piece can go.
-                found[part].setdefault(name, []).append(wanted.clone())
-    for part, place in (("model", tree["model"]), (ROW_OPTIMISER, tree["learner"][ROW_OPTIMISER])):
-        for name, pieces in found[part].items():
-            place[name] = torch.cat(pieces)
-            if len(place[name]) != kept.stop - kept.start:
+            for name, stored in entries.items():
+                found[part][name] += stored.read_into(tables[part][name], start - classes.kept.start)
+    wanted = classes.kept.stop - classes.kept.start
+    for counts in found.values():
+        for name, count in counts.items():
+            if count != wanted:
                 raise ValueError(
-                    f"{path} has {len(place[name])} rows of {name} for classes {kept.start} to {kept.stop}: "
-                    "files of its shards are missing or belong to another job"
+                    f"{path} has {count} rows of {name} for classes {classes.kept.start} to "
+                    f"{classes.kept.stop}: files of its shards are missing or belong to another job"
                 )
+    tree["model"].update(tables["model"])
+    tree["learner"][ROW_OPTIMISER] = row_optimiser
 
 
 def _pieces(path: Path, tree: dict[str, Any]) -> Iterator[tuple[int, Parts]]:
     if "shards" not in tree:
         yield 0, _take_out(tree)
     for name in tree.get("shards", ()):
-        shard = checkpoint.load(path.with_name(name))
+        shard = checkpoint.load(path.with_name(name), leave=_has_rows)
         yield shard["start"], shard["parts"]
+
+
+def _has_rows(keys: checkpoint.Keys) -> bool:
+    """Whether what lies there has one row per class."""
+    if keys[0] == "model":
+        return str(keys[1]).startswith(TABLE)
+    return keys[0] == "parts" or keys[:2] == ("learner", ROW_OPTIMISER)
 
 
 def _take_out(tree: dict[str, Any]) -> Parts:
