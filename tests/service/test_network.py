@@ -18,7 +18,13 @@ from pathlib import Path
 
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import GenerationPublished, NeighbourClient, NeighbourTable, RunSnapshot
+from nearkin_client import (
+    FailedPrecondition,
+    GenerationPublished,
+    NeighbourClient,
+    NeighbourTable,
+    RunSnapshot,
+)
 from nearkin_client.patience import Patience
 
 from tests.badline import BadLine, bad_line
