@@ -82,7 +82,8 @@ class NeighbourServer:
         behaviours = wire.behaviours(
             core, self._builds, self._searching, pushing=pushing, reading=reading, lane=self._lane
         )
-        server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error),))
+        idle = self._config.limits.max_stream_idle_seconds
+        server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error, idle),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -230,6 +230,37 @@ def test_slow_readers_hold_up_nobody(caller: Caller) -> None:
         stream.cancel()
 
 
+def test_readers_that_take_nothing_make_room(start_service: Start) -> None:
+    """They hold the places of their own run only, and not for ever."""
+    limits = Limits(max_stream_idle_seconds=3)
+    service = start_service(limits=limits, table_streams=4, http="127.0.0.1:0")
+    caller = service.caller()
+    caller.push(random_rows(3000, 4), k=2000)
+    deaf = [caller.stub.ReadTable(pb.ReadTableRequest(run="run", with_scores=True)) for _ in range(2)]
+    for stream in deaf:
+        next(stream)
+    assert refusal(
+        lambda: list(service.caller().stub.ReadTable(pb.ReadTableRequest(run="run"), timeout=0.5))
+    ).code() is (grpc.StatusCode.DEADLINE_EXCEEDED)
+    still_serves(service.caller())
+    assert service.caller().table().ids.shape == (3000, 2000)
+    for stream in deaf:
+        assert "max_stream_idle_seconds" in str(refusal(lambda: list(stream)).details())  # noqa: B023
+
+
+def test_readers_that_go_away_are_no_errors(start_service: Start, caplog: pytest.LogCaptureFixture) -> None:
+    service = start_service()
+    service.caller().push(random_rows(3000, 4), k=2000)
+    for _ in range(5):
+        passing = Caller(service.server.addresses[0])
+        streams = [passing.stub.ReadTable(pb.ReadTableRequest(run="run")) for _ in range(20)]
+        for stream in streams:
+            next(stream)
+        passing.channel.close()
+    still_serves(service.caller())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 fuzzing = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -8,6 +8,7 @@ from nearkin_service.operations.administering import Administering
 from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.comparing import Comparing, Comparison
 from nearkin_service.operations.core import Core, Engines
+from nearkin_service.operations.places import Places
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.operations.reading import Reading, TableBlocks
 from nearkin_service.operations.searching import Searching
@@ -20,6 +21,7 @@ __all__ = [
     "Comparison",
     "Core",
     "Engines",
+    "Places",
     "Pushing",
     "Reading",
     "Searching",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
-from nearkin_service.errors import InvalidArgumentError
+from nearkin_service.errors import InvalidArgumentError, UnavailableError
 from nearkin_service.wire.status import code_name, meaning
+
+log = logging.getLogger("nearkin.wire")
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NeighbourService"]
 SERVICE_NAME = _SERVICE.full_name
@@ -37,12 +40,19 @@ class Malformed:
     reason: str
 
 
-def generic_handler(behaviours: Sequence[object], count_error: CountError) -> grpc.GenericRpcHandler:
+class _ReaderGoneError(Exception):
+    """Whoever was being answered cannot be reached any more."""
+
+
+def generic_handler(
+    behaviours: Sequence[object], count_error: CountError, most_idle_seconds: float
+) -> grpc.GenericRpcHandler:
     """Serves nearkin.v1.NeighbourService: each method is the one of that name in one of `behaviours`.
 
-    `count_error(method, code)` is told of every call that is refused.
+    `count_error(method, code)` is told of every call that is refused. A reader that takes nothing for
+    `most_idle_seconds` is given up.
     """
-    guard = _Guard(count_error)
+    guard = _Guard(count_error, most_idle_seconds)
     handlers = {m.name: _bind(m, _find(m.name, behaviours), guard) for m in _SERVICE.methods}
     return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -89,8 +99,9 @@ def _serialise(reply: Message | bytes) -> bytes:
 class _Guard:
     """Turns what behaviours raise into status codes."""
 
-    def __init__(self, count_error: CountError) -> None:
+    def __init__(self, count_error: CountError, most_idle_seconds: float) -> None:
         self._count_error = count_error
+        self._most_idle_seconds = most_idle_seconds
 
     def unary(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
@@ -117,12 +128,27 @@ class _Guard:
             try:
                 async with aclosing(behaviour(_sound(request), context)) as replies:
                     async for reply in replies:
-                        await context.write(reply)
+                        await self._write(_serialise(reply), context)
+            except _ReaderGoneError as gone:
+                log.debug("%s: its reader went away: %s", name, gone)
             except Exception as error:
                 if not context.done():  # a reader that went away needs no answer
                     await self._refuse(name, error, context)
 
         return call
+
+    async def _write(self, data: bytes, context: Context) -> None:
+        """UnavailableError: the reader takes nothing. _ReaderGoneError: there is none any more."""
+        try:
+            async with asyncio.timeout(self._most_idle_seconds):
+                await context.write(data)
+        except TimeoutError:
+            raise UnavailableError(
+                f"nothing was taken of this answer for {self._most_idle_seconds:g} s "
+                "(max_stream_idle_seconds): read it again"
+            ) from None
+        except Exception as error:  # gRPC's own, which it does not name
+            raise _ReaderGoneError(str(error)) from error
 
     async def _refuse(self, name: str, error: Exception, context: Context) -> NoReturn:
         found = meaning(name, error)

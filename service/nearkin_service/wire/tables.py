@@ -10,7 +10,7 @@ from nearkin import tracing
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
-from nearkin_service.operations import Core, Reading, TableBlocks
+from nearkin_service.operations import Core, Places, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
 from nearkin_service.values import Generation
 from nearkin_service.wire import convert
@@ -32,36 +32,53 @@ class TableMethods:
         self._core = core
         self._reading = reading
         self._lane = lane
+        self._places = Places(core.config.table_streams)
 
     async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
         generation = await self._generation(request, context)
-        rows = generation.rows_of(request.row_start, request.row_count)
-        columns = await self._reading.columns(generation, scores=request.with_scores)
-        header = pb.TableHeader(
-            generation=convert.generation(generation),
-            row_start=rows.start,
-            row_count=len(rows),
-            k=generation.spec.k,
-            with_scores=request.with_scores,
-        )
-        if request.accept_shared_memory and is_local(context) and len(rows) == generation.spec.num_classes:
+        elsewhere = self._elsewhere(generation, request, local=is_local(context))
+        if elsewhere is not None:
+            yield bulk.encode_table_message(elsewhere)
+            if elsewhere.ids_path:
+                self._core.metrics.table_reads.inc()
+            return
+        async with self._places.of(request.run):
+            generation = await self._generation(request, context)  # of those that there are by now
+            async for message in self._streamed(generation, request):
+                yield message
+        self._core.metrics.table_reads.inc()
+
+    def _elsewhere(
+        self, generation: Generation, request: pb.ReadTableRequest, *, local: bool
+    ) -> pb.TableHeader | None:
+        """A header that says where the table is to be had; None: it follows in this stream."""
+        header = _header(generation, request)
+        if request.accept_shared_memory and local and header.row_count == generation.spec.num_classes:
             paths = self._reading.paths(generation)
             header.ids_path, header.scores_path = paths[0], paths[1] if request.with_scores else ""
-            columns = []
-        elif request.accept_bulk_lane and _table_bytes(header) >= _SMALLEST_LANE_BYTES:
-            grant = TableGrant(generation, rows, request.with_scores, tracing.here())
-            if lane := self._lane.offer(grant, local=is_local(context)):
-                header.bulk_lane.CopyFrom(lane)
-        if header.HasField("bulk_lane"):
-            yield bulk.encode_table_message(header)
-            return
-        yield bulk.encode_table_message(header)
+            return header
+        if not request.accept_bulk_lane or _table_bytes(header) < _SMALLEST_LANE_BYTES:
+            return None
+        rows = generation.rows_of(request.row_start, request.row_count)
+        lane = self._lane.offer(
+            TableGrant(generation, rows, request.with_scores, tracing.here()), local=local
+        )
+        if not lane:
+            return None
+        header.bulk_lane.CopyFrom(lane)
+        return header
+
+    async def _streamed(
+        self, generation: Generation, request: pb.ReadTableRequest
+    ) -> AsyncGenerator[bytes, None]:
+        rows = generation.rows_of(request.row_start, request.row_count)
+        columns = await self._reading.columns(generation, scores=request.with_scores)
+        yield bulk.encode_table_message(_header(generation, request))
         for column, blocks in zip(_COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
                 data = await self._core.io(_encoded, blocks, piece, column)
                 self._core.metrics.table_bytes.inc(len(data))
                 yield data
-        self._core.metrics.table_reads.inc()
 
     async def _generation(self, request: pb.ReadTableRequest, context: Context) -> Generation:
         if request.WhichOneof("which") != "min_epoch":
@@ -69,6 +86,17 @@ class TableMethods:
         left: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
         seconds = None if left is None else left - min(_MARGIN_SECONDS, left / 4)
         return await self._reading.since(request.run, request.min_epoch, seconds)
+
+
+def _header(generation: Generation, request: pb.ReadTableRequest) -> pb.TableHeader:
+    rows = generation.rows_of(request.row_start, request.row_count)
+    return pb.TableHeader(
+        generation=convert.generation(generation),
+        row_start=rows.start,
+        row_count=len(rows),
+        k=generation.spec.k,
+        with_scores=request.with_scores,
+    )
 
 
 def _table_bytes(header: pb.TableHeader) -> int:
