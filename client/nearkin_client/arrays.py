@@ -6,7 +6,8 @@ torch is never imported here: a tensor brings it along.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -20,6 +21,10 @@ WIRE_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+PIECE_BYTES = 256 << 10
+"""Stays in a core's cache between being read, sent and summed."""
+_DEVICE_BLOCK_BYTES = 4 << 20
+"""What comes over from a device at a time: enough for its bus."""
 _TAKEN = (*WIRE_DTYPES, "float64")
 
 
@@ -35,10 +40,10 @@ class Rows(Protocol):
     @property
     def row_bytes(self) -> int: ...
     def payload(self, start: int, stop: int) -> memoryview:
-        """The bytes of rows start..stop-1: in place where they lie as the wire wants them."""
+        """The bytes of rows start..stop-1, in place if they can be; valid until this thread's next."""
 
-    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
-        """Copies rows start..stop-1 there, converted on the way; from a device too."""
+    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The same bytes in pieces that stay in a core's cache, each valid until this thread's next."""
 
 
 def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
@@ -47,7 +52,7 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     float64 is sent as float32 unless `wire_dtype` says otherwise: the service computes in float32.
     """
     tensor = _is_tensor(values)
-    array = values.detach() if tensor else np.asarray(values)
+    array: Any = values.detach() if tensor else np.asarray(values)
     name = str(array.dtype).removeprefix("torch.") if tensor else array.dtype.name
     if name not in _TAKEN:
         invalid(f"{field}.dtype", name, f"is not one of {', '.join(_TAKEN)}")
@@ -57,7 +62,18 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     target = wire_dtype or (name if name in WIRE_DTYPES else "float32")
     if target not in WIRE_DTYPES:
         invalid("wire_dtype", wire_dtype, f"is not one of {', '.join(WIRE_DTYPES)}")
+    if tensor and array.device.type == "cpu" and target == name:
+        array, tensor = _seen_by_numpy(array), False
     return (_TensorRows if tensor else _ArrayRows)(array, shape[0], shape[1:], target)
+
+
+def _seen_by_numpy(tensor: Any) -> NDArray[Any]:
+    """The same memory; NumPy has no bfloat16 of its own."""
+    torch = sys.modules["torch"]
+    if tensor.dtype is not torch.bfloat16:
+        array: NDArray[Any] = tensor.numpy()
+        return array
+    return tensor.view(torch.int16).numpy().view(WIRE_DTYPES["bfloat16"])  # type: ignore[no-any-return]
 
 
 def _is_tensor(values: Any) -> bool:
@@ -65,48 +81,64 @@ def _is_tensor(values: Any) -> bool:
     return torch is not None and isinstance(values, torch.Tensor)
 
 
-@dataclass(frozen=True, slots=True)
 class _Described:
-    values: Any
-    count: int
-    shape: tuple[int, ...]
-    dtype: str
+    def __init__(self, values: Any, count: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.values = values
+        self.count = count
+        self.shape = shape
+        self.dtype = dtype
+        self.row_bytes = int(np.prod(shape, dtype=np.int64)) * WIRE_DTYPES[dtype].itemsize
 
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * WIRE_DTYPES[self.dtype].itemsize
+    def payload(self, start: int, stop: int) -> memoryview:
+        raise NotImplementedError
+
+    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        step = max(1, self._block_bytes() // self.row_bytes)
+        for at in range(start, stop, step):
+            block = self.payload(at, min(at + step, stop))
+            for begin in range(0, len(block), PIECE_BYTES):
+                yield block[begin : begin + PIECE_BYTES]
+
+    def _block_bytes(self) -> int:
+        """What is converted at a time."""
+        return PIECE_BYTES
 
 
 class _ArrayRows(_Described):
-    __slots__ = ()
-
     def payload(self, start: int, stop: int) -> memoryview:
         with np.errstate(over="ignore"):  # what overflows float16 becomes Inf, which the service names by row
             chunk = np.ascontiguousarray(self.values[start:stop], WIRE_DTYPES[self.dtype])
         return _bytes_of(chunk)
 
-    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
-        with np.errstate(over="ignore"):
-            goal = out.view(WIRE_DTYPES[self.dtype]).reshape(stop - start, *self.shape)
-            np.copyto(goal, self.values[start:stop], casting="unsafe")
-
 
 class _TensorRows(_Described):
-    __slots__ = ()
+    """Converted by torch, on the tensor's device: fewer bytes come over."""
+
+    def __init__(self, values: Any, count: int, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__(values, count, shape, dtype)
+        self._torch = sys.modules["torch"]
+        self._mine = threading.local()
 
     def payload(self, start: int, stop: int) -> memoryview:
-        torch = sys.modules["torch"]
-        chunk = self.values[start:stop].to(getattr(torch, self.dtype))  # on its device: fewer bytes come over
-        chunk = chunk.cpu().contiguous()
-        if self.dtype == "bfloat16":  # NumPy has no such dtype of its own; only the bytes matter
+        torch = self._torch
+        chunk = self.values[start:stop].to(getattr(torch, self.dtype)).contiguous()
+        if self.dtype == "bfloat16":  # only the bytes matter
             chunk = chunk.view(torch.int16)
-        return _bytes_of(chunk.numpy())
+        if chunk.device.type == "cuda":
+            chunk = self._through_pinned_memory(chunk)
+        return _bytes_of(chunk.cpu().numpy())
 
-    def copy_into(self, out: NDArray[np.uint8], start: int, stop: int) -> None:
-        torch = sys.modules["torch"]
-        goal = torch.frombuffer(out, dtype=getattr(torch, self.dtype)).view(stop - start, *self.shape)
-        chunk = self.values[start:stop]
-        goal.copy_(chunk if chunk.device.type == "cpu" else chunk.to(goal.dtype))
+    def _through_pinned_memory(self, chunk: Any) -> Any:
+        """A device copies into pinned memory about twice as fast, and nothing is allocated for it."""
+        pinned = getattr(self._mine, "pinned", None)
+        if pinned is None or pinned.numel() < chunk.numel():
+            pinned = self._mine.pinned = self._torch.empty(chunk.numel(), dtype=chunk.dtype, pin_memory=True)
+        host = pinned[: chunk.numel()].view(chunk.shape)
+        host.copy_(chunk)
+        return host
+
+    def _block_bytes(self) -> int:
+        return _DEVICE_BLOCK_BYTES if self.values.device.type != "cpu" else PIECE_BYTES
 
 
 def _bytes_of(contiguous: NDArray[Any]) -> memoryview:

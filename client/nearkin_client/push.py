@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import grpc
@@ -27,7 +28,7 @@ from nearkin_client.errors import (
 )
 from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
-from nearkin_client.shared import Source, lent
+from nearkin_client.shared import in_advance, lent
 from nearkin_client.wire import Wire
 
 log = logging.getLogger("nearkin.client.push")
@@ -37,6 +38,8 @@ STREAM_BYTES = 1 << 30
 SMALLEST_MESSAGE = 256 << 10
 SMALLEST_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
+IN_PLACE_BYTES, IN_PLACE_SHARE = 32 << 20, 32
+"""The same for rows that are written in place."""
 DAMAGED_ATTEMPTS = 3
 """How often a stream that arrived damaged is sent again before it is given up."""
 
@@ -84,6 +87,8 @@ def begin_request(
         base_generation=base_generation,
         accept_shared_memory=shared and rows.count > 0,
         accept_bulk_lane=rows.count * rows.row_bytes >= SMALLEST_BYTES,
+        row_start=row_start,
+        row_count=rows.count,
         qaconv_candidates=_candidates(qaconv_candidates, key, k),
         qaconv_weights=_weights(qaconv_weights, key, rows.shape),
     )
@@ -173,17 +178,15 @@ class Sender:
         self._row_start = row_start
         self._deadline = deadline
         self._doing = f"push of epoch {begun.push.epoch} of run {begun.push.run!r}"
-        self._rows_per_message = max(1, _message_bytes(begun.chunk_bytes, rows) // rows.row_bytes)
-        self._rows_per_stream = max(self._rows_per_message, STREAM_BYTES // rows.row_bytes)
         # Rows that somebody else stored before: only sending ours shows whether they are the same.
         self._foreign = _stored(begun.push)
         self._failure: Exception | None = None
         self._digest = Digest(rows)
-        self._streams = 0
         wanted = shared_memory if rows.count else False
-        place_bytes = self._rows_per_message * rows.row_bytes
-        self._shared = lent(begun, Source(rows, row_start), place_bytes, wanted, wire.endpoint)
-        self._lane = self._find_lane() if self._shared is None and rows.count else None
+        self._lent = lent(begun, rows, row_start, wanted, wire.endpoint)
+        self._next_pace = _through_a_stream(begun.chunk_bytes, rows)
+        self._pace = _in_place(begun.max_message_bytes, rows) if self._lent else self._next_pace
+        self._lane = self._find_lane() if self._lent is None and rows.count else None
 
     def _find_lane(self) -> Lane | None:
         """What the connection is, bulk lane or gRPC (None); says at INFO which and why."""
@@ -202,7 +205,7 @@ class Sender:
         """CRC32C of all rows of the epoch, if they are all ours and none is absent (and so ignored)."""
         if self._rows.count < self._push.num_classes or self._push.absent_count:
             return None
-        return self._digest.whole(self._rows_per_message)
+        return self._digest.whole(self._pace.rows_per_message)
 
     def send_all(self) -> pb.Push:
         """`send` of every row given."""
@@ -211,10 +214,17 @@ class Sender:
 
     def send(self, todo: list[ranges.Range]) -> pb.Push:
         """Return once the service has these classes' rows, or raise. Some may be stored in either case."""
+        try:
+            return self._send(todo)
+        finally:
+            if self._lent is not None:
+                self._lent.close()
+
+    def _send(self, todo: list[ranges.Range]) -> pb.Push:
         persistence = Persistence(self._deadline, self._wire.patience.outage)
         damaged = 0
         while todo:
-            batch = ranges.first(todo, self._rows_per_stream)
+            batch = ranges.first(todo, self._pace.rows_per_stream)
             sent: list[ranges.Range] = []
             try:
                 self._push = self._write(self._messages(batch, sent)).push
@@ -222,8 +232,6 @@ class Sender:
             except grpc.RpcError as error:
                 damaged = self._judge(error, persistence, damaged)
                 arrived = self._arrived(sent)
-            finally:
-                self._streams += 1
             if arrived:
                 damaged = 0
                 persistence.progressed()
@@ -242,12 +250,10 @@ class Sender:
 
     def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bulk.WriteRows]:
         """The messages of one stream; notes in `sent` what was handed over. May run on gRPC's thread."""
-        stream = self._streams
         try:
-            for start, stop in ranges.pieces(batch, self._rows_per_message):
-                message = self._message(start, stop, over=lambda: self._streams > stream)
-                if message is None:
-                    return
+            pieces = ranges.pieces(batch, self._pace.rows_per_message)
+            made = in_advance(self._message, pieces) if self._lent else map(self._message, pieces)
+            for (start, stop), message in made:
                 sent.append((start, stop))
                 if message.crc32c is not None:
                     self._digest.note(start - self._row_start, stop - self._row_start, message.crc32c)
@@ -256,23 +262,25 @@ class Sender:
             self._failure = failure
             raise
 
-    def _message(self, start: int, stop: int, over: Callable[[], bool]) -> bulk.WriteRows | None:
-        if self._shared is not None:
-            return self._shared.message(start, stop, over)
-        payload = self._rows.payload(start - self._row_start, stop - self._row_start)
-        return bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload))
+    def _message(self, piece: ranges.Range) -> tuple[ranges.Range, bulk.WriteRows]:
+        lent, (start, stop) = self._lent, piece
+        if lent is not None and not ranges.intersect([piece], self._foreign):
+            return piece, lent.write(start, stop)
+        payload, loan = (
+            self._rows.payload(start - self._row_start, stop - self._row_start),
+            lent and lent.loan,
+        )
+        return piece, bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload), loan=loan or "")
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
+        if isinstance(self._failure, OSError) and self._lent:
+            return self._not_in_place(f"rows cannot be written in place: {self._failure}", damaged)
         if self._failure is not None:
             raise self._failure
         code, _ = status_of(error)
-        if self._shared is not None:
-            log.info("%s: what is left goes through the connection", self._doing)
-            self._shared = None  # places of a broken stream are nobody's to free
-            self._lane = self._find_lane()
-            if code is grpc.StatusCode.INVALID_ARGUMENT and error_from_rpc(error).field == "segment":
-                return damaged  # the service took it back
+        if code is grpc.StatusCode.INVALID_ARGUMENT and self._lent and error_from_rpc(error).field == "loan":
+            return self._not_in_place(error_from_rpc(error).message, damaged)
         if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:
             log.warning("%s: %s; sending it again", self._doing, error_from_rpc(error).message)
             return damaged + 1
@@ -283,6 +291,14 @@ class Sender:
         if not interrupted(error):
             raise error_from_rpc(error) from error
         persistence.pause_or_raise(error, self._doing)
+        return damaged
+
+    def _not_in_place(self, why: str, damaged: int) -> int:
+        log.info("%s: what is left goes through the connection (%s)", self._doing, why)
+        if self._lent is not None:
+            self._lent.close()
+        self._lent, self._pace, self._failure = None, self._next_pace, None
+        self._lane = self._find_lane()
         return damaged
 
     def _arrived(self, sent: list[ranges.Range]) -> list[ranges.Range]:
@@ -310,10 +326,26 @@ class Sender:
             raise PushFailed(f"{self._doing}: {self._push.error or 'it was aborted'}")
 
 
-def _message_bytes(chunk_bytes: int, rows: Rows) -> int:
-    """What a message carries. A cut loses about one, so a small push goes in smaller ones."""
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How many rows go at a time."""
+
+    rows_per_message: int
+    rows_per_stream: int
+
+
+def _through_a_stream(chunk_bytes: int, rows: Rows) -> _Pace:
+    """Messages as large as suits the service. A cut loses about one, so a small push goes in smaller ones."""
     share = rows.count * rows.row_bytes // SMALLEST_SHARE
-    return min(chunk_bytes, max(SMALLEST_MESSAGE, share))
+    message = max(1, min(chunk_bytes, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
+    return _Pace(message, max(message, STREAM_BYTES // rows.row_bytes))
+
+
+def _in_place(max_message_bytes: int, rows: Rows) -> _Pace:
+    """Nothing is sent twice. Larger messages are fewer, smaller ones let the service begin sooner."""
+    share = rows.count * rows.row_bytes // IN_PLACE_SHARE
+    message = max(1, min(max_message_bytes, IN_PLACE_BYTES, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
+    return _Pace(message, rows.count)
 
 
 def _stored(push: pb.Push) -> list[ranges.Range]:

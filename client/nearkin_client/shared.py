@@ -1,9 +1,7 @@
-"""Shared memory on one host: rows go through a file that the service lends, tables come as files to map.
+"""Shared memory on one host: rows are written where the service keeps them, tables come as files to map.
 
-The service makes and removes everything; a client that dies leaves nothing behind. Rows are copied straight
-into a place of the lent file, from NumPy or torch with that one copy. The 8 bytes before a place belong to
-it: the client sets them when it hands the place over, the service clears them once it has copied the rows
-out.
+The service makes and removes everything, and lends each caller the rows it is going to send; a client
+that dies leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from crc32c import crc32c
@@ -25,93 +23,96 @@ from numpy.typing import NDArray
 from nearkin_client.arrays import Rows
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import FailedPrecondition
+from nearkin_client.ranges import Range
 
 log = logging.getLogger("nearkin.client.shared")
 
-_PAGE = 4096
-_FLAG = np.dtype("<i8")
-_PAUSE_SECONDS = 0.00005
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One rank's rows; the first is that of class `row_start`."""
-
-    rows: Rows
-    row_start: int
+T = TypeVar("T")
+_WRITERS = min(4, os.cpu_count() or 1)
 
 
 def lent(
     begun: pb.BeginPushResponse,
-    source: Source,
-    place_bytes: int,
+    rows: Rows,
+    row_start: int,
     wanted: Literal["auto"] | bool,
     endpoint: Endpoint,
-) -> SharedRows | None:
-    """What the rows of a push go through, or None for the connection; says at INFO which and why.
+) -> LentRows | None:
+    """What the rows of a push are written into, or None for the connection; says at INFO which and why.
 
     FailedPrecondition: shared memory is `wanted` (True) and cannot be had.
     """
     if wanted is False:
         return None
+    if begun.HasField("lent_rows") and not begun.lent_rows.loan:
+        log.info("epoch %d: rows go through the connection (some have been sent before)", begun.push.epoch)
+        return None
     try:
         _require_offer(begun, endpoint)
-        shared = SharedRows(begun, source, place_bytes)
+        descriptor = os.open(begun.lent_rows.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         if wanted is True:
             raise FailedPrecondition(f"shared_memory=True: {error}", field="shared_memory") from error
         log.info("epoch %d: rows go through the connection (%s)", begun.push.epoch, error)
         return None
     log.info("epoch %d: rows go through shared memory", begun.push.epoch)
-    return shared
+    return LentRows(begun, rows, row_start, descriptor)
 
 
 def _require_offer(begun: pb.BeginPushResponse, endpoint: Endpoint) -> None:
     if not endpoint.is_local:
         raise ValueError(f"{endpoint.address} is no unix socket")
-    if not begun.HasField("shared_memory"):
-        raise ValueError("the service offers no shared memory")
+    if not begun.HasField("lent_rows"):
+        raise ValueError("the service lends no rows")
 
 
-class SharedRows:
-    """A lent file, cut into places of equal size that are filled in turn."""
+class LentRows:
+    """Rows of one push that are ours to write in place."""
 
-    def __init__(self, begun: pb.BeginPushResponse, source: Source, place_bytes: int) -> None:
-        """OSError: the file cannot be opened here. ValueError: it is not what was offered, or too small."""
-        offer = begun.shared_memory
-        self._push_id, self._segment, self._source = begun.push.push_id, offer.segment, source
-        self._stride = -(-place_bytes // _PAGE) * _PAGE + _PAGE
-        self._places = offer.size // self._stride
-        if not self._places:
-            raise ValueError(f"{offer.size} bytes hold no message of {place_bytes}")
-        self._bytes: NDArray[np.uint8] = np.frombuffer(_mapped(offer), np.uint8)
-        self._next = 0
+    def __init__(self, begun: pb.BeginPushResponse, rows: Rows, row_start: int, descriptor: int) -> None:
+        self._push_id, self.loan = begun.push.push_id, begun.lent_rows.loan
+        self._rows, self._row_start = rows, row_start
+        self._descriptor = descriptor
 
-    def message(self, start: int, stop: int, over: Callable[[], bool]) -> bulk.WriteRows | None:
-        """Copies the rows of classes start..stop-1 into the next place; the message that says so.
-
-        `over` says whether the stream has ended, so that nobody would free a place any more: None then.
-        """
-        begin = self._next * self._stride + _PAGE
-        self._next = (self._next + 1) % self._places
-        flag = self._bytes[begin - _FLAG.itemsize : begin].view(_FLAG)
-        while flag[0]:
-            if over():
-                return None
-            time.sleep(_PAUSE_SECONDS)
-        rows, first = self._source.rows, start - self._source.row_start
-        place = self._bytes[begin : begin + (stop - start) * rows.row_bytes]
-        rows.copy_into(place, first, first + stop - start)
-        flag[0] = 1
+    def write(self, start: int, stop: int) -> bulk.WriteRows:
+        """Writes the rows of classes start..stop-1; the message that says so. OSError: the disk is full."""
+        at, crc = start * self._rows.row_bytes, 0
+        for piece in self._rows.pieces(start - self._row_start, stop - self._row_start):
+            _write_all(self._descriptor, piece, at)
+            crc = crc32c(piece, crc)
+            at += len(piece)
         return bulk.WriteRows(
             push_id=self._push_id,
             row_start=start,
             shared_row_count=stop - start,
-            segment=self._segment,
-            segment_offset=begin,
-            crc32c=crc32c(place.data),
+            loan=self.loan,
+            crc32c=crc,
             payload=memoryview(b""),
         )
+
+    def close(self) -> None:
+        """Nothing is written any more. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = os.pwrite(descriptor, data, offset)
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def in_advance(make: Callable[[Range], T], pieces: Iterable[Range]) -> Iterator[T]:
+    """`map`, on threads that are a little ahead: writing and summing leave the GIL."""
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(_WRITERS, "nearkin-write") as writers:
+        for piece in pieces:
+            ahead.append(writers.submit(make, piece))
+            if len(ahead) > _WRITERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def map_table(path: str, shape: tuple[int, int], dtype: str) -> NDArray[Any]:
@@ -124,16 +125,5 @@ def map_table(path: str, shape: tuple[int, int], dtype: str) -> NDArray[Any]:
         if size != expected:
             raise ValueError(f"{path} has {size} bytes, not {expected}")
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), dtype).reshape(shape)
-    finally:
-        os.close(descriptor)
-
-
-def _mapped(offer: pb.SharedMemory) -> Any:
-    descriptor = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size != offer.size:
-            raise ValueError(f"{offer.path} has {size} bytes, not {offer.size}")
-        return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)

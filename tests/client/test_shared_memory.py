@@ -30,8 +30,8 @@ def service() -> Iterator[LocalService]:
         yield started
 
 
-def leftovers(service: LocalService) -> list[Path]:
-    return list((service.data_dir / "segments").iterdir())
+def pushes(service: LocalService, run: str) -> list[Path]:
+    return list(service.data_dir.glob(f"runs/{run}/pushes/*"))
 
 
 @pytest.mark.parametrize("shape", [(16,), (7, 3, 2), (1 << 19,)])
@@ -122,19 +122,19 @@ def test_where_it_cannot_be_had_the_rows_go_through_the_connection(
         client.push(rows, epoch=1, k=4)
 
 
-def test_a_segment_that_was_taken_back_is_no_error(
+def test_a_loan_that_was_taken_back_is_no_error(
     service: LocalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = generator.standard_normal((40, 8)).astype(np.float32)
     ask: Any = Wire.ask
 
-    def with_unknown_segment(*args: Any, **kwargs: Any) -> Any:
+    def with_unknown_loan(*args: Any, **kwargs: Any) -> Any:
         reply: Any = ask(*args, **kwargs)
-        if isinstance(reply, pb.BeginPushResponse) and reply.HasField("shared_memory"):
-            reply.shared_memory.segment = "taken-back"
+        if isinstance(reply, pb.BeginPushResponse) and reply.HasField("lent_rows"):
+            reply.lent_rows.loan = "taken-back"
         return reply
 
-    monkeypatch.setattr("nearkin_client.wire.Wire.ask", with_unknown_segment)
+    monkeypatch.setattr("nearkin_client.wire.Wire.ask", with_unknown_loan)
     with NeighbourClient(service.address, run="taken") as client:
         client.push(rows, epoch=0, k=4)
         table = client.table(epoch=0, timeout=60)
@@ -142,25 +142,74 @@ def test_a_segment_that_was_taken_back_is_no_error(
     assert_is_table(table.ids, table.scores, similarities(rows))
 
 
+def test_a_disk_that_fills_up_under_the_client_is_the_services_to_refuse(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.client.push")
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nearkin_client.shared.os.pwrite", full)
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="full", shared_memory=True) as client:
+        client.push(rows, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+    assert "No space left on device" in caplog.text
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_overlapping_rows_with_other_bytes_are_refused_whoever_comes_first(service: LocalService) -> None:
+    """Both write in place; whichever is second is compared, and nothing is mixed."""
+    rows = generator.standard_normal((48, 1 << 17)).astype(np.float32)
+    others = rows.copy()
+    others[20:30] += 1
+    outcomes: dict[str, str] = {}
+    together = threading.Barrier(2)
+
+    def push(name: str, part: Any, start: int) -> None:
+        with NeighbourClient(service.address, run="overlap") as client:
+            together.wait()
+            try:
+                client.push(part, epoch=0, row_start=start, num_classes=48, k=4)
+                outcomes[name] = "stored"
+            except AlreadyExists:
+                outcomes[name] = "refused"
+
+    first = threading.Thread(target=push, args=("first", rows[:30], 0))
+    second = threading.Thread(target=push, args=("second", others[20:], 20))
+    for thread in (first, second):
+        thread.start()
+    for thread in (first, second):
+        thread.join(60)
+    assert sorted(outcomes.values()) == ["refused", "stored"]
+    winner = rows if outcomes["first"] == "stored" else others
+    with NeighbourClient(service.address, run="overlap") as client:
+        client.push(winner, epoch=0, k=4)
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(winner))
+
+
 _DYING = """
 import os, sys
 import numpy as np
 from nearkin_client import NeighbourClient, shared
-real = shared.SharedRows.message
-def message(self, start, stop, over):
+real = shared.LentRows.write
+def write(self, start, stop):
     if start >= 20: os._exit(9)
-    return real(self, start, stop, over)
-shared.SharedRows.message = message
+    return real(self, start, stop)
+shared.LentRows.write = write
 rows = np.random.default_rng(0).standard_normal((40, 1 << 19)).astype(np.float32)
 NeighbourClient(sys.argv[1], run="dying", shared_memory=True).push(rows, epoch=0, k=4)
 """
 
 
 def test_a_client_that_dies_leaves_nothing_and_another_goes_on(service: LocalService) -> None:
-    before = leftovers(service)
     died = subprocess.run([sys.executable, "-c", _DYING, service.address], check=False, capture_output=True)
     assert died.returncode == 9, died.stderr
-    assert set(leftovers(service)) <= set(before)
+    assert len(pushes(service, "dying")) == 1  # its own, to go on with
     rows = np.random.default_rng(0).standard_normal((40, 1 << 19)).astype(np.float32)
     with NeighbourClient(service.address, run="dying", shared_memory=True) as client:
         client.push(rows, epoch=0, k=4)
@@ -182,7 +231,7 @@ def test_a_push_through_shared_memory_goes_on_after_the_service_was_killed() -> 
         service.start()
         pushing.join()
         table = client.table(epoch=0, timeout=60)
-        assert leftovers(service) == []
+        assert pushes(service, "killed") == []
     assert table.scores is not None
     assert_is_table(table.ids, table.scores, similarities(rows))
 

@@ -62,15 +62,12 @@ def write_rows(data: bytes) -> None:
         return
     assert expected is not None, "taken, though protobuf refuses it"
     assert bytes(found.payload) == expected.payload
-    assert (found.push_id, found.row_start, found.segment) == (
+    assert (found.push_id, found.row_start, found.loan) == (
         expected.push_id,
         expected.row_start,
-        expected.segment,
+        expected.loan,
     )
-    assert (found.shared_row_count, found.segment_offset) == (
-        expected.shared_row_count,
-        expected.segment_offset,
-    )
+    assert found.shared_row_count == expected.shared_row_count
     assert found.crc32c == (expected.crc32c if expected.HasField("crc32c") else None)
 
 

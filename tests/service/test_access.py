@@ -429,8 +429,8 @@ def test_nothing_that_a_service_makes_is_open_to_others(serve: Callable[..., Any
     for epoch in range(3):
         caller.push(ROWS, epoch)
     caller.begin(ROWS, 3)
-    segment = caller.begin(ROWS, 3, accept_shared_memory=True).shared_memory.path
-    assert Path(segment).is_relative_to(data)
+    lent = caller.begin(ROWS, 3, accept_shared_memory=True, row_count=len(ROWS)).lent_rows.path
+    assert Path(lent).is_relative_to(data)
     made = [path for path in tmp_path.rglob("*") if path != data and not path.name.endswith(".log")]
     assert len(made) > 20
     assert not [path for path in made if path.lstat().st_mode & 0o077]

@@ -19,6 +19,7 @@ write_rows = st.builds(
     row_start=int64s,
     shared_row_count=int64s,
     crc32c=st.none() | crcs,
+    loan=push_ids,
     payload=payloads,
 )
 blocks = st.builds(
@@ -40,8 +41,7 @@ def as_generated(rows: bulk.WriteRows) -> pb.WriteRowsRequest:
         row_start=rows.row_start,
         shared_row_count=rows.shared_row_count,
         crc32c=rows.crc32c,
-        segment=rows.segment,
-        segment_offset=rows.segment_offset,
+        loan=rows.loan,
         payload=bytes(rows.payload),
     )
 

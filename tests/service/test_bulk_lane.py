@@ -214,7 +214,7 @@ REFUSED: list[tuple[str, Callable[[str], pb.WriteRowsRequest], grpc.StatusCode]]
     ("outside", lambda push_id: messages(push_id, ROWS, 9, 60)[0], grpc.StatusCode.INVALID_ARGUMENT),
     (
         "shared",
-        lambda push_id: pb.WriteRowsRequest(push_id=push_id, shared_row_count=5, segment="s"),
+        lambda push_id: pb.WriteRowsRequest(push_id=push_id, shared_row_count=5, loan="s"),
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_service import settings
+from nearkin_service import faults, settings
 from nearkin_service.config import GIB, Limits
 from nearkin_service.logs import JsonFormatter
 
@@ -244,3 +245,30 @@ def test_callers_that_vanish_leave_nothing(service: Service) -> None:
         lambda: (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))),
         lambda now: now[0] <= before[0] + 3 and now[1] <= before[1] + 6,
     )
+
+
+def test_a_caller_who_leaves_in_the_middle_leaves_nothing_half_done(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = faults.point
+
+    def slow(name: str) -> None:
+        time.sleep(0.3 if name == "push.rows_made" else 0)
+        real(name)
+
+    monkeypatch.setattr(faults, "point", slow)
+    for epoch in range(3):
+        request = pb.BeginPushRequest(
+            run="run", epoch=epoch, num_classes=30, row_shape=[8], dtype=pb.DTYPE_FLOAT32, k=5
+        )
+        with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+            caller.stub.BeginPush(request, timeout=0.1)
+    made = eventually(lambda: [path.name for path in tmp_path.glob("data/runs/run/pushes/*")], _are_three)
+    known = eventually(
+        lambda: [each.push_id for each in caller.stub.GetRun(pb.GetRunRequest(run="run")).pushes], _are_three
+    )
+    assert set(made) == set(known)
+
+
+def _are_three(found: list[str]) -> bool:
+    return len(found) == 3

@@ -1,9 +1,9 @@
-"""Rows through shared memory: what is offered, what is taken from it, and that nothing is left behind."""
+"""Rows written in place: what is lent, what is taken, who is kept away, and that nothing is left behind."""
 
 from __future__ import annotations
 
-import mmap
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_service.operations import sharing
+from nearkin_service.operations import lending
 from numpy.typing import NDArray
 
 from tests.service.conftest import (
@@ -28,196 +28,276 @@ from tests.service.conftest import (
     refusal,
 )
 
-OFFSET = 4096
-
 
 class Lent:
-    """A segment as a client maps it."""
+    """Rows of a push as their borrower sees them."""
 
     def __init__(self, begun: pb.BeginPushResponse) -> None:
-        self.offer = begun.shared_memory
+        self.offer = begun.lent_rows
         self.push_id = begun.push.push_id
-        with Path(self.offer.path).open("r+b") as file:
-            self.memory = mmap.mmap(file.fileno(), 0)
 
-    def place(
-        self, rows: NDArray[Any], start: int, offset: int = OFFSET, **changes: Any
-    ) -> pb.WriteRowsRequest:
-        """Puts rows into the segment; returns the message that names them."""
-        data = rows.tobytes()
-        self.memory[offset : offset + len(data)] = data
-        self.memory[offset - 8 : offset] = b"\1" * 8
+    def write(self, rows: NDArray[Any], start: int) -> None:
+        with Path(self.offer.path).open("r+b") as file:
+            file.seek(start * rows[0].nbytes)
+            file.write(rows.tobytes())
+
+    def message(self, rows: NDArray[Any], start: int, **changes: Any) -> pb.WriteRowsRequest:
+        """The message that says these rows are there."""
         fields: dict[str, Any] = {
             "push_id": self.push_id,
             "row_start": start,
             "shared_row_count": len(rows),
-            "segment": self.offer.segment,
-            "segment_offset": offset,
-            "crc32c": crc32c.crc32c(data),
+            "loan": self.offer.loan,
+            "crc32c": crc32c.crc32c(rows.tobytes()),
         }
         return pb.WriteRowsRequest(**fields | changes)
 
+    def written(self, rows: NDArray[Any], start: int, **changes: Any) -> pb.WriteRowsRequest:
+        self.write(rows, start)
+        return self.message(rows, start, **changes)
 
-def lend(caller: Caller, rows: NDArray[Any], epoch: int = 0, **changes: Any) -> Lent:
-    return Lent(caller.begin(rows, epoch, accept_shared_memory=True, **changes))
+
+def lend(
+    caller: Caller,
+    rows: NDArray[Any],
+    epoch: int = 0,
+    start: int = 0,
+    count: int | None = None,
+    **changes: Any,
+) -> Lent:
+    asked = {
+        "accept_shared_memory": True,
+        "row_start": start,
+        "row_count": len(rows) if count is None else count,
+    }
+    return Lent(caller.begin(rows, epoch, **asked | changes))
 
 
 def send(caller: Caller, *requests: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
     return caller.stub.WriteRows(iter(requests), timeout=30)
 
 
-def segments(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "data" / "segments").iterdir())
+def files(tmp_path: Path) -> set[str]:
+    return {str(path.relative_to(tmp_path)) for path in (tmp_path / "data").rglob("*") if path.is_file()}
 
 
-def open_segments(tmp_path: Path) -> list[str]:
-    """Where descriptors of this test's segments point."""
-    links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
-    return [
-        goal
-        for goal in (str(link.resolve()) for link in links)
-        if goal.startswith(f"{tmp_path}/data/segments/")
-    ]
-
-
-def test_rows_in_shared_memory_become_the_same_table(caller: Caller, tmp_path: Path) -> None:
+def test_rows_written_in_place_become_the_same_table(caller: Caller) -> None:
     rows = random_rows(30, 8)
     lent = lend(caller, rows)
-    assert Path(lent.offer.path).stat().st_size == lent.offer.size
-    assert Path(lent.offer.path).stat().st_mode & 0o077 == 0
-    places = [lent.place(rows[at : at + 10], at, OFFSET * (1 + at)) for at in (20, 0, 10)]
-    assert send(caller, *places).complete
-    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
-    assert segments(tmp_path) == []  # the name goes with the first use: a client that dies leaves nothing
-
-
-def test_a_place_is_free_once_its_rows_are_stored(caller: Caller) -> None:
-    rows = random_rows(30, 8)
-    lent = lend(caller, rows)
-    for at in (0, 10, 20):  # always the same place
-        send(caller, lent.place(rows[at : at + 10], at))
-        assert lent.memory[OFFSET - 8 : OFFSET] == bytes(8)
+    messages = [lent.written(rows[at : at + 10], at) for at in (20, 0, 10)]
+    assert send(caller, *messages).complete
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
 
 
-def test_what_a_client_writes_after_the_reply_changes_nothing(caller: Caller) -> None:
+@pytest.mark.parametrize("row_elements", [1, 7, 100_003])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_any_width_are_looked_through(caller: Caller, row_elements: int, dtype: str) -> None:
+    rows = random_rows(30, row_elements)
+    sent = rows.astype(dtype)
+    lent = lend(caller, rows, dtype=pb.DType.Value(f"DTYPE_{dtype.upper()}"))
+    assert send(caller, lent.written(sent[:17], 0), lent.written(sent[17:], 17)).complete
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(sent.astype(np.float32), 5))
+
+
+def test_several_borrowers_and_a_sender_side_by_side(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    first, last = lend(caller, rows, count=10), lend(caller, rows, start=20, count=10)
+    send(caller, last.written(rows[20:], 20))
+    caller.write(first.push_id, rows[10:20], 10)
+    send(caller, first.written(rows[:10], 0))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+def test_rows_are_lent_to_one_caller_at_a_time(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows, count=20)
+    again = lend(caller, rows, start=19, count=11)
+    assert lent.offer.loan
+    assert (again.offer.path, again.offer.loan) == (lent.offer.path, "")
+    assert lend(caller, rows, start=20, count=10).offer.loan
+
+
+def test_who_sends_lent_rows_waits_and_is_compared(caller: Caller) -> None:
+    """Overlapping ranges with different bytes never mix, whichever way they come."""
     rows = random_rows(30, 8)
     lent = lend(caller, rows)
-    send(caller, lent.place(rows[:20], 0))
-    lent.memory[:] = b"\xff" * len(lent.memory)
+    outcomes: list[str] = []
+
+    def send_others() -> None:
+        try:
+            caller.write(lent.push_id, rows[10:20] + 1, 10)
+        except grpc.RpcError as error:
+            outcomes.append(str(code_of(error)))
+
+    other = threading.Thread(target=send_others)
+    other.start()
+    other.join(0.3)
+    assert other.is_alive()
+    send(caller, lent.written(rows, 0))
+    other.join(10)
+    assert outcomes == [str(grpc.StatusCode.ALREADY_EXISTS)]
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+def test_stored_rows_are_sent_by_their_borrower_to_be_compared(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    caller.write(caller.begin(rows).push.push_id, rows[5:10], 5)
+    lent = lend(caller, rows)
+    same = message(lent.push_id, rows[5:10], 5)
+    same.loan = lent.offer.loan
+    other = message(lent.push_id, rows[5:10] + 1, 5)
+    other.loan = lent.offer.loan
+    assert code_of(refusal(lambda: send(caller, other))) is grpc.StatusCode.ALREADY_EXISTS
+    send(caller, same, lent.written(rows[:5], 0), lent.written(rows[10:], 10))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+def test_the_same_message_again_is_harmless(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    first = lent.written(rows[:20], 0)
+    send(caller, first, first, lent.written(rows[10:], 10))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+def test_what_a_client_writes_after_the_reply_never_reaches_a_table(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    send(caller, lent.written(rows[:20], 0))
+    lent.write(rows[3:4] + 1, 3)
     caller.write(lent.push_id, rows[20:], 20)
-    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+    error = refusal(lambda: caller.table(min_epoch=0))
+    assert "rows 0..19 are not what arrived" in str(error.details())
 
 
-def test_damage_in_shared_memory_is_seen_and_not_stored(caller: Caller) -> None:
+def test_damage_is_seen_and_mended_by_writing_again(caller: Caller) -> None:
     rows = random_rows(30, 8)
     lent = lend(caller, rows)
-    request = lent.place(rows, 0)
-    lent.memory[OFFSET + 100] ^= 1
-    assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.DATA_LOSS
+    damaged = rows.copy()
+    damaged.view(np.uint8)[4, 3] ^= 1
+    lent.write(damaged, 0)
+    error = refusal(lambda: send(caller, lent.message(rows, 0)))
+    assert code_of(error) is grpc.StatusCode.DATA_LOSS
     assert caller.state(lent.push_id).rows_stored == 0
-
-
-def test_stored_rows_are_not_replaced_through_shared_memory(caller: Caller) -> None:
-    rows = random_rows(30, 8)
-    lent = lend(caller, rows)
-    send(caller, lent.place(rows[:20], 0))
-    send(caller, lent.place(rows[:20], 0))
-    other = rows[10:] + 1
-    assert code_of(refusal(lambda: send(caller, lent.place(other, 10)))) is grpc.StatusCode.ALREADY_EXISTS
-    assert caller.state(lent.push_id).rows_stored == 20
-    caller.write(lent.push_id, rows[20:], 20)
+    send(caller, lent.written(rows, 0))
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_rows_that_are_no_numbers_are_named_or_blanked_if_absent(caller: Caller, odd: float) -> None:
+    rows = random_rows(30, 8)
+    rows[17, 2] = odd
+    rows[21] = 0
+    lent = lend(caller, rows, absent=[21])
+    error = refusal(lambda: send(caller, lent.written(rows, 0)))
+    assert code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
+    assert "row 17" in str(error.details())
+    lent = lend(caller, rows, epoch=1, absent=[17, 21])
+    send(caller, lent.written(rows, 0))
+    rows[17] = 0
+    np.testing.assert_array_equal(caller.table(min_epoch=1).ids, brute_force(rows, 5, [17, 21]))
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"segment_offset": 0}, "segment_offset"),
-        ({"segment_offset": 1 << 62}, "segment_offset"),
-        ({"segment_offset": -8}, "segment_offset"),
         ({"shared_row_count": 1 << 62}, "shared_row_count"),
         ({"shared_row_count": -1}, "shared_row_count"),
         ({"shared_row_count": 31}, "row_start"),
-        ({"segment": "../../nearkin.json"}, "segment"),
-        ({"segment": ""}, "segment"),
+        ({"row_start": -1}, "row_start"),
+        ({"row_start": 1 << 62}, "row_start"),
+        ({"loan": "../../nearkin.json"}, "loan"),
+        ({"loan": ""}, "loan"),
         ({"payload": b"1234"}, "payload"),
+        ({"crc32c": None}, "crc32c"),
     ],
 )
-def test_places_that_there_are_not_are_refused(caller: Caller, changes: dict[str, Any], field: str) -> None:
+def test_rows_that_are_not_lent_are_refused(caller: Caller, changes: dict[str, Any], field: str) -> None:
     rows = random_rows(30, 8)
     lent = lend(caller, rows)
-    error = refusal(lambda: send(caller, lent.place(rows, 0, **changes)))
+    error = refusal(lambda: send(caller, lent.written(rows, 0, **changes)))
     assert code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
     assert str(error.details()).startswith(field)
     assert caller.state(lent.push_id).rows_stored == 0
 
 
-def test_a_segment_belongs_to_one_push(caller: Caller) -> None:
+@pytest.mark.parametrize(("start", "count"), [(0, 31), (30, 1), (-1, 5), (1 << 62, 1 << 62), (0, -1)])
+def test_rows_that_there_are_not_are_not_lent(caller: Caller, start: int, count: int) -> None:
+    error = refusal(lambda: lend(caller, random_rows(30, 8), start=start, count=count))
+    assert code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error.details()).startswith("row_start")
+
+
+def test_a_loan_belongs_to_one_push(caller: Caller) -> None:
     rows = random_rows(30, 8)
     lent, other = lend(caller, rows), lend(caller, rows, epoch=1)
-    error = refusal(lambda: send(caller, lent.place(rows, 0, push_id=other.push_id)))
+    error = refusal(lambda: send(caller, lent.written(rows, 0, push_id=other.push_id)))
     assert code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_client_that_cuts_its_segment_short_harms_nobody(caller: Caller) -> None:
+def test_a_client_that_cuts_the_file_short_loses_its_own_push_and_no_other(caller: Caller) -> None:
     rows = random_rows(30, 8)
     lent = lend(caller, rows)
-    request = lent.place(rows, 0)
+    request = lent.written(rows, 0)
     os.truncate(lent.offer.path, 0)
-    assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.INVALID_ARGUMENT
-    caller.write(lent.push_id, rows)
+    assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.DATA_LOSS
+    caller.push(rows, 1)
+    np.testing.assert_array_equal(caller.table(min_epoch=1).ids, brute_force(rows, 5))
+
+
+def test_nothing_is_lent_over_tcp(start_service: Callable[..., Service]) -> None:
+    service = start_service(listen=("127.0.0.1:0",))
+    begun = service.caller().begin(random_rows(30, 8), accept_shared_memory=True, row_count=30)
+    assert not begun.HasField("lent_rows")
+
+
+def test_nothing_is_lent_to_who_does_not_ask(caller: Caller) -> None:
+    assert not caller.begin(random_rows(30, 8), row_count=30).HasField("lent_rows")
+    assert not caller.begin(random_rows(30, 8), accept_shared_memory=True).HasField("lent_rows")
+
+
+def test_a_loan_ends_with_its_stream(caller: Caller) -> None:
+    """Whoever sends only some of the rows lent is in nobody's way afterwards."""
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    send(caller, lent.written(rows[:10], 0))
+    caller.write(lent.push_id, rows[10:], 10)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+    lent = lend(caller, rows, epoch=1)
+    send(caller, lent.written(rows[:10], 0))
+    error = refusal(lambda: send(caller, lent.written(rows[10:], 10)))
+    assert str(error.details()).startswith("loan")
+
+
+def test_an_unused_loan_goes_by_itself(monkeypatch: pytest.MonkeyPatch, caller: Caller) -> None:
+    monkeypatch.setattr(lending, "UNUSED_SECONDS", 0.2)
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    eventually(lambda: lend(caller, rows).offer.loan, bool)
+    assert str(refusal(lambda: send(caller, lent.written(rows, 0))).details()).startswith("loan")
+
+
+def test_a_push_is_aborted_although_its_rows_are_lent(caller: Caller, tmp_path: Path) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    caller.stub.AbortPush(pb.AbortPushRequest(push_id=lent.push_id), timeout=30)
+    eventually(lambda: files(tmp_path), lambda left: not any(path.endswith("rows.bin") for path in left))
+    again = lend(caller, rows)
+    send(caller, again.written(rows, 0))
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
 
 
-def test_rows_without_a_checksum_are_refused(caller: Caller) -> None:
-    rows = random_rows(30, 8)
-    request = lend(caller, rows).place(rows, 0)
-    request.ClearField("crc32c")
-    assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.INVALID_ARGUMENT
-
-
-def test_nothing_is_offered_over_tcp_or_unasked(start_service: Callable[..., Service]) -> None:
-    service = start_service(listen=("127.0.0.1:0",))
-    begun = service.caller().begin(random_rows(30, 8), accept_shared_memory=True)
-    assert not begun.HasField("shared_memory")
-
-
-def test_nothing_is_offered_to_who_does_not_ask(caller: Caller) -> None:
-    assert not caller.begin(random_rows(30, 8)).HasField("shared_memory")
-
-
-def test_an_unused_segment_goes_by_itself(
-    monkeypatch: pytest.MonkeyPatch, caller: Caller, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sharing, "IDLE_SECONDS", 0.2)
-    rows = random_rows(30, 8)
-    begun = caller.begin(rows, accept_shared_memory=True)
-    assert len(segments(tmp_path)) == 1
-    eventually(lambda: segments(tmp_path), lambda left: left == [])
-    eventually(lambda: open_segments(tmp_path), lambda descriptors: descriptors == [])
-    caller.write(begun.push.push_id, rows)
-
-
-def test_segments_are_lent_up_to_a_bound(monkeypatch: pytest.MonkeyPatch, caller: Caller) -> None:
-    rows = random_rows(30, 8)
-    size = caller.begin(rows, accept_shared_memory=True).shared_memory.size
-    monkeypatch.setattr(sharing, "MAX_SHARED_BYTES", 2 * size)
-    assert caller.begin(rows, accept_shared_memory=True).HasField("shared_memory")
-    assert not caller.begin(rows, accept_shared_memory=True).HasField("shared_memory")
-
-
-def test_a_killed_service_leaves_no_segment_to_the_next(
-    serve: Callable[..., Serving], tmp_path: Path
-) -> None:
+def test_a_killed_service_takes_its_loans_along(serve: Callable[..., Serving]) -> None:
     serving = serve()
     rows = random_rows(30, 8)
-    begun = serving.caller().begin(rows, accept_shared_memory=True)
-    assert len(segments(tmp_path)) == 1
+    lent = lend(serving.caller(), rows)
+    send(serving.caller(), lent.written(rows[:10], 0))
     serving.kill()
     caller = serve().caller()
-    assert segments(tmp_path) == []
-    caller.write(begun.push.push_id, rows)
+    assert str(refusal(lambda: send(caller, lent.message(rows, 0))).details()).startswith("loan")
+    assert caller.state(lent.push_id).rows_stored == 10
+    again = lend(caller, rows, start=10, count=20)
+    send(caller, again.written(rows[10:], 10))
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
 
 
@@ -231,9 +311,9 @@ def test_a_rows_file_is_written_again_and_shows_nothing_of_before(caller: Caller
     spares = tmp_path / "data" / "spares"
     dropped = {pb.EMBEDDINGS_STATE_DROPPED}
     eventually(lambda: {g.embeddings for g in caller.generations() if g.generation < 3}, dropped.__eq__)
-    there = eventually(lambda: list(spares.iterdir()), bool)
+    eventually(lambda: len(list(spares.iterdir())), (2).__eq__)
     begun = caller.begin(rows, 4, absent=[3, 29])
-    assert len(list(spares.iterdir())) == len(there) - 1
+    assert len(list(spares.iterdir())) == 1
     push_id = begun.push.push_id
     for request in (message(push_id, rows[:3], 0), message(push_id, rows[4:29], 4)):
         send(caller, request)

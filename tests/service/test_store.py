@@ -18,7 +18,7 @@ from nearkin_service.store import Arrival, DataDirectory, PushFiles, as_bytes, j
 from nearkin_service.store.atomic import read_document, write_document
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.store.push_files import recover
-from nearkin_service.store.rows import inspect
+from nearkin_service.store.rows import examine
 from nearkin_service.values import DTYPES, PushSpec
 
 SPEC = PushSpec(run="run", epoch=0, num_classes=12, row_shape=(3,), dtype="float32", k=2)
@@ -87,10 +87,10 @@ def test_odd_rows_are_found(data: st.DataObject) -> None:
     ]
     elements = st.lists(st.sampled_from([*odd, 1.0, -2.0]), min_size=count * size, max_size=count * size)
     rows = np.array(data.draw(elements)).astype(DTYPES[dtype]).reshape(count, size)
-    infinite, zeros = inspect(rows, dtype)
+    found = examine(rows, dtype)
     exact = rows.astype(np.float64)
-    assert infinite.tolist() == np.flatnonzero(~np.isfinite(exact).all(axis=1)).tolist()
-    assert zeros.tolist() == np.flatnonzero((exact == 0).all(axis=1)).tolist()
+    assert found.infinite.tolist() == np.flatnonzero(~np.isfinite(exact).all(axis=1)).tolist()
+    assert found.zeros.tolist() == np.flatnonzero((exact == 0).all(axis=1)).tolist()
 
 
 @in_place

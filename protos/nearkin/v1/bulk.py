@@ -21,14 +21,13 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _INT64_SIGN = 1 << 63
 _UINT64_MASK = (1 << 64) - 1
 
-_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _SEGMENT, _SEGMENT_OFFSET, _PAYLOAD = 1, 2, 3, 4, 5, 6, 15
+_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _LOAN, _PAYLOAD = 1, 2, 3, 4, 7, 15
 _WRITE_ROWS_FIELDS = {
     _PUSH_ID: _LENGTH,
     _ROW_START: _VARINT,
     _SHARED_ROW_COUNT: _VARINT,
     _CRC32C: _FIXED32,
-    _SEGMENT: _LENGTH,
-    _SEGMENT_OFFSET: _VARINT,
+    _LOAN: _LENGTH,
     _PAYLOAD: _LENGTH,
 }
 
@@ -52,8 +51,7 @@ class WriteRows:
     payload: memoryview
     crc32c: int | None = None
     shared_row_count: int = 0
-    segment: str = ""
-    segment_offset: int = 0
+    loan: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,7 @@ def write_rows_head(message: WriteRows) -> bytes:
         push_id=message.push_id,
         row_start=message.row_start,
         shared_row_count=message.shared_row_count,
-        segment=message.segment,
-        segment_offset=message.segment_offset,
+        loan=message.loan,
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
@@ -91,16 +88,15 @@ def decode_write_rows(data: Buffer) -> WriteRows:
     """Takes a serialised `WriteRowsRequest` apart. DecodeError: these bytes are not one."""
     fields = _scan(memoryview(data), _WRITE_ROWS_FIELDS)
     push_id = None if fields is None else _text(fields.get(_PUSH_ID))
-    segment = None if fields is None else _text(fields.get(_SEGMENT))
-    if fields is None or push_id is None or segment is None:
+    loan = None if fields is None else _text(fields.get(_LOAN))
+    if fields is None or push_id is None or loan is None:
         parsed = pb.WriteRowsRequest.FromString(bytes(data))
         return WriteRows(
             push_id=parsed.push_id,
             row_start=parsed.row_start,
             shared_row_count=parsed.shared_row_count,
             crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
-            segment=parsed.segment,
-            segment_offset=parsed.segment_offset,
+            loan=parsed.loan,
             payload=memoryview(parsed.payload),
         )
     return WriteRows(
@@ -108,8 +104,7 @@ def decode_write_rows(data: Buffer) -> WriteRows:
         row_start=_signed(fields.get(_ROW_START)),
         shared_row_count=_signed(fields.get(_SHARED_ROW_COUNT)),
         crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
-        segment=segment,
-        segment_offset=_signed(fields.get(_SEGMENT_OFFSET)),
+        loan=loan,
         payload=_bytes(fields.get(_PAYLOAD)),
     )
 

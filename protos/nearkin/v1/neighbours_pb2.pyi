@@ -212,6 +212,8 @@ class BeginPushRequest(_message.Message):
     QACONV_CANDIDATES_FIELD_NUMBER: _builtins.int
     QACONV_WEIGHTS_FIELD_NUMBER: _builtins.int
     ACCEPT_BULK_LANE_FIELD_NUMBER: _builtins.int
+    ROW_START_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     epoch: _builtins.int
     """>= 0"""
@@ -228,11 +230,14 @@ class BeginPushRequest(_message.Message):
     base_generation: _builtins.int
     """rows that are not sent are taken from this generation"""
     accept_shared_memory: _builtins.bool
-    """the caller is on the same host and can map a file the service names"""
+    """the caller is on the same host and can write into a file the service names"""
     qaconv_candidates: _builtins.int
     """Key QACONV: how many POOLED candidates are re-ranked. 0: the server's default."""
     accept_bulk_lane: _builtins.bool
     """the caller would rather send its rows over the bulk lane"""
+    row_start: _builtins.int
+    """With accept_shared_memory: the rows that this caller is going to send."""
+    row_count: _builtins.int
     @_builtins.property
     def row_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[D] or [C, H, W]"""
@@ -273,10 +278,12 @@ class BeginPushRequest(_message.Message):
         qaconv_candidates: _builtins.int = ...,
         qaconv_weights: _abc.Iterable[_builtins.float] | None = ...,
         accept_bulk_lane: _builtins.bool = ...,
+        row_start: _builtins.int = ...,
+        row_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "absent", b"absent", "accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_shape", b"row_shape", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "absent", b"absent", "accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_count", b"row_count", "row_shape", b"row_shape", "row_start", b"row_start", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_generation: _TypeAlias = _typing.Literal["base_generation"]  # noqa: Y015
     _WhichOneofArgType__base_generation: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation"]  # noqa: Y015
@@ -291,8 +298,8 @@ class BeginPushResponse(_message.Message):
     PUSH_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
-    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     BULK_LANE_FIELD_NUMBER: _builtins.int
+    LENT_ROWS_FIELD_NUMBER: _builtins.int
     chunk_bytes: _builtins.int
     """payload size per message that suits this server"""
     max_message_bytes: _builtins.int
@@ -300,12 +307,12 @@ class BeginPushResponse(_message.Message):
     @_builtins.property
     def push(self) -> Global___Push: ...
     @_builtins.property
-    def shared_memory(self) -> Global___SharedMemory:
+    def bulk_lane(self) -> Global___BulkLane:
         """set when offered"""
 
     @_builtins.property
-    def bulk_lane(self) -> Global___BulkLane:
-        """set when offered"""
+    def lent_rows(self) -> Global___LentRows:
+        """set when the caller may write its rows in place"""
 
     def __init__(
         self,
@@ -313,49 +320,47 @@ class BeginPushResponse(_message.Message):
         push: Global___Push | None = ...,
         chunk_bytes: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
-        shared_memory: Global___SharedMemory | None = ...,
         bulk_lane: Global___BulkLane | None = ...,
+        lent_rows: Global___LentRows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "lent_rows", b"lent_rows", "push", b"push"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "chunk_bytes", b"chunk_bytes", "max_message_bytes", b"max_message_bytes", "push", b"push", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_lane", b"bulk_lane", "chunk_bytes", b"chunk_bytes", "lent_rows", b"lent_rows", "max_message_bytes", b"max_message_bytes", "push", b"push"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BeginPushResponse: _TypeAlias = BeginPushResponse  # noqa: Y015
 
 @_typing.final
-class SharedMemory(_message.Message):
-    """A file in the data directory that the service has made for this caller alone; both ends see the same pages.
-    Map it, write rows anywhere behind its first 8 bytes, set the 8 bytes before them to something, and name the place
-    in a WriteRowsRequest without payload. The service copies the rows out before it looks at them and then sets those
-    8 bytes to zero: the place is free again. The file goes when no stream has used it for half a minute.
+class LentRows(_message.Message):
+    """Rows that are this caller's to write where the service keeps them: row r at byte r * row bytes of the file. Write
+    while a WriteRows stream is open that names the loan (or has yet to send its first message), then send a message
+    without payload that says which rows are there. The service reads them where they lie, checks them, and stores
+    nothing twice. Rows that `Push.stored` lists are not to be written: send them as payload, with the loan's name, and
+    they are compared. The loan ends with its last row, with the stream that names it, or two seconds after that broke.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
-    SIZE_FIELD_NUMBER: _builtins.int
-    SEGMENT_FIELD_NUMBER: _builtins.int
+    LOAN_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """a caller who cannot open it sends payloads"""
-    size: _builtins.int
-    segment: _builtins.str
-    """its name in WriteRowsRequest"""
+    loan: _builtins.str
+    """its name in WriteRowsRequest; empty: somebody writes some of them just now"""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
-        size: _builtins.int = ...,
-        segment: _builtins.str = ...,
+        loan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "segment", b"segment", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
+Global___LentRows: _TypeAlias = LentRows  # noqa: Y015
 
 @_typing.final
 class BulkLane(_message.Message):
@@ -503,19 +508,16 @@ class WriteRowsRequest(_message.Message):
     ROW_START_FIELD_NUMBER: _builtins.int
     SHARED_ROW_COUNT_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
-    SEGMENT_FIELD_NUMBER: _builtins.int
-    SEGMENT_OFFSET_FIELD_NUMBER: _builtins.int
+    LOAN_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     push_id: _builtins.str
     row_start: _builtins.int
     shared_row_count: _builtins.int
-    """Rows that lie in shared memory, as many as fit a payload at most; 0 when `payload` carries them."""
+    """Rows that were written in place, of max_message_bytes at most; 0 when `payload` carries them."""
     crc32c: _builtins.int
-    """CRC32C of the payload, or of the rows in shared memory. Without it a damaged message cannot be noticed."""
-    segment: _builtins.str
-    """SharedMemory.segment; with shared_row_count only"""
-    segment_offset: _builtins.int
-    """byte of the segment where the first row lies, 8 or more"""
+    """CRC32C of the payload, or of the rows in place. Without it a damaged message cannot be noticed."""
+    loan: _builtins.str
+    """LentRows.loan, in every message of who has one"""
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""
     def __init__(
@@ -525,13 +527,12 @@ class WriteRowsRequest(_message.Message):
         row_start: _builtins.int = ...,
         shared_row_count: _builtins.int = ...,
         crc32c: _builtins.int | None = ...,
-        segment: _builtins.str = ...,
-        segment_offset: _builtins.int = ...,
+        loan: _builtins.str = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "segment", b"segment", "segment_offset", b"segment_offset", "shared_row_count", b"shared_row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "loan", b"loan", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015

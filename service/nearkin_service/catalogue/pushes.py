@@ -29,6 +29,7 @@ class Push:
         self._published_absent = 0
         self.error = ""
         self._claims: list[RowRange] = []
+        self._loans: list[RowRange] = []  # claims too
         self._released = Signal()
 
     @staticmethod
@@ -66,11 +67,13 @@ class Push:
         self._published_absent = generation.absent_count
         self.stored = RowSet.of(0, self.spec.num_classes)
         self.zeros = RowSet.empty()
+        self._take_all_back()
 
     def end(self, state: PushState, error: str) -> None:
         """It came to nothing."""
         self.state, self.error = state, error
         self.stored = self.zeros = RowSet.empty()
+        self._take_all_back()
 
     def view(self) -> PushView:
         return PushView(
@@ -115,18 +118,45 @@ class Push:
         if self.state is PushState.OPEN:
             self.stored = self.stored.union(RowSet.of(rows.start, rows.stop))
             self.zeros = self.zeros.union(zeros)
+        for loan in list(self._loans):
+            if loan.overlaps(rows) and len(self.stored.within(loan.start, loan.stop)) == len(loan):
+                self.take_back(loan)
 
     @asynccontextmanager
-    async def claim(self, rows: RowRange) -> AsyncIterator[None]:
-        """Waits until nobody else writes any of these rows, then holds them."""
-        while any(claim.overlaps(rows) for claim in self._claims):
+    async def claim(self, rows: RowRange, loan: RowRange | None = None) -> AsyncIterator[None]:
+        """Waits until nobody else writes any of these rows, then holds them; `loan` is the asker's own."""
+        while any(claim is not loan and claim.overlaps(rows) for claim in self._claims):
             await self._released.wait()
         self._claims.append(rows)
         try:
             yield
         finally:
-            self._claims.remove(rows)
-            self._released.fire()
+            self._release(rows)
+
+    def lend(self, rows: RowRange) -> bool:
+        """Holds rows for one caller until `take_back`, or until all are there; False: somebody has some."""
+        if self.state is not PushState.OPEN or any(claim.overlaps(rows) for claim in self._claims):
+            return False
+        self._claims.append(rows)
+        self._loans.append(rows)
+        return True
+
+    def take_back(self, loan: RowRange) -> None:
+        """Ends a loan; one that has ended is no error."""
+        self._loans = [each for each in self._loans if each is not loan]
+        self._release(loan)
+
+    def _take_all_back(self) -> None:
+        for loan in self._loans:
+            self.take_back(loan)
+
+    def is_lent(self, loan: RowRange) -> bool:
+        return any(each is loan for each in self._loans)
+
+    def _release(self, rows: RowRange) -> None:
+        """By identity: a message may hold the very rows of its loan."""
+        self._claims = [each for each in self._claims if each is not rows]
+        self._released.fire()
 
     async def idle(self) -> None:
         """Until nobody is writing."""

@@ -8,11 +8,11 @@ from nearkin_service.operations.administering import Administering
 from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.comparing import Comparing, Comparison
 from nearkin_service.operations.core import Core, Engines
+from nearkin_service.operations.lending import Lending, Loan
 from nearkin_service.operations.places import Places
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.operations.reading import Reading, TableBlocks
 from nearkin_service.operations.searching import Searching
-from nearkin_service.operations.sharing import Sharing
 
 __all__ = [
     "Administering",
@@ -21,10 +21,11 @@ __all__ = [
     "Comparison",
     "Core",
     "Engines",
+    "Lending",
+    "Loan",
     "Places",
     "Pushing",
     "Reading",
     "Searching",
-    "Sharing",
     "TableBlocks",
 ]

@@ -25,7 +25,7 @@ from nearkin_service.engines.contract import (
 )
 from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
 from nearkin_service.metrics import Metrics
-from nearkin_service.store import DataDirectory, PushFiles, Segment
+from nearkin_service.store import DataDirectory, PushFiles
 
 log = logging.getLogger("nearkin.service")
 
@@ -74,7 +74,6 @@ class Core:
         self.catalogue = Catalogue()
         self.metrics = Metrics()
         self.files: dict[str, PushFiles] = {}
-        self.segments: dict[str, Segment] = {}
         self.draining = False
         self._io = ThreadPoolExecutor(config.io_threads, "nearkin-io")
         self._background = ThreadPoolExecutor(1, "nearkin-background")
@@ -138,6 +137,4 @@ class Core:
             pool.shutdown(wait=True, cancel_futures=True)
         for files in self.files.values():
             files.close()
-        for segment in self.segments.values():
-            segment.close()
         self.directory.close()

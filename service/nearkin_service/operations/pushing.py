@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from nearkin_service.errors import (
 from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.composing import Composing
 from nearkin_service.operations.core import Core
+from nearkin_service.operations.lending import Loan
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import Arrival
 from nearkin_service.values import PushSpec, PushState, PushView
@@ -180,66 +180,69 @@ class Pushing:
 
     # -------------------------------------------------------------------------------------------- writing
 
-    async def write(self, push_id: str, row_start: int, payload: memoryview, crc: int | None) -> PushView:
+    async def write(
+        self,
+        push_id: str,
+        row_start: int,
+        payload: memoryview,
+        crc: int | None,
+        loan: Loan | None = None,
+    ) -> PushView:
         """Stores one message's rows, or compares them with what is stored; all of it or nothing.
-
-        The errors are those of `write_from`.
-        """
-        return await self.write_from(push_id, row_start, payload.nbytes, lambda: payload, crc)
-
-    async def write_shared(
-        self, push_id: str, row_start: int, count: int, take: Callable[[int], memoryview], crc: int | None
-    ) -> PushView:
-        """The same with rows in shared memory, so many bytes of which `take` copies out."""
-        push = self._core.catalogue.push(push_id)
-        nbytes, most = count * push.spec.row_bytes, self._core.config.limits.max_message_bytes
-        if not 0 < nbytes <= most:
-            raise InvalidArgumentError("shared_row_count", f"{count} rows are not 1 to {most:,} bytes")
-        if crc is None:
-            raise InvalidArgumentError("crc32c", "rows in shared memory need one")
-        return await self.write_from(push_id, row_start, nbytes, lambda: take(nbytes), crc)
-
-    async def write_from(
-        self, push_id: str, row_start: int, nbytes: int, load: Callable[[], memoryview], crc: int | None
-    ) -> PushView:
-        """Stores rows that `load`, on an I/O thread, returns the bytes of.
 
         DataLossError: not what was sent. InvalidArgumentError: not whole rows, not there, NaN or Inf.
         AlreadyExistsError: a row is stored with other bytes. FailedPreconditionError: the push is over.
         """
         push = self._core.catalogue.push(push_id)
         push.require_usable()
-        rows = push.spec.rows_of(row_start, nbytes)
-        async with push.claim(rows):
+        rows = push.spec.rows_of(row_start, payload.nbytes)
+        async with push.claim(rows, loan.rows if loan else None):
             push.require_usable()
             if push.state is PushState.PUBLISHED:
-                await self._compare(push, rows, load, crc)
+                await self._compare(push, rows, payload, crc)
             else:
-                await self._receive(push, rows, load, crc)
-        self._core.metrics.push_bytes.inc(nbytes)
+                await self._receive(push, rows, payload, crc)
+        return await self._stored(push, rows)
+
+    async def write_in_place(
+        self, push_id: str, row_start: int, count: int, crc: int | None, loan: Loan
+    ) -> PushView:
+        """Takes rows that lie where they belong: `loan`'s caller has written them. The errors of `write`."""
+        push = self._core.catalogue.push(push_id)
+        push.require_usable()
+        most = self._core.config.limits.max_message_bytes
+        if not 0 < count * push.spec.row_bytes <= most:
+            raise InvalidArgumentError("shared_row_count", f"{count} rows are not 1 to {most:,} bytes")
+        if crc is None:
+            raise InvalidArgumentError("crc32c", "rows that were written in place need one")
+        rows = RowRange(row_start, row_start + count)
+        if not loan.rows.start <= rows.start <= rows.stop <= loan.rows.stop:
+            raise InvalidArgumentError("row_start", f"rows {rows.start}..{rows.stop - 1} are not lent")
+        async with push.claim(rows, loan.rows):
+            known = push.stored.within(rows.start, rows.stop)
+            if push.state is not PushState.OPEN or not (push.is_lent(loan.rows) or len(known) == count):
+                raise InvalidArgumentError("loan", "it is over; send payloads")
+            files, absent = self._core.files[push_id], push.absent
+            zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
+            push.arrived(rows, zeros)
+        return await self._stored(push, rows)
+
+    async def _receive(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+        """Once the push is closed every row counts as known: one that never came is absent, and ignored."""
+        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
+        arrival = Arrival(rows, payload, crc, known.within(rows.start, rows.stop), push.absent)
+        zeros = await self._core.io(self._core.files[push.push_id].receive, arrival)
+        push.arrived(rows, zeros)
+
+    async def _compare(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
+        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+        await self._core.io(self._core.directory.compare, generation, rows.start, payload, crc)
+
+    async def _stored(self, push: Push, rows: RowRange) -> PushView:
+        self._core.metrics.push_bytes.inc(len(rows) * push.spec.row_bytes)
         self._announce(push)
         await self._commit_if_complete(push)
         return push.view()
-
-    async def _receive(
-        self, push: Push, rows: RowRange, load: Callable[[], memoryview], crc: int | None
-    ) -> None:
-        """Once the push is closed every row counts as known: one that never came is absent, and ignored."""
-        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
-        known, absent, files = (
-            known.within(rows.start, rows.stop),
-            push.absent,
-            self._core.files[push.push_id],
-        )
-        zeros = await self._core.io(lambda: files.receive(Arrival(rows, load(), crc, known, absent)))
-        push.arrived(rows, zeros)
-
-    async def _compare(
-        self, push: Push, rows: RowRange, load: Callable[[], memoryview], crc: int | None
-    ) -> None:
-        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        compare = self._core.directory.compare
-        await self._core.io(lambda: compare(generation, rows.start, load(), crc))
 
     def _announce(self, push: Push) -> None:
         """Tells watchers of arriving rows, a few times a second."""

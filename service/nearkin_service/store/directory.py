@@ -20,8 +20,7 @@ from nearkin_service.store.atomic import fsync_directory, read_document, write_d
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
-from nearkin_service.store.rows import RowsFile, as_rows, check_payload
-from nearkin_service.store.segments import Segment
+from nearkin_service.store.rows import RowsFile, as_rows, examine
 from nearkin_service.store.spares import Spares
 from nearkin_service.values import (
     EmbeddingsState,
@@ -181,9 +180,9 @@ class DataDirectory:
         path = self._layout.push(spec.run, push_id)
         return push_id, PushFiles.create(path, push_id, spec, created, self._spares)
 
-    def create_segment(self, size: int) -> Segment:
-        """Memory to share with one caller. LimitExceededError: the disk is full."""
-        return Segment(self._layout.segments, size)
+    def rows_path(self, run: str, push_id: str) -> Path:
+        """Of the rows of a push that is open, absolute."""
+        return (self._layout.push(run, push_id) / push_files.ROWS).absolute()
 
     def open_push(self, spec: PushSpec, push_id: str) -> PushFiles:
         return PushFiles(self._layout.push(spec.run, push_id), spec)
@@ -237,8 +236,8 @@ class DataDirectory:
 
     def compare(self, generation: Generation, start: int, payload: memoryview, crc: int | None) -> None:
         """Compares rows sent again with a published generation's. AlreadyExistsError: they differ."""
-        check_payload(payload, crc, start)
         rows = as_rows(payload, generation.spec)
+        examine(rows, generation.spec.dtype).require(crc, start)
         absent = RowSet.from_ids(self.absent(generation))
         file = self.open_rows(generation)
         try:

@@ -41,10 +41,6 @@ class Layout:
         return self.root / "trash"
 
     @property
-    def segments(self) -> Path:
-        return self.root / "segments"
-
-    @property
     def spares(self) -> Path:
         return self.root / "spares"
 
@@ -87,13 +83,13 @@ class Layout:
 
     def prepare(self) -> None:
         """Makes the directories, checks the format, clears away leftovers. ValueError: a newer format."""
-        for path in (self.root, self.runs, self.trash, self.quarantine, self.segments, self.spares):
+        for path in (self.root, self.runs, self.trash, self.quarantine, self.spares):
             path.mkdir(parents=True, exist_ok=True)
         self._check_format()
         faults.point("start.prepared")
         for left in self.trash.iterdir():
             shutil.rmtree(left, ignore_errors=True)
-        for left in (*self.segments.iterdir(), *self.spares.iterdir()):
+        for left in self.spares.iterdir():
             left.unlink()
 
     def _check_format(self) -> None:

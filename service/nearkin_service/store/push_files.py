@@ -26,9 +26,8 @@ from nearkin_service.store.rows import (
     RowsFile,
     as_bytes,
     as_rows,
-    check_payload,
     disk_error,
-    inspect,
+    examine,
     refuse_infinite,
 )
 from nearkin_service.store.spares import Spares
@@ -92,24 +91,45 @@ class PushFiles:
             The rows that hold nothing but zeros.
         """
         start = arrival.rows.start
-        check_payload(arrival.payload, arrival.crc, start)
         rows_nR = as_rows(arrival.payload, self._spec)
-        infinite, zeros = inspect(rows_nR, self._spec.dtype)
-        blank = refuse_infinite(infinite, start, arrival.absent)
+        found = examine(rows_nR, self._spec.dtype)
+        found.require(arrival.crc, start)
+        blank = refuse_infinite(found.infinite, start, arrival.absent)
         if len(blank):
             rows_nR = rows_nR.copy()
             rows_nR[blank] = 0
         self.compare(rows_nR, start, arrival.known, arrival.absent)
-        zero_rows = RowSet.from_ids(zeros + start)
-        self._store(rows_nR, arrival, zero_rows, None if len(blank) else arrival.crc)
+        zero_rows = RowSet.from_ids(found.zeros + start)
+        self._store(rows_nR, arrival, zero_rows, None if len(blank) else found.crc)
         return zero_rows
+
+    def receive_in_place(self, rows: RowRange, crc: int, known: RowSet, absent: RowSet) -> RowSet:
+        """The same for rows that their sender wrote where they belong. Known ones are not noted again."""
+        found = self.rows.examine(rows.start, len(rows))
+        found.require(crc, rows.start)
+        blank = refuse_infinite(found.infinite, rows.start, absent)
+        for row in blank.tolist():
+            self.rows.blank(rows.start + row, 1)
+        zeros = RowSet.from_ids(found.zeros + rows.start)
+        if len(known) or len(blank):
+            fresh = known.complement(rows.start, rows.stop)
+            records = [
+                Record(Kind.ROWS, each.start, len(each), self.rows.checksum(each.start, len(each)))
+                for each in fresh
+            ]
+        else:
+            records = [Record(Kind.ROWS, rows.start, len(rows), crc)]
+        faults.point("write.rows_written")
+        self.note(records + journal.records_of(Kind.ZERO, zeros))
+        faults.point("write.noted")
+        return zeros
 
     def compare(self, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
         """AlreadyExistsError: a known row is stored with other bytes."""
         compare_rows(self.rows, rows_nR, start, known, absent)
 
     def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet, crc: int | None) -> None:
-        """`crc`: that of all rows, if it is known to be right."""
+        """`crc`: that of all rows, if they are stored as they came."""
         start = arrival.rows.start
         fresh = arrival.known.complement(start, arrival.rows.stop)
         known_crc = crc if not len(arrival.known) else None

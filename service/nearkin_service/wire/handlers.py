@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -103,10 +103,14 @@ class _Guard:
         self._count_error = count_error
         self._most_idle_seconds = most_idle_seconds
 
-    def unary(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def unary(self, name: str, behaviour: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+        """What was asked for is done to its end: a caller who leaves leaves nothing half done."""
+
         async def call(request: Any, context: Context) -> Any:
             try:
-                return await behaviour(_sound(request), context)
+                work = asyncio.create_task(behaviour(_sound(request), context))
+                work.add_done_callback(_take_notice)
+                return await asyncio.shield(work)
             except Exception as error:
                 await self._refuse(name, error, context)
 
@@ -156,6 +160,12 @@ class _Guard:
         status = rpc_status.to_status(found)
         await context.abort(status.code, status.details, status.trailing_metadata)
         raise asyncio.CancelledError  # abort has raised already
+
+
+def _take_notice(work: asyncio.Task[Any]) -> None:
+    """Whoever asked may be gone: nobody else would look at how it ended."""
+    if not work.cancelled():
+        work.exception()
 
 
 def _sound(request: Any) -> Any:

@@ -8,7 +8,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from functools import partial
 
 from nearkin import tracing
 from nearkin.v1 import bulk
@@ -16,7 +15,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.config import ServiceConfig
 from nearkin_service.errors import InvalidArgumentError
-from nearkin_service.operations import Core, Pushing, Sharing
+from nearkin_service.operations import Core, Lending, Loan, Pushing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
@@ -30,10 +29,10 @@ _STREAM_DEPTH = 2
 class PushMethods:
     """The RPCs of a push."""
 
-    def __init__(self, core: Core, pushing: Pushing, sharing: Sharing, lane: BulkLane) -> None:
+    def __init__(self, core: Core, pushing: Pushing, lending: Lending, lane: BulkLane) -> None:
         self._core = core
         self._pushing = pushing
-        self._sharing = sharing
+        self._lending = lending
         self._lane = lane
         self._config: ServiceConfig = core.config
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
@@ -49,11 +48,10 @@ class PushMethods:
             chunk_bytes=self._config.chunk_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
-        if request.accept_shared_memory and is_local(context):
-            segment = await self._sharing.offer(view.push_id, view.spec)
-            if segment is not None:
-                offer = pb.SharedMemory(path=str(segment.path), size=segment.size, segment=segment.name)
-                response.shared_memory.CopyFrom(offer)
+        if request.accept_shared_memory and request.row_count and is_local(context):
+            loan = self._lending.offer(view.push_id, request.row_start, request.row_count)
+            path = self._core.directory.rows_path(view.spec.run, view.push_id)
+            response.lent_rows.CopyFrom(pb.LentRows(path=str(path), loan=loan.name if loan else ""))
         if request.accept_bulk_lane:
             grant = RowsGrant(view.push_id, tracing.here())
             if lane := self._lane.offer(grant, local=is_local(context)):
@@ -72,14 +70,13 @@ class PushMethods:
         self, messages: AsyncIterator[bulk.WriteRows], held: ExitStack
     ) -> pb.WriteRowsResponse:
         pending: deque[asyncio.Task[PushView]] = deque()
-        push_id = segment = ""
+        push_id, loan = "", None
         async for message in messages:
             push_id = _same_push(message, push_id)
-            if message.segment != segment:
-                segment = message.segment
-                held.enter_context(self._sharing.using(segment, push_id))
+            if message.loan != (loan.name if loan else ""):
+                loan = held.enter_context(self._lending.using(message.loan, push_id))
             await self._storing.acquire()
-            pending.append(self._core.spawn(self._store(message)))
+            pending.append(self._core.spawn(self._store(message, loan)))
             if len(pending) > _STREAM_DEPTH:
                 await asyncio.shield(pending.popleft())
         while pending:
@@ -91,27 +88,20 @@ class PushMethods:
             rows_stored=len(view.stored), complete=view.complete, push=convert.push(view)
         )
 
-    async def _store(self, message: bulk.WriteRows) -> PushView:
+    async def _store(self, message: bulk.WriteRows, loan: Loan | None) -> PushView:
+        push_id, start, crc = message.push_id, message.row_start, message.crc32c
         try:
-            if message.shared_row_count:
-                return await self._store_shared(message)
-            return await self._pushing.write(
-                message.push_id, message.row_start, message.payload, message.crc32c
-            )
+            if not message.shared_row_count:
+                return await self._pushing.write(push_id, start, message.payload, crc, loan)
+            if message.payload.nbytes:
+                raise InvalidArgumentError(
+                    "payload", "given although shared_row_count says where the rows are"
+                )
+            if loan is None:
+                raise InvalidArgumentError("loan", "rows in place need the name of theirs")
+            return await self._pushing.write_in_place(push_id, start, message.shared_row_count, crc, loan)
         finally:
             self._storing.release()
-
-    async def _store_shared(self, message: bulk.WriteRows) -> PushView:
-        if message.payload.nbytes:
-            raise InvalidArgumentError("payload", "given although shared_row_count says where the rows are")
-        with self._sharing.using(message.segment, message.push_id) as segment:
-            return await self._pushing.write_shared(
-                message.push_id,
-                message.row_start,
-                message.shared_row_count,
-                partial(segment.take, message.segment_offset),
-                message.crc32c,
-            )
 
     async def GetPush(self, request: pb.GetPushRequest, _context: Context) -> pb.Push:
         return convert.push(self._pushing.get(request.push_id))

@@ -7,10 +7,10 @@ from nearkin_service.operations import (
     Builds,
     Comparing,
     Core,
+    Lending,
     Pushing,
     Reading,
     Searching,
-    Sharing,
 )
 from nearkin_service.wire.catalogue import CatalogueMethods
 from nearkin_service.wire.lane import BulkLane
@@ -26,7 +26,7 @@ def behaviours(
     """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
     administering = Administering(core, builds, searching)
     return (
-        PushMethods(core, pushing, Sharing(core), lane),
+        PushMethods(core, pushing, Lending(core.catalogue), lane),
         TableMethods(core, reading, lane),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),

@@ -263,8 +263,8 @@ def test_plain_gradients_by_finite_differences() -> None:
 
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    from nearkin_trainer.matching.cpu.backend import BFLOAT16
     from nearkin_trainer.matching import operation
+    from nearkin_trainer.matching.cpu.backend import BFLOAT16
     from nearkin_trainer.matching.cpu.instructions import PROCESSOR
 
     operation._log_once.cache_clear()
