@@ -266,6 +266,59 @@ def test_a_damaged_push_never_stops_the_service(
     assert caller.table().generation.epoch == 1
 
 
+def as_directory(path: Path, _outside: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_link(path: Path, outside: Path) -> None:
+    path.unlink()
+    path.symlink_to(outside)
+
+
+def as_pipe(path: Path, _outside: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("become", [as_directory, as_link, as_pipe])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "generations/2/manifest.json",
+        "generations/2/ids.bin",
+        "generations/2/journal",
+        "generations/2/embeddings.json",
+        "pushes/*/push.json",
+        "pushes/*/journal",
+        "pushes/*/rows.bin",
+    ],
+)
+def test_what_is_no_plain_file_is_set_aside_and_never_followed(
+    start_service: Start, tmp_path: Path, name: str, become: Callable[[Path, Path], None]
+) -> None:
+    service = start_service()
+    caller = service.caller()
+    for epoch in range(3):
+        caller.push(ROWS[:40] + epoch, epoch)
+    caller.write(caller.begin(ROWS[:40], 9).push.push_id, ROWS[:20])
+    service.stop()
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"not ours" * 1000)
+    (path,) = (tmp_path / "data/runs/run").glob(name)
+    become(path, outside)
+    caller = start_service().caller()
+    kept = {g.generation for g in caller.generations()}
+    assert kept == ({1, 3} if name.startswith("generations") else {1, 2, 3})
+    for number in kept:
+        table = caller.table(generation=number)
+        np.testing.assert_array_equal(table.ids, brute_force(ROWS[:40] + number - 1, 5))
+    caller.push(ROWS[:40], 9)
+    np.testing.assert_array_equal(caller.table(min_epoch=9).ids, brute_force(ROWS[:40], 5))
+    assert outside.read_bytes() == b"not ours" * 1000
+
+
 def test_a_torn_journal_means_rows_sent_again(start_service: Start, tmp_path: Path) -> None:
     service = start_service()
     caller = service.caller()

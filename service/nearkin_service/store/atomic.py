@@ -32,6 +32,8 @@ def write_document(path: Path, body: dict[str, Any]) -> None:
 
 def read_document(path: Path) -> dict[str, Any]:
     """The body. DataLossError: the file is not what was written. FileNotFoundError: there is none."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise DataLossError(f"{path.name} is not a plain file")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         body, stored = document["body"], document["crc32c"]
@@ -42,6 +44,17 @@ def read_document(path: Path) -> dict[str, Any]:
         raise DataLossError(f"{path.name} does not match its checksum")
     found: dict[str, Any] = body
     return found
+
+
+def require_plain_files(directory: Path) -> None:
+    """DataLossError: something in it is no plain file.
+
+    A link would have us read, or cut, what lies elsewhere; a pipe would have us wait for ever.
+    """
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not entry.is_file(follow_symlinks=False):
+                raise DataLossError(f"{entry.name} is not a plain file")
 
 
 def fsync_directory(path: Path) -> None:

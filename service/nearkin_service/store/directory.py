@@ -91,6 +91,8 @@ class DataDirectory:
             return None
         log.error("run %s: %s; described anew from its generations", run, error)
         about = {"created": time.time(), "last_generation": max(numbers, default=0)}
+        if (self._layout.run(run) / _RUN).is_dir():
+            self._set_aside(self._layout.run(run) / _RUN, f"{run}-{_RUN}", error)
         write_document(self._layout.run(run) / _RUN, about)
         return about
 

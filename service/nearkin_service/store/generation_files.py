@@ -26,7 +26,13 @@ from numpy.typing import NDArray
 from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
 from nearkin_service.errors import DataLossError, FailedPreconditionError
-from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
+from nearkin_service.store.atomic import (
+    fsync_directory,
+    fsync_file,
+    read_document,
+    require_plain_files,
+    write_document,
+)
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
@@ -174,6 +180,7 @@ def read_tables(directory: Path, run: str, number: int) -> Generation:
     DataLossError: something is damaged or missing.
     """
     with _damage(directory):
+        require_plain_files(directory)
         generation = _from_manifest(read_document(directory / MANIFEST))
         if (generation.run, generation.number) != (run, number):
             raise DataLossError(f"it says it is generation {generation.number} of run {generation.run!r}")

@@ -17,7 +17,12 @@ from nearkin_service import faults
 from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
-from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.atomic import (
+    fsync_directory,
+    read_document,
+    require_plain_files,
+    write_document,
+)
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind, Record
@@ -217,6 +222,7 @@ def recover(directory: Path, run: str) -> RecoveredPush:
 
     Rows that the machine, not just the process, may have lost are compared with their checksums.
     """
+    require_plain_files(directory)
     about = read_document(directory / PUSH)
     spec = PushSpec.from_document(about["spec"])
     require_fit(spec, PushSpec, PUSH)
