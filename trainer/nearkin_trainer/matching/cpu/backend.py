@@ -83,11 +83,13 @@ class Plan:
         slots = touched.slots.flatten().numpy()
         order = np.argsort(slots, kind="stable")
         starts = np.searchsorted(slots[order], np.arange(len(touched.ids) + 1))
-        # A class costs about as much to read and lay out as two pairs cost to multiply.
-        work = np.arange(len(starts)) * 2 + starts - starts[0]
+        # By the probe of each class's first pair, which then stays in cache from class to class.
+        visits = np.argsort(order[starts[:-1]], kind="stable")
+        # Reading a class costs about as much as multiplying a pair.
+        work = np.concatenate([[0], np.cumsum(1 + np.diff(starts)[visits])])
         edges = np.searchsorted(work, np.linspace(0, work[-1], threads + 1)).tolist()
         probes, candidates = touched.slots.shape
-        pairs = Pairs(touched.ids.numpy(), starts, order, candidates)
+        pairs = Pairs(touched.ids.numpy(), visits, starts, order, candidates)
         return Plan(pairs, _ranges(edges), (probes, candidates))
 
     def classes(self, work: Callable[[int, int, int], None]) -> None:

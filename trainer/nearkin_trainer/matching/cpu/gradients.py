@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LINE, exchange, fetch
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, exchange, fetch, give_16, stream
 from nearkin_trainer.matching.cpu.layout import (
     EPSILON,
     Floats,
@@ -24,7 +24,7 @@ from nearkin_trainer.matching.cpu.layout import (
     Table,
     block_of,
     compiled,
-    transpose,
+    whole_tiles,
 )
 
 CACHED = 1 << 20  # bytes of units and gradients of all probes that stay in cache; more than 1 MiB is common
@@ -88,15 +88,48 @@ def _exchanged(
 
 
 @compiled
-def _through_length(
-    tall: Floats, scales: Floats, lengths: Floats, visibility: Floats, gradients: Floats
-) -> None:
-    """Gradients of scaled locations [Q, 32], `tall`, become those of the locations themselves, in place."""
-    for q in range(tall.shape[0]):
+def _parallels(visibility: Floats, lengths: Floats, parallels: Floats) -> None:
+    """How much of each scaled location to take off its gradient, which has no part along it."""
+    for q in range(lengths.shape[0]):
         # Below the floor the length is a constant, and only the scale remains.
-        parallel = visibility[q] / lengths[q] if lengths[q] > EPSILON else np.float32(0)
-        for c in range(BLOCK):
-            gradients[q, c] = scales[q] * gradients[q, c] - parallel * tall[q, c]
+        parallels[q] = visibility[q] / lengths[q] if lengths[q] > EPSILON else np.float32(0)
+
+
+@compiled
+def _through_length(
+    gradients: Floats, tall: Floats, scales: Floats, parallels: Floats, target: Floats
+) -> None:
+    """Gradients of scaled locations [Q, 32], `tall`, as those of the locations themselves: target [c, Q]."""
+    channels, locations = target.shape
+    by_tile = whole_tiles(channels, locations)
+    for start in range(0, by_tile, LANES):
+        q = min(start, locations - LANES)
+        for c in range(0, BLOCK, LANES):
+            give_16(
+                gradients.ctypes.data + q * gradients.strides[0] + 4 * c,
+                tall.ctypes.data + q * tall.strides[0] + 4 * c,
+                tall.strides[0],
+                scales.ctypes.data + 4 * q,
+                parallels.ctypes.data + 4 * q,
+                target.ctypes.data + c * target.strides[0] + 4 * q,
+                target.strides[0],
+            )
+    for q in range(by_tile, locations):
+        for c in range(channels):
+            target[c, q] = scales[q] * gradients[q, c] - parallels[q] * tall[q, c]
+
+
+@compiled
+def _copied(source: Floats, target: Floats) -> None:
+    """Copy a few rows to a gradient, past the caches: it is large, and not read before the next step."""
+    size, start = 4 * target.size, target.ctypes.data
+    head = min(-start % LINE, size)
+    whole = (size - head) // LINE * LINE
+    from_1d, to_1d = source.reshape(-1), target.reshape(-1)
+    to_1d[: head // 4] = from_1d[: head // 4]
+    for line in range(head, head + whole, LINE):
+        stream(source.ctypes.data + line, start + line)
+    to_1d[(head + whole) // 4 :] = from_1d[(head + whole) // 4 : target.size]
 
 
 @compiled
@@ -110,31 +143,34 @@ def _fetch_block(row: Floats, block: int) -> None:
 def backward(
     first: int, last: int, table: Table, pairs: Pairs, probes: Probes, given: Given, wanted: Wanted
 ) -> None:
-    """Gradients for the classes ids[first:last]."""
+    """Gradients for the classes visits[first:last]."""
     channels, locations = table.maps.shape[1:]
     count, batch, probe_locations = probes.units.shape[:3]
     tall, gradients = np.empty((locations, BLOCK), np.float32), np.empty((locations, BLOCK), np.float32)
+    parallels, done = np.empty(locations, np.float32), np.empty((BLOCK, locations), np.float32)
     rows = wanted.rows.shape[0] > 0
     span = max(CACHED // (2 * 4 * BLOCK * batch * probe_locations), 1)
-    if rows:
-        for u in range(first, last):
-            _along(u, pairs, given, wanted.visibility[u])
     wanted.units[:] = 0
     for start in range(0, count, span):
-        for u in range(first, last):
+        for visit in range(first, last):
+            u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
             row, scales = table.maps[pairs.ids[u]], given.scales[u]
-            following = table.maps[pairs.ids[min(u + 1, last - 1)]]
+            if rows:
+                if start == 0:
+                    _along(u, pairs, given, wanted.visibility[u])
+                _parallels(wanted.visibility[u], given.lengths[u], parallels)
             for block in range(start, min(start + span, count)):
-                _fetch_block(following, block)
+                _fetch_block(table.maps[pairs.ids[following]], block)
                 block_of(row, block, scales, tall)
                 gradients[:] = 0
                 for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
                     b = pair // pairs.candidates
                     _exchanged(pair, given, probes.units[block, b], wanted.units[block, b], tall, gradients)
                 if rows:
-                    _through_length(tall, scales, given.lengths[u], wanted.visibility[u], gradients)
-                    top = min(BLOCK, channels - block * BLOCK)
-                    transpose(gradients[:, :top], wanted.rows[u, block * BLOCK : block * BLOCK + top])
+                    c = block * BLOCK
+                    some = done[: min(BLOCK, channels - c)]
+                    _through_length(gradients, tall, scales, parallels, some)
+                    _copied(some, wanted.rows[u, c : c + some.shape[0]])
 
 
 @compiled
@@ -149,25 +185,26 @@ def finish(
 ) -> None:
     """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, K, B, P, 32]."""
     channels, locations = table.maps.shape[1:]
-    tall = np.empty((unit_gradients.shape[1], locations, BLOCK), np.float32)
-    ones = np.ones(locations, np.float32)
+    tall, ones = np.empty((locations, BLOCK), np.float32), np.ones(locations, np.float32)
+    parallels = np.empty(locations, np.float32)
     for b in range(first, last):
-        row, scales, lengths = table.maps[b], probes.scales[b], probes.lengths[b]
-        along = visibility_gradients[b]
+        row, lengths, along = table.maps[b], probes.lengths[b], visibility_gradients[b]
         along[:] = 0
-        for block in range(tall.shape[0]):
+        for block in range(unit_gradients.shape[1]):
             total = unit_gradients[0, block, b]
             # In order, so that the same threads give the same bits.
             for thread in range(1, unit_gradients.shape[0]):
                 total += unit_gradients[thread, block, b]
-            block_of(row, block, ones, tall[block])
+            block_of(row, block, ones, tall)
             for p in range(locations):
                 for c in range(BLOCK):
-                    along[p] += tall[block, p, c] * total[p, c]
+                    along[p] += tall[p, c] * total[p, c]
         for p in range(locations):
             along[p] /= max(lengths[p], EPSILON)
-        for block in range(tall.shape[0]):
-            total = unit_gradients[0, block, b]
-            _through_length(probes.units[block, b], scales, lengths, along, total)
-            top = min(BLOCK, channels - block * BLOCK)
-            transpose(total[:, :top], map_gradients[b, block * BLOCK : block * BLOCK + top])
+        _parallels(along, lengths, parallels)
+        for block in range(unit_gradients.shape[1]):
+            c = block * BLOCK
+            target = map_gradients[b, c : min(c + BLOCK, channels)]
+            _through_length(
+                unit_gradients[0, block, b], probes.units[block, b], probes.scales[b], parallels, target
+            )

@@ -9,7 +9,8 @@ square_sums       the squared lengths of up to 64 columns
 row_maximum       the maximum of a row of sims and its place, while those of the columns are kept up
 hits              which of 16 approximate sims may be the true maximum of their row or column
 exchange          the gradient of one sim, to both its locations
-transpose_16      a 16 × 16 block of float32, transposed
+take_16, give_16  a 16 × 16 block of float32, transposed, on its way into and out of those gradients
+stream            write a line that nobody will read soon
 fetch             bring memory near that will be read soon
 """
 
@@ -351,6 +352,19 @@ def exchange(typing: Any, weight: Any, a: Any, b: Any, a_gradient: Any, b_gradie
 
 
 @intrinsic
+def stream(typing: Any, source: Any, target: Any) -> Any:
+    """Copy a cache line past the caches, to a target that is a multiple of its size."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        value = _load(builder, values[0], 0, F32x16)
+        store = builder.store(value, _pointer(builder, values[1]), align=LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def fetch(typing: Any, address: Any) -> Any:
     """Bring the cache line at an address near."""
 
@@ -382,23 +396,61 @@ def float_bits(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
-def transpose_16(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
-    """target[j, i] = source[i, j] of a 16 × 16 float32 block; strides in bytes."""
+def take_16(
+    typing: Any, source: Any, source_stride: Any, scales: Any, target: Any, target_stride: Any
+) -> Any:
+    """target[j, i] = scales[j] · source[i, j] of a 16 × 16 float32 block; strides in bytes."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        source, source_stride, target, target_stride = values
-        rows = []
-        for row in range(LANES):
-            start = builder.add(source, builder.mul(source_stride, ir.Constant(I64, row)))
-            rows.append(_load(builder, start, 0, F32x16))
-        for distance in (8, 4, 2, 1):
-            rows = _exchanged(builder, rows, distance)
-        for row, value in enumerate(rows):
-            start = builder.add(target, builder.mul(target_stride, ir.Constant(I64, row)))
-            _store(builder, value, start, 0)
+        source, source_stride, scales, target, target_stride = values
+        factors = _load(builder, scales, 0, F32x16)
+        rows = [
+            builder.fmul(_load(builder, start, 0, F32x16), factors)
+            for start in _starts(builder, source, source_stride)
+        ]
+        _store_transposed(builder, rows, target, target_stride)
         return ir.Constant(I64, 0)
 
-    return types.int64(*[types.int64] * 4), codegen
+    return types.int64(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def give_16(
+    typing: Any,
+    gradients: Any,
+    locations: Any,
+    stride: Any,
+    scales: Any,
+    parallels: Any,
+    target: Any,
+    target_stride: Any,
+) -> Any:
+    """target[j, i] = scales[i] · gradients[i, j] − parallels[i] · locations[i, j] of a 16 × 16 block."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        gradients, locations, stride, scales, parallels, target, target_stride = values
+        sources = zip(_starts(builder, gradients, stride), _starts(builder, locations, stride), strict=True)
+        rows = []
+        for row, (gradient, location) in enumerate(sources):
+            scale = _splat(builder, _load(builder, scales, 4 * row, F32), F32x16)
+            parallel = _splat(builder, builder.fneg(_load(builder, parallels, 4 * row, F32)), F32x16)
+            across = builder.fmul(scale, _load(builder, gradient, 0, F32x16))
+            rows.append(_multiply_add(builder, parallel, _load(builder, location, 0, F32x16), across, False))
+        _store_transposed(builder, rows, target, target_stride)
+        return ir.Constant(I64, 0)
+
+    return types.int64(*[types.int64] * 7), codegen
+
+
+def _starts(builder: Any, address: Any, stride: Any) -> list[Any]:
+    return [builder.add(address, builder.mul(stride, ir.Constant(I64, row))) for row in range(LANES)]
+
+
+def _store_transposed(builder: Any, rows: list[Any], target: Any, stride: Any) -> None:
+    for distance in (8, 4, 2, 1):
+        rows = _exchanged(builder, rows, distance)
+    for value, start in zip(rows, _starts(builder, target, stride), strict=True):
+        _store(builder, value, start, 0)
 
 
 def _exchanged(builder: Any, rows: list[Any], distance: int) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, float_bits, square_sums, transpose_16
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, float_bits, square_sums, take_16
 
 EPSILON = np.float32(1e-12)
 Floats = NDArray[np.float32]
@@ -70,34 +70,15 @@ class Probes(NamedTuple):
 class Pairs(NamedTuple):
     """The pairs (probe · candidates + candidate) of a step, grouped by the class they want.
 
-    ids: int64 [U], the classes. starts: int64 [U + 1] into pairs. candidates: M, to find a pair's probe.
+    ids: int64 [U], the classes. visits: int64 [U], in which order: classes that meet the same probe follow
+    each other. starts: int64 [U + 1] into pairs. candidates: M, to find a pair's probe.
     """
 
     ids: Ids
+    visits: Ids
     starts: Ids
     pairs: Ids
     candidates: int
-
-
-@compiled
-def transpose(source: Floats, target: Floats) -> None:
-    """target[:columns, :rows] = source.T, by blocks of 16; what is left over, one by one."""
-    rows, columns = source.shape
-    whole_rows, whole_columns = rows - rows % LANES, columns - columns % LANES
-    for row in range(0, whole_rows, LANES):
-        for column in range(0, whole_columns, LANES):
-            transpose_16(
-                source.ctypes.data + row * source.strides[0] + column * 4,
-                source.strides[0],
-                target.ctypes.data + column * target.strides[0] + row * 4,
-                target.strides[0],
-            )
-    for column in range(whole_columns, columns):
-        for row in range(whole_rows):
-            target[column, row] = source[row, column]
-    for row in range(whole_rows, rows):
-        for column in range(columns):
-            target[column, row] = source[row, column]
 
 
 @compiled
@@ -152,14 +133,33 @@ def pair_of_bfloat16(even: np.float32, odd: np.float32) -> np.uint32:
 @compiled
 def block_of(row: Floats, block: int, scales: Floats, target: Floats) -> None:
     """target[Q, 32] = scales · 32 channels of a map [C, Q], zeros beyond the last channel."""
-    first = block * BLOCK
-    last = min(first + BLOCK, row.shape[0])
-    if last - first < BLOCK:
+    first, locations = block * BLOCK, row.shape[1]
+    channels = min(BLOCK, row.shape[0] - first)
+    if channels < BLOCK:
         target[:] = 0
-    transpose(row[first:last], target)
-    for q in range(target.shape[0]):
-        for c in range(BLOCK):
-            target[q, c] *= scales[q]
+    by_tile = whole_tiles(channels, locations)
+    for start in range(0, by_tile, LANES):
+        q = min(start, locations - LANES)
+        for c in range(0, BLOCK, LANES):
+            take_16(
+                row.ctypes.data + (first + c) * row.strides[0] + 4 * q,
+                row.strides[0],
+                scales.ctypes.data + 4 * q,
+                target.ctypes.data + q * target.strides[0] + 4 * c,
+                target.strides[0],
+            )
+    for q in range(by_tile, locations):
+        for c in range(channels):
+            target[q, c] = row[first + c, q] * scales[q]
+
+
+@compiled
+def whole_tiles(channels: int, locations: int) -> int:
+    """How many locations tiles of 16 × 16 cover; a last tile may overlap the one before if it is worth it."""
+    rest = locations % LANES
+    if channels < BLOCK or locations < LANES:
+        return 0
+    return locations if rest > LANES // 4 else locations - rest
 
 
 @compiled

@@ -227,20 +227,21 @@ def _strictly(
 
 @compiled
 def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
-    """Find the maxima for the classes ids[first:last], by float32 products."""
+    """Find the maxima for the classes visits[first:last], by float32 products."""
     probe_locations, locations = probes.units.shape[2], table.maps.shape[2]
     columns = probes.panels.shape[2]
     room = _room(locations, columns, max(probe_locations - columns, 0))
     valid = _valid(probe_locations, columns)
-    for u in range(first, last):
+    for visit in range(first, last):
+        u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
         row, scales = table.maps[pairs.ids[u]], found.scales[u]
-        following = table.maps[pairs.ids[min(u + 1, last - 1)]].ctypes.data
+        ahead = table.maps[pairs.ids[following]].ctypes.data
         top = measure(row, of(table.visibility, u), scales, found.lengths[u])
         for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
             b = pair // pairs.candidates
             maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
             if np.isfinite(top) and np.isfinite(probes.tops[b]):
-                _products(row, probes.panels[b], room.sims, following)
+                _products(row, probes.panels[b], room.sims, ahead)
                 _highest(room, scales, valid)
                 if probe_locations > columns:
                     _rest_products(row, probes.rest[b], room.rest)
@@ -354,9 +355,10 @@ def forward_bf16(first: int, last: int, table: Table, pairs: Pairs, probes: Prob
     narrow = np.empty(((channels + 1) // 2, locations), np.uint32)
     tall = np.empty((probes.units.shape[0], locations, BLOCK), np.float32)
     ones = np.ones(locations, np.float32)
-    for u in range(first, last):
+    for visit in range(first, last):
+        u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
         row, scales = table.maps[pairs.ids[u]], found.scales[u]
-        following = table.maps[pairs.ids[min(u + 1, last - 1)]].ctypes.data
+        ahead = table.maps[pairs.ids[following]].ctypes.data
         top = measure(row, of(table.visibility, u), scales, found.lengths[u])
         _narrow(row, narrow)
         for block in range(tall.shape[0]):
@@ -365,7 +367,7 @@ def forward_bf16(first: int, last: int, table: Table, pairs: Pairs, probes: Prob
             b = pair // pairs.candidates
             maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
             if np.isfinite(top) and np.isfinite(probes.tops[b]):
-                _products_bf16(narrow, probes.panels[b], room.sims, following)
+                _products_bf16(narrow, probes.panels[b], room.sims, ahead)
                 _highest(room, scales, valid)
                 slack = np.float32(2) * BOUND * top * probes.tops[b]
                 _measured(room, probes.units[:, b], tall, scales, slack, valid, maxima, where, dots)
