@@ -1,9 +1,10 @@
 # ruff: noqa: PLR0917 (compiled functions take no keywords)
 """Backward: a maximum's gradient goes to one pair of locations.
 
-A pair of maps costs P + Q row updates in place of two matrix products. They run through a few blocks of 32
-channels at a time, for all classes: of so few, the units of all probes and their gradients stay in this
-core's cache, whichever probe a class meets. A class row is read once and its gradient written once.
+A pair of maps costs at most P + Q row updates in place of two matrix products. They go through the channels
+by blocks of 32, of which everything fits the innermost cache. A class row is read once, and its gradient
+written once. Where there are many probes, a pass goes through some of the blocks of all classes, so that the
+units and gradients of the probes stay near.
 
 P probe locations, Q class locations, C channels, K blocks of 32 channels.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, exchange, fetch, give_16, stream
 from nearkin_trainer.matching.cpu.layout import (
     EPSILON,
     Floats,
+    Ids,
     Pairs,
     Places,
     Probes,
@@ -27,7 +30,7 @@ from nearkin_trainer.matching.cpu.layout import (
     whole_tiles,
 )
 
-CACHED = 1 << 20  # bytes of units and gradients of all probes that stay in cache; more than 1 MiB is common
+CACHED = 1 << 23  # bytes of units and gradients of all probes that a pass goes through
 
 
 class Given(NamedTuple):
@@ -48,43 +51,62 @@ class Wanted(NamedTuple):
     visibility: Floats
 
 
+class Links(NamedTuple):
+    """Pairs of locations with a gradient, of each pair of maps: places and weights [B · M, P + Q], counts."""
+
+    ps: Places
+    qs: Places
+    weights: Floats
+    counts: NDArray[np.int32]
+
+
 @compiled
-def _along(u: int, pairs: Pairs, given: Given, visibility: Floats) -> None:
+def _along(pairs: Ids, given: Given, lengths: Floats, visibility: Floats) -> None:
     """The gradient of each location's visibility, which is also what it has along the location."""
     locations = visibility.shape[0]
     probe_locations = given.where.shape[1] - locations
     visibility[:] = 0
-    for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+    for pair in pairs:
         weights, dots, where = given.weights[pair], given.dots[pair], given.where[pair]
         for p in range(probe_locations):
             visibility[where[p]] += weights[p] * dots[p]
         for q in range(locations):
             visibility[q] += weights[probe_locations + q] * dots[probe_locations + q]
     for q in range(locations):
-        visibility[q] /= max(given.lengths[u, q], EPSILON)
+        visibility[q] /= max(lengths[q], EPSILON)
+
+
+@compiled
+def _link(pair: int, given: Given, locations: int, links: Links) -> None:
+    """List the pairs of locations that a pair of maps passes gradients through."""
+    weights, where = given.weights[pair], given.where[pair]
+    probe_locations = where.shape[0] - locations
+    ps, qs, sums = links.ps[pair], links.qs[pair], links.weights[pair]
+    for p in range(probe_locations):
+        ps[p], qs[p], sums[p] = p, where[p], weights[p]
+    count = probe_locations
+    for q in range(locations):
+        p = where[probe_locations + q]
+        if where[p] == q:
+            # Each is the other's best: one link.
+            sums[p] += weights[probe_locations + q]
+        else:
+            ps[count], qs[count], sums[count] = p, q, weights[probe_locations + q]
+            count += 1
+    links.counts[pair] = count
 
 
 @compiled
 def _exchanged(
-    pair: int, given: Given, units: Floats, unit_gradients: Floats, tall: Floats, gradients: Floats
+    pair: int, links: Links, units: Floats, unit_gradients: Floats, tall: Floats, gradients: Floats
 ) -> None:
-    """Add the gradients of a pair's maxima, in 32 channels: units [P, 32], tall and gradients [Q, 32]."""
-    weights, where = given.weights[pair], given.where[pair]
-    probe_locations, stride = units.shape[0], 4 * BLOCK
+    """Add the gradients of a pair's links, in 32 channels: units [P, 32], tall and gradients [Q, 32]."""
+    ps, qs, weights = links.ps[pair], links.qs[pair], links.weights[pair]
     unit, unit_gradient = units.ctypes.data, unit_gradients.ctypes.data
     location, gradient = tall.ctypes.data, gradients.ctypes.data
-    for p in range(probe_locations):
-        here, there = p * stride, where[p] * stride
-        exchange(weights[p], unit + here, location + there, unit_gradient + here, gradient + there)
-    for q in range(tall.shape[0]):
-        here, there = q * stride, where[probe_locations + q] * stride
-        exchange(
-            weights[probe_locations + q],
-            unit + there,
-            location + here,
-            unit_gradient + there,
-            gradient + here,
-        )
+    for link in range(links.counts[pair]):
+        p, q = ps[link] * 4 * BLOCK, qs[link] * 4 * BLOCK
+        exchange(weights[link], unit + p, location + q, unit_gradient + p, gradient + q)
 
 
 @compiled
@@ -141,7 +163,14 @@ def _fetch_block(row: Floats, block: int) -> None:
 
 @compiled
 def backward(
-    first: int, last: int, table: Table, pairs: Pairs, probes: Probes, given: Given, wanted: Wanted
+    first: int,
+    last: int,
+    table: Table,
+    pairs: Pairs,
+    probes: Probes,
+    given: Given,
+    links: Links,
+    wanted: Wanted,
 ) -> None:
     """Gradients for the classes visits[first:last]."""
     channels, locations = table.maps.shape[1:]
@@ -155,17 +184,21 @@ def backward(
         for visit in range(first, last):
             u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
             row, scales = table.maps[pairs.ids[u]], given.scales[u]
+            mine = pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]
+            if start == 0:
+                for pair in mine:
+                    _link(pair, given, locations, links)
             if rows:
                 if start == 0:
-                    _along(u, pairs, given, wanted.visibility[u])
+                    _along(mine, given, given.lengths[u], wanted.visibility[u])
                 _parallels(wanted.visibility[u], given.lengths[u], parallels)
             for block in range(start, min(start + span, count)):
                 _fetch_block(table.maps[pairs.ids[following]], block)
                 block_of(row, block, scales, tall)
                 gradients[:] = 0
-                for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
+                for pair in mine:
                     b = pair // pairs.candidates
-                    _exchanged(pair, given, probes.units[block, b], wanted.units[block, b], tall, gradients)
+                    _exchanged(pair, links, probes.units[block, b], wanted.units[block, b], tall, gradients)
                 if rows:
                     c = block * BLOCK
                     some = done[: min(BLOCK, channels - c)]

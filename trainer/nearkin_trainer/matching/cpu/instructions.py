@@ -118,14 +118,14 @@ class _Columns:
 
 
 def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
-    """void(a, a_stride, b, b_stride, last, steps, out, out_stride, ahead); a step is 4 bytes of a row."""
+    """void(a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace)."""
     name = f"nearkin_tile_{'bf16' if bf16 else 'f32'}_{rows}x{vectors}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    a, a_stride, b, b_stride, last, steps, out, out_stride, ahead = function.args
+    a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace = function.args
     entry, loop, end = (function.append_basic_block(part) for part in ("entry", "loop", "end"))
     lane, vector = (I32, I32x16) if bf16 else (F32, F32x16)
     ir.IRBuilder(entry).branch(loop)
@@ -135,7 +135,7 @@ def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
     step, a_row, b_row, next_line = (builder.phi(I64) for _ in range(4))
     sums = [[builder.phi(F32x16) for _ in range(vectors)] for _ in range(rows)]
     moving = ((step, ir.Constant(I64, 0), ir.Constant(I64, 1)), (a_row, a, a_stride), (b_row, b, b_stride))
-    for value, start, stride in (*moving, (next_line, ahead, ir.Constant(I64, LINE))):
+    for value, start, stride in (*moving, (next_line, ahead, pace)):
         value.add_incoming(start, entry)
         value.add_incoming(builder.add(value, stride), loop)
     _fetch(builder, next_line)
@@ -169,6 +169,7 @@ def _product_tile(bf16: bool) -> Any:
         out: Any,
         out_stride: Any,
         ahead: Any,
+        pace: Any,
     ) -> Any:
         def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             rows, vectors, *rest = values
@@ -188,13 +189,14 @@ def _product_tile(bf16: bool) -> Any:
             builder.position_at_end(done)
             return ir.Constant(I64, 0)
 
-        return types.int64(*[types.int64] * 11), codegen
+        return types.int64(*[types.int64] * 12), codegen
 
     product_tile.__doc__ = """out[r, column] = sum over steps of a[step, r] · b[step, column].
 
     rows ≤ ROWS and vectors ≤ MOST_VECTORS, or rows ≤ FEW_ROWS and vectors ≤ FEW_VECTORS. The last vector
     lies `last` bytes from the first. A step is a float32, or two bfloat16. Each sum runs through the steps
-    in order, so that equal locations have equal sims. `ahead` is memory to fetch, a line at each step.
+    in order, so that equal locations have equal sims. From `ahead` on, memory is fetched that will be read
+    soon, `pace` bytes at each step.
     """
     return intrinsic(product_tile)
 
@@ -280,40 +282,50 @@ def row_maximum(
         scales = _splat(builder, scale, F32x16)
         lowest = ir.Constant(F32x16, [float("-inf")] * LANES)
         best = cgutils.alloca_once_value(builder, lowest)
-        best_blocks = cgutils.alloca_once_value(builder, ir.Constant(I32x16, [0] * LANES))
         mask = builder.bitcast(builder.trunc(valid, I16), ir.VectorType(I1, LANES))
         last = builder.sub(blocks, ir.Constant(I64, 1))
 
-        def take(index: Any, masked: bool) -> None:
+        def scaled(index: Any) -> tuple[Any, Any]:
             offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
-            found = builder.fmul(_load(builder, builder.add(sims, offset), 0, F32x16), scales)
-            if masked:
-                found = builder.select(mask, found, lowest)
+            return offset, builder.fmul(_load(builder, builder.add(sims, offset), 0, F32x16), scales)
+
+        def larger(one: Any, other: Any) -> Any:
+            return builder.fcmp_ordered(">", one, other)
+
+        def take(index: Any, masked: bool) -> None:
+            offset, found = scaled(index)
+            found = builder.select(mask, found, lowest) if masked else found
             columns, places = builder.add(column_maxima, offset), builder.add(column_places, offset)
-            for kept, kept_places, new_places in (
-                (_pointer(builder, columns), _pointer(builder, places), rows),
-                (best, best_blocks, _splat(builder, builder.trunc(index, I32), I32x16)),
-            ):
-                before = builder.load(kept, typ=F32x16, align=4)
-                places_before = builder.load(kept_places, typ=I32x16, align=4)
-                larger = builder.fcmp_ordered(">", found, before)
-                builder.store(builder.select(larger, found, before), kept, align=4)
-                builder.store(builder.select(larger, new_places, places_before), kept_places, align=4)
+            before = _load(builder, columns, 0, F32x16)
+            places_before = _load(builder, places, 0, I32x16)
+            _store(builder, builder.select(larger(found, before), found, before), columns, 0)
+            _store(builder, builder.select(larger(found, before), rows, places_before), places, 0)
+            so_far = builder.load(best)
+            builder.store(builder.select(larger(found, so_far), found, so_far), best)
 
         with cgutils.for_range(builder, last) as loop:
             take(loop.index, False)
         take(last, True)
-        highest = builder.load(best)
         reduce = _declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
-        top = builder.call(reduce, [highest])
-        lanes = ir.Constant(I32x16, list(range(LANES)))
-        indices = builder.add(
-            builder.mul(builder.load(best_blocks), ir.Constant(I32x16, [LANES] * LANES)), lanes
-        )
-        is_top = builder.fcmp_ordered("==", highest, _splat(builder, top, F32x16))
-        candidates = builder.select(is_top, indices, ir.Constant(I32x16, [0x7FFFFFFF] * LANES))
-        first = _declared(builder, "llvm.vector.reduce.smin.v16i32", I32, [I32x16])
-        builder.store(builder.call(first, [candidates]), _pointer(builder, place), align=4)
+        top = builder.call(reduce, [builder.load(best)], fastmath=("nnan",))
+
+        tops = _splat(builder, top, F32x16)
+        first = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
+
+        def find(index: Any, masked: bool) -> None:
+            equal = builder.fcmp_ordered("==", scaled(index)[1], tops)
+            equal = builder.and_(equal, mask) if masked else equal
+            bits = builder.zext(builder.bitcast(equal, I16), I32)
+            lane = builder.cttz(bits, ir.Constant(I1, 0))
+            here = builder.add(builder.mul(builder.trunc(index, I32), ir.Constant(I32, LANES)), lane)
+            some = builder.icmp_unsigned("!=", bits, ir.Constant(I32, 0))
+            builder.store(builder.select(some, here, builder.load(first)), first)
+
+        # Backwards, so that the first of equal places is what remains.
+        find(last, True)
+        with cgutils.for_range(builder, last) as loop:
+            find(builder.sub(builder.sub(last, loop.index), ir.Constant(I64, 1)), False)
+        builder.store(builder.load(first), _pointer(builder, place), align=4)
         return top
 
     kinds = [*[types.int64] * 4, types.float32, *[types.int64] * 3]

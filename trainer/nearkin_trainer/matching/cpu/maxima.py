@@ -89,10 +89,20 @@ def _room(locations: int, columns: int, rest: int) -> Sims:
 
 
 @compiled
+def _parts(total: int, size: int) -> int:
+    return (total + size - 1) // size
+
+
+@compiled
 def _even(total: int, most: int) -> int:
     """The size of as few equal parts of `total` as are no larger than `most`."""
-    parts = (total + most - 1) // most
-    return (total + parts - 1) // parts
+    return _parts(total, _parts(total, most))
+
+
+@compiled
+def _pace(size: int, steps: int) -> int:
+    """How many bytes to fetch at each step, so that it is done in all of them; a line at most."""
+    return min((size + steps - 1) // steps, LINE)
 
 
 @compiled
@@ -101,7 +111,7 @@ def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
     steps, locations = row.shape
     vectors = panel.shape[1] // LANES
     height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
-    fetched = 0
+    pace = _pace(4 * row.size, steps * _parts(locations, height) * _parts(vectors, width))
     for first in range(0, vectors, width):
         some = min(width, vectors - first)
         for q in range(0, locations, height):
@@ -116,10 +126,10 @@ def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
                 steps,
                 sims.ctypes.data + q * sims.strides[0] + first * LINE,
                 sims.strides[0],
-                ahead + fetched,
+                ahead,
+                pace,
             )
-            # Fetching once more what is already here costs nothing.
-            fetched = fetched + LINE * steps if fetched < 4 * row.size else fetched
+            ahead += pace * steps
 
 
 @compiled
@@ -142,6 +152,7 @@ def _rest_products(row: Floats, rest: Floats, sims: Floats) -> None:
                 sims.ctypes.data + r * sims.strides[0] + 4 * first,
                 sims.strides[0],
                 row.ctypes.data,
+                0,
             )
 
 
@@ -189,18 +200,20 @@ def _highest_of_rest(room: Sims, scales: Floats) -> None:
 
 @compiled
 def _write(room: Sims, maxima: Floats, where: Places, dots: Floats) -> None:
-    locations, columns = room.sims.shape
+    sims, rest, (locations, columns) = room.sims, room.rest, room.sims.shape
     probe_locations = maxima.shape[0] - locations
     for p in range(probe_locations):
-        q = room.column_places[p]
         maxima[p] = room.column_maxima[p]
-        where[p] = q
-        dots[p] = room.sims[q, p] if p < columns else room.rest[p - columns, q]
+        where[p] = room.column_places[p]
+    for p in range(min(columns, probe_locations)):
+        dots[p] = sims[np.uint32(room.column_places[p]), p]
+    for p in range(columns, probe_locations):
+        dots[p] = rest[p - columns, room.column_places[p]]
     for q in range(locations):
-        p = room.row_places[q]
+        place = np.uint32(room.row_places[q])
         maxima[probe_locations + q] = room.row_maxima[q]
-        where[probe_locations + q] = p
-        dots[probe_locations + q] = room.sims[q, p] if p < columns else room.rest[p - columns, q]
+        where[probe_locations + q] = place
+        dots[probe_locations + q] = sims[q, place] if place < columns else rest[place - columns, q]
 
 
 @strict
@@ -270,7 +283,7 @@ def _products_bf16(narrow: Bits, panel: Bits, sims: Floats, ahead: int) -> None:
     steps, locations = narrow.shape
     vectors = panel.shape[1] // LANES
     height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
-    fetched = 0
+    pace = _pace(8 * narrow.size, steps * _parts(locations, height) * _parts(vectors, width))
     for first in range(0, vectors, width):
         some = min(width, vectors - first)
         for q in range(0, locations, height):
@@ -285,9 +298,10 @@ def _products_bf16(narrow: Bits, panel: Bits, sims: Floats, ahead: int) -> None:
                 steps,
                 sims.ctypes.data + q * sims.strides[0] + first * LINE,
                 sims.strides[0],
-                ahead + fetched,
+                ahead,
+                pace,
             )
-            fetched = fetched + LINE * steps if fetched < 8 * narrow.size else fetched
+            ahead += pace * steps
 
 
 @compiled
