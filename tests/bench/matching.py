@@ -1,26 +1,31 @@
 """Sparse scores beside plain PyTorch: `python -m tests.bench.matching [--quick] [--shape N] [--peer NAME]`.
 
 Forward and backward, class gradient included; medians; both sides in this process, on the same cores.
-Memory is how far the resident set rises above the inputs; *working* leaves out what the step returns, which
-is mostly the gradient of the classes. *products*: the step's products, backward ones included, as a share of
-what this machine's bfloat16 matrix product would do in that time.
+Memory is how far the resident set rises above the inputs in the first step of a process of its own, so that
+neither side finds memory that an earlier step left it; *working* leaves out what the step returns, which is
+mostly the gradient of the classes. *forward*: the forward products as a share of what this machine's faster
+matrix product (float32 or bfloat16) would do in the time of the forward pass; *step*: those of the whole
+step, backward as products too, in the time of the step.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 from nearkin_trainer.matching import location_maxima
 from torch import Tensor
 
 from tests.bench import matching_peers as peers
+from tests.bench import resident
 
 Step = Callable[[], Tensor]
 
@@ -41,8 +46,8 @@ class Shape:
 
     @property
     def products(self) -> float:
-        """Floating-point operations of one step's products, forward and backward as matrix products."""
-        return 3 * 2.0 * self.B * (1 + self.k) * (self.H * self.W) ** 2 * self.C
+        """Floating-point operations of the forward products; as products, backward takes twice as many."""
+        return 2.0 * self.B * (1 + self.k) * (self.H * self.W) ** 2 * self.C
 
 
 SHAPES = (
@@ -50,6 +55,7 @@ SHAPES = (
     Shape(32, 256, 512, 7, 7, 10_240),
     Shape(16, 64, 128, 24, 8, 4_096),
 )
+SMALL = Shape(2, 2, 32, 3, 3, 16)
 QUICK = (Shape(4, 8, 64, 7, 7, 256), Shape(4, 8, 32, 24, 8, 128))
 OURS_PER_ROUND = 3  # ours are short
 DENSE = Shape(32, 256, 512, 7, 7, 10_240)
@@ -109,32 +115,38 @@ def steps(shape: Shape, inputs: Inputs) -> dict[str, Step]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Taken:
+    """Seconds of the forward pass, and of the whole step."""
+
     forward: float
-    seconds: float
-    peak_mib: float
-    left_mib: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MiB above the inputs: the most during a step, and what its results hold."""
+
+    peak: float
+    left: float
 
     @property
-    def working_mib(self) -> float:
-        """Of the peak, what is not the result: gone when the step is over."""
-        return self.peak_mib - self.left_mib
+    def working(self) -> float:
+        """Gone when the step is over."""
+        return self.peak - self.left
 
 
-def once(step: Step, inputs: Inputs) -> Measured:
+def once(step: Step, inputs: Inputs) -> Taken:
     """One step, from inputs without gradients."""
     inputs.clear()
     gc.collect()
-    before = _reset_peak()
     started = time.perf_counter()
     found = step()
     forward = time.perf_counter() - started
     torch.autograd.backward(found, inputs.weights)
-    total = time.perf_counter() - started
-    return Measured(forward, total, _peak() - before, _status("VmRSS") - before)
+    return Taken(forward, time.perf_counter() - started)
 
 
-def side_by_side(ours: Step, theirs: Step, inputs: Inputs, rounds: int) -> tuple[Measured, Measured]:
+def side_by_side(ours: Step, theirs: Step, inputs: Inputs, rounds: int) -> tuple[Taken, Taken]:
     """Medians of both, in turns, so that what else the machine does falls on both; a first turn warms up."""
     pairs = []
     for turn in range(rounds + (rounds > 1)):
@@ -146,13 +158,30 @@ def side_by_side(ours: Step, theirs: Step, inputs: Inputs, rounds: int) -> tuple
     return _median([one for own, _ in pairs for one in own]), _median([other for _, other in pairs])
 
 
-def _median(found: list[Measured]) -> Measured:
-    return Measured(
-        statistics.median(one.forward for one in found),
-        statistics.median(one.seconds for one in found),
-        max(one.peak_mib for one in found),
-        statistics.median(one.left_mib for one in found),
+def _median(found: list[Taken]) -> Taken:
+    return Taken(
+        statistics.median(one.forward for one in found), statistics.median(one.step for one in found)
     )
+
+
+def first_step(shape: Shape, name: str) -> Memory:
+    """In this process, which has not taken a step of that size before."""
+    once(steps(SMALL, small := Inputs.of(SMALL))[name], small)
+    small.clear()
+    inputs = Inputs.of(shape)
+    step = steps(shape, inputs)[name]
+    resident.settled()
+    before = resident.reset_peak()
+    once(step, inputs)
+    return Memory(resident.peak() - before, resident.resident() - before)
+
+
+def memory_of(shape: Shape, name: str) -> Memory:
+    """As `first_step`, in a process of its own."""
+    asked = json.dumps({"shape": asdict(shape), "name": name})
+    command = [sys.executable, "-m", "tests.bench.matching", "--memory", asked]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Memory(**json.loads(answer.splitlines()[-1]))
 
 
 def matmul_rate(dtype: torch.dtype, size: int) -> float:
@@ -164,7 +193,10 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 def run(quick: bool, only: int | None = None, against: str | None = None) -> list[dict[str, object]]:
     """Measure, print a table, and return its rows; of all shapes and peers, or of one."""
-    rate = matmul_rate(torch.bfloat16, 512 if quick else 2048)
+    rates = {dtype: matmul_rate(dtype, 512 if quick else 2048) for dtype in (torch.float32, torch.bfloat16)}
+    print(
+        ", ".join(f"{dtype}: {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()), "of matrix products"
+    )
     rows: list[dict[str, object]] = []
     for number, shape in enumerate(QUICK if quick else SHAPES):
         if only not in (None, number + 1):
@@ -180,54 +212,53 @@ def run(quick: bool, only: int | None = None, against: str | None = None) -> lis
                 continue
             ours, theirs = side_by_side(work["ours"], work[peer], inputs, count)
             targets = TARGETS[peer]
-            target = None if quick else targets[min(number, len(targets) - 1)]
-            rows.append(_row(shape, ours, peer, theirs, rate, target))
+            row = _row(shape, ours, peer, theirs, max(rates.values()))
+            row["target_ratio"] = None if quick else targets[min(number, len(targets) - 1)]
+            rows.append(row | _memory_row(memory_of(shape, "ours"), memory_of(shape, peer)))
             _print(rows[-1], first=len(rows) == 1)
     return rows
 
 
-def _row(
-    shape: Shape, ours: Measured, peer: str, theirs: Measured, rate: float, target: float | None
-) -> dict[str, object]:
+def _row(shape: Shape, ours: Taken, peer: str, theirs: Taken, rate: float) -> dict[str, object]:
     return {
         "name": "sparse scores, forward and backward",
         "shape": str(shape),
-        "ours_seconds": ours.seconds,
+        "ours_seconds": ours.step,
         "ours_forward_seconds": ours.forward,
         "peer": peer,
-        "peer_seconds": theirs.seconds,
+        "peer_seconds": theirs.step,
         "peer_forward_seconds": theirs.forward,
-        "ratio": theirs.seconds / ours.seconds,
-        "target_ratio": target,
-        "ours_extra_mib": ours.peak_mib,
-        "peer_extra_mib": theirs.peak_mib,
-        "memory_ratio": ours.peak_mib / max(theirs.peak_mib, 1e-9),
-        "ours_working_mib": ours.working_mib,
-        "peer_working_mib": theirs.working_mib,
-        "share_of_matmul_peak": shape.products / ours.seconds / rate,
-        "bf16_matmul_gflops": rate / 1e9,
+        "ratio": theirs.step / ours.step,
+        "forward_share_of_matmul": shape.products / ours.forward / rate,
+        "step_share_of_matmul": 3 * shape.products / ours.step / rate,
+        "matmul_gflops": rate / 1e9,
+    }
+
+
+def _memory_row(ours: Memory, theirs: Memory) -> dict[str, object]:
+    return {
+        "ours_extra_mib": ours.peak,
+        "peer_extra_mib": theirs.peak,
+        "memory_ratio": ours.peak / theirs.peak,
+        "ours_working_mib": ours.working,
+        "peer_working_mib": theirs.working,
     }
 
 
 def _print(row: dict[str, object], *, first: bool) -> None:
     if first:
-        print(f"bfloat16 matrix products here: {row['bf16_matmul_gflops']:.0f} GFLOP/s, {_threads()}")
         print(
             f"{'shape':34} {'peer':9} {'ours s':>8} {'peer s':>8} {'ratio':>8} {'target':>7}"
-            f" {'ours MiB':>9} {'peer MiB':>9} {'memory':>7} {'working':>12} {'products':>9}"
+            f" {'ours MiB':>9} {'peer MiB':>9} {'memory':>7} {'working':>12} {'forward':>8} {'step':>7}"
         )
     target = "" if row["target_ratio"] is None else f"{row['target_ratio']}x"
     print(
         f"{row['shape']:34} {row['peer']:9} {row['ours_seconds']:8.4f} {row['peer_seconds']:8.3f}"
         f" {row['ratio']:7.1f}x {target:>7} {row['ours_extra_mib']:9.0f} {row['peer_extra_mib']:9.0f}"
         f" {row['memory_ratio']:7.3f} {row['ours_working_mib']:5.0f}/{row['peer_working_mib']:<6.0f}"
-        f" {row['share_of_matmul_peak']:9.1%}",
+        f" {row['forward_share_of_matmul']:8.1%} {row['step_share_of_matmul']:7.1%}",
         flush=True,
     )
-
-
-def _threads() -> str:
-    return f"{torch.get_num_threads()} threads"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -236,29 +267,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _reset_peak() -> float:
-    """Start a new high-water mark; the resident set now, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.matching", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
     parser.add_argument("--shape", type=int, choices=range(1, 1 + len(SHAPES)), help="only this one")
     parser.add_argument("--peer", choices=TARGETS, help="only beside this one")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.memory:
+        asked = json.loads(given.memory)
+        print(json.dumps(asdict(first_step(Shape(**asked["shape"]), asked["name"]))))
+        return
     run(given.quick, given.shape, given.peer)
 
 

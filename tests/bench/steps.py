@@ -28,7 +28,7 @@ from nearkin_trainer.learner import Learner
 from nearkin_trainer.matching import SparseQAConv
 from nearkin_trainer.model import build_model
 
-from tests.bench.matching import _peak, _reset_peak
+from tests.bench.resident import peak, reset_peak
 
 IMAGES, NEIGHBOURS = 32, 16
 SHAPE = (16, 2, 2)
@@ -90,10 +90,10 @@ def rows_step(num_classes: int, way: Way) -> Step:
 
 def timed(step: Step, batch: Batch) -> tuple[float, float]:
     """Seconds and MiB of a step."""
-    before = _reset_peak()
+    before = reset_peak()
     started = time.process_time()
     step(batch)
-    return time.process_time() - started, _peak() - before
+    return time.process_time() - started, peak() - before
 
 
 def later_steps(make: Callable[[int], Step], many: int, rounds: int) -> list[tuple[float, float]]:
