@@ -28,6 +28,7 @@ log = logging.getLogger("nearkin.service")
 _HEALTH_NAMES = ("", wire.SERVICE_NAME)
 _BEAT_SECONDS, _DEAD_SECONDS = 1.0, 15.0
 _LAST_REPLIES_SECONDS = 2.0
+"""Of a stop that a build does not make: for whoever is being answered, and for the build to notice."""
 _MOST_STREAMS = 16_384
 """Of one connection: more than readers may wait, so that no waiting reader ever keeps a push out."""
 
@@ -172,14 +173,16 @@ class NeighbourServer:
     async def stop(self) -> None:
         """Takes nothing new, lets builds and readers finish within `drain_seconds`, then ends."""
         self._ready = False
-        core, deadline = self.core, time.monotonic() + self._config.drain_seconds
+        core, seconds = self.core, self._config.drain_seconds
+        deadline, last_replies = time.monotonic() + seconds, min(_LAST_REPLIES_SECONDS, seconds / 4)
         core.draining = True
         await self._health.enter_graceful_shutdown()
         core.catalogue.changed.fire()
         core.catalogue.events.close()
-        await _within(deadline, self._builds.idle.wait)
-        left = max(deadline - time.monotonic(), _LAST_REPLIES_SECONDS)
-        await asyncio.gather(self._server.stop(left), self._lane.close(left))
+        built = await _within(deadline - last_replies, self._builds.idle.wait)
+        left = max(deadline - time.monotonic(), 0.0)
+        too_late = () if built else (self._builds.stop(),)
+        await asyncio.gather(self._server.stop(left), self._lane.close(left), *too_late)
         await self._builds.stop()
         await _within(deadline, core.settle)
         self._beating.cancel()
@@ -192,13 +195,15 @@ class NeighbourServer:
                 listening.bulk_path(address).unlink(missing_ok=True)
 
 
-async def _within(deadline: float, wait: Callable[[], object]) -> None:
-    """Waits, but not past the deadline."""
+async def _within(deadline: float, wait: Callable[[], object]) -> bool:
+    """Waits, but not past the deadline; whether that was long enough."""
     try:
         async with asyncio.timeout(max(deadline - time.monotonic(), 0.1)):
             await wait()  # type: ignore[misc]
     except TimeoutError:
         log.warning("drain time is over; what is left goes on with the next start")
+        return False
+    return True
 
 
 def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:

@@ -121,6 +121,31 @@ def test_terminated_gently(serve: Serve, tmp_path: Path) -> None:
     assert (tmp_path / "data/runs/run/generations/2/manifest.json").exists()
 
 
+def test_a_stop_ends_in_time_whoever_hangs_on(start_service: Start) -> None:
+    """A writer that stalls and a reader that takes nothing get what time there is; what is stored stays."""
+    service = start_service(drain_seconds=2.0)
+    caller = service.caller()
+    caller.push(random_rows(1500, 4), k=1000)
+    deaf = caller.stub.ReadTable(pb.ReadTableRequest(run="run", with_scores=True))
+    next(deaf)
+    push_id = caller.begin(ROWS, 1).push.push_id
+    released = threading.Event()
+
+    def stalling() -> Any:
+        yield message(push_id, ROWS[:10], 0)
+        released.wait(30)
+
+    writing = caller.stub.WriteRows.future(stalling())
+    eventually(lambda: caller.state(push_id).rows_stored, lambda stored: stored == 10)
+    service.callers.clear()  # none of them is closed
+    service.stop()
+    released.set()
+    for call in (lambda: list(deaf), writing.result):
+        assert refusal(call).code() is grpc.StatusCode.UNAVAILABLE
+    caller.channel.close()
+    assert start_service().caller().state(push_id).rows_stored == 10
+
+
 def test_two_services_cannot_share_a_directory_or_a_socket(serve: Serve, tmp_path: Path) -> None:
     serving = serve()
     assert "in use by another nearkin-serve" in failing(tmp_path / "data", f"unix://{tmp_path}/other.sock")
