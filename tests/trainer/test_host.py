@@ -123,6 +123,17 @@ def test_rows_that_rest_longest_make_room() -> None:
     assert len(cache._uses) < 10  # notes of uses do not pile up
 
 
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_rows_may_be_asked_for_twice(size: int) -> None:
+    """As they are where several processes read the same row of a shared table."""
+    table = ClassEmbeddings(9, 2, 1, 1, "memory", host=Host(size))
+    table.remember(Rows(torch.tensor([1, 4, 6]), torch.ones(3, 2, 1, 1)), momentum=0.0)
+    ids = torch.tensor([1, 3, 6, 1, 4, 6, 8])
+    found = table._take(ids)
+    table.state_dict()
+    assert torch.equal(found, table.weight.detach()[ids])
+
+
 def test_moving_the_model_leaves_the_table_where_it_is() -> None:
     table = ClassEmbeddings(9, 4, 1, 2, host=Host(2))
     table.to(torch.float64)

@@ -124,6 +124,7 @@ class RowCache:
             room = self._make_room(len(missing))
             self._slots[missing], self._rows[room] = room.int(), missing
             self._used[room] = self._turn
+            assert torch.equal(self._slots[missing], room.int()), "a row was asked for twice"
             places = room.to(self.device)
             for table, cached in self._tables:
                 put(cached, places, take(table, missing).to(self.device))

@@ -283,13 +283,15 @@ class ClassEmbeddings(nn.Module):
             self._snapshot.keep(ids)
 
     def _take(self, ids: torch.Tensor) -> torch.Tensor:
-        """A copy of some rows, as they are stored."""
+        """A copy of some rows, as they are stored. Ids may come twice: several processes may want a row."""
         table = self._table
         if self.cache is None:
             return take(table, ids)
+        different, which = torch.unique(ids, return_inverse=True)
         found = table.new_empty(len(ids), *table.shape[1:])
-        for part, places in self._open(ids):
-            torch.index_select(table, 0, places, out=found[part])
+        for part, places in self._open(different):
+            here = torch.nonzero((which >= part.start) & (which < part.stop)).flatten()
+            put(found, here, take(table, places[which[here] - part.start]))
         return found
 
     def _fetch(self, ids: torch.Tensor) -> "tuple[torch.Tensor, Errand | None]":
