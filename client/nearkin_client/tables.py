@@ -97,10 +97,10 @@ class _Reading:
         self._request.generation = header.generation.generation
         if header.ids_path or self._must_share:
             return self._mapped(header)
-        shape = (header.row_count, header.k)
-        columns: dict[int, NDArray[Any]] = {pb.TABLE_COLUMN_IDS: np.empty(shape, "<i4")}
+        shape, memory = (header.row_count, header.k), self._wire.memory
+        columns: dict[int, NDArray[Any]] = {pb.TABLE_COLUMN_IDS: memory.empty(shape, "<i4")}
         if header.with_scores:
-            columns[pb.TABLE_COLUMN_SCORES] = np.empty(shape, "<f4")
+            columns[pb.TABLE_COLUMN_SCORES] = memory.empty(shape, "<f4")
         if header.HasField("bulk_lane"):
             lane = self._wire.lane(header.bulk_lane)
             checksums = lane.read_table(columns, header.row_start, max(self._deadline.remaining, 0.001))

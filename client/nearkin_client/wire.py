@@ -14,6 +14,7 @@ from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import Cancelled
 from nearkin_client.lane import Lane, Sockets
+from nearkin_client.memory import TableMemory
 from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
 
 Request_contra = TypeVar("Request_contra", contravariant=True)
@@ -58,6 +59,7 @@ class Wire:
         self._lock = threading.Lock()
         self._closed = False
         self._lane_sockets = Sockets()
+        self.memory = TableMemory()
         self._channel = endpoint.open_channel()
         self._bulk_channel: grpc.Channel | None = None
         self._stub = NeighbourServiceStub(self._channel)
