@@ -25,6 +25,7 @@ from nearkin_service.engines.contract import (
 )
 from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
 from nearkin_service.metrics import Metrics
+from nearkin_service.operations.pacing import Pacing
 from nearkin_service.store import DataDirectory, PushFiles
 
 log = logging.getLogger("nearkin.service")
@@ -73,6 +74,7 @@ class Core:
         self.require_engine(config.engine)
         self.catalogue = Catalogue()
         self.metrics = Metrics()
+        self.pacing = Pacing()
         self.files: dict[str, PushFiles] = {}
         self.draining = False
         self._io = ThreadPoolExecutor(config.io_threads, "nearkin-io")

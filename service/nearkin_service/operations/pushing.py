@@ -240,6 +240,7 @@ class Pushing:
 
     async def _stored(self, push: Push, rows: RowRange) -> PushView:
         self._core.metrics.push_bytes.inc(len(rows) * push.spec.row_bytes)
+        self._core.pacing.rows_arrived(len(rows) * push.spec.row_bytes)
         self._announce(push)
         await self._commit_if_complete(push)
         return push.view()

@@ -76,6 +76,7 @@ class TableMethods:
         yield bulk.encode_table_message(_header(generation, request))
         for column, blocks in zip(_COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
+                await self._core.pacing.turn(len(piece) * generation.spec.k * 4)
                 data = await self._core.io(_encoded, blocks, piece, column)
                 self._core.metrics.table_bytes.inc(len(data))
                 yield data

@@ -47,7 +47,7 @@ class BulkLane:
         self._idle_seconds = core.config.limits.max_stream_idle_seconds
         most = core.config.limits.max_message_bytes
         self._rows = RowsReceiver(pushing, asyncio.get_running_loop(), most)
-        self._tables = TableSender(reading, core.metrics)
+        self._tables = TableSender(core, reading)
         self._tickets = Tickets()
         self._listeners: list[socket.socket] = []
         self._doors: list[pb.BulkDoor] = []

@@ -8,8 +8,7 @@ import socket
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 
-from nearkin_service.metrics import Metrics
-from nearkin_service.operations import Reading, TableBlocks
+from nearkin_service.operations import Core, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
 from nearkin_service.wire.lane.tickets import TableGrant
 
@@ -19,9 +18,10 @@ _COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 class TableSender:
     """Runs on a connection's own thread: a slow reader holds up nobody else."""
 
-    def __init__(self, reading: Reading, metrics: Metrics) -> None:
+    def __init__(self, core: Core, reading: Reading) -> None:
         self._reading = reading
-        self._metrics = metrics
+        self._metrics = core.metrics
+        self._pacing = core.pacing
 
     def send(self, connection: socket.socket, grant: TableGrant) -> None:
         """Every block. NotFoundError: the generation was just removed; then nothing was sent.
@@ -48,6 +48,7 @@ class TableSender:
             block = blocks.block(piece)
             nbytes = block.payload.nbytes
             described = bulk.TableBlock(column, piece.start, len(piece), block.crc, memoryview(b""))
+            self._pacing.wait(nbytes)
             frames.send_head(connection, bulk.table_block_head(described, nbytes), nbytes)
             _send_file(connection, descriptor, piece.start * (nbytes // len(piece)), nbytes)
             self._metrics.table_bytes.inc(nbytes)

@@ -1,0 +1,112 @@
+"""Readers of tables give way while rows arrive, and get on all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from nearkin_client import NeighbourClient
+from nearkin_service.operations import pacing
+from nearkin_service.operations.pacing import LEAST_BYTES_PER_SECOND, RECENT_SECONDS, SHARE, Pacing
+
+from tests.service.conftest import Caller, Service, random_rows
+
+MIB = 1 << 20
+
+
+class Clock:
+    """Time that passes only while somebody sleeps, or when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(pacing, "time", self)
+        monkeypatch.setattr(asyncio, "sleep", self._async_sleep)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    async def _async_sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture(params=["thread", "event loop"])
+def wait(request: pytest.FixtureRequest) -> Callable[[Pacing, int], None]:
+    if request.param == "thread":
+        return Pacing.wait
+    return lambda paced, nbytes: asyncio.run(paced.turn(nbytes))
+
+
+def test_nobody_waits_where_no_rows_arrive(clock: Clock, wait: Callable[[Pacing, int], None]) -> None:
+    paced = Pacing()
+    for _ in range(1000):
+        wait(paced, 2 * MIB)
+    assert clock.now == 1000.0
+
+
+def test_a_quiet_push_lets_readers_get_on(clock: Clock, wait: Callable[[Pacing, int], None]) -> None:
+    paced = Pacing()
+    paced.rows_arrived(1)
+    for _ in range(int(RECENT_SECONDS * LEAST_BYTES_PER_SECOND / MIB) - 1):
+        wait(paced, MIB)
+    assert clock.now < 1000.0 + RECENT_SECONDS + 0.1
+    clock.sleep(RECENT_SECONDS)
+    later = clock.now
+    for _ in range(1000):
+        wait(paced, 2 * MIB)
+    assert clock.now == later, "no rows arrive any more"
+
+
+def test_tables_get_their_share_of_a_fast_push(clock: Clock) -> None:
+    paced, sent, pushed = Pacing(), 0, 0
+    paced.rows_arrived(0)
+    start = clock.now
+    while clock.now < start + 10:
+        paced.rows_arrived(20 * MIB)
+        pushed += 20 * MIB
+        clock.sleep(0.01)
+        while paced._may_go(2 * MIB):
+            sent += 2 * MIB
+    allowed = pushed * SHARE + 10 * LEAST_BYTES_PER_SECOND
+    assert 0.5 * allowed < sent <= 1.1 * allowed
+
+
+def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Caller) -> None:
+    caller.push(random_rows(1000, 4), k=500)
+    rows, done = random_rows(64, 1 << 15), threading.Event()
+
+    def push_on() -> None:
+        with NeighbourClient(caller.address, run="beside", shared_memory=False) as client:
+            epoch = 0
+            while not done.is_set():
+                client.abort(client.push(rows, epoch=epoch, k=4, commit=False))
+                epoch += 1
+
+    def read(_: int) -> bytes:
+        with NeighbourClient(caller.address, run="run", shared_memory=False) as client:
+            table = client.table(generation=1)
+            assert table.scores is not None
+            return table.ids.tobytes() + table.scores.tobytes()
+
+    pusher = threading.Thread(target=push_on)
+    pusher.start()
+    try:
+        with ThreadPoolExecutor(12) as readers:
+            found = set(readers.map(read, range(24)))
+    finally:
+        done.set()
+        pusher.join()
+    expected = caller.table()
+    assert expected.scores is not None
+    assert found == {np.asarray(expected.ids).tobytes() + np.asarray(expected.scores).tobytes()}
