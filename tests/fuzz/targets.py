@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 import crc32c
 from google.protobuf.message import DecodeError
-from nearkin.v1 import bulk
+from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.catalogue import Catalogue
 from nearkin_service.errors import DataLossError, NearkinError
@@ -97,6 +98,38 @@ def table_message(data: bytes) -> None:
     )
 
 
+def lane_frames(data: bytes) -> None:
+    """Messages on a socket are what was sent, and nothing but Malformed or Ended comes of anything else."""
+    ours, theirs = socket.socketpair()
+    taken = bytearray()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        with suppress(frames.Malformed, frames.Ended):
+            while (message := frames.receive(ours, 1024)) is not None:
+                assert len(message) <= 1024
+                taken += frames.prefix(len(message)) + message
+            assert len(taken) <= len(data), "all of it was read"
+    shortest = len(taken) == len(data)
+    assert not shortest or taken == data
+
+
+def lane_block(data: bytes) -> None:
+    """The head of a block that is taken is one that the generated class takes, with the same in it."""
+    try:
+        block, head = bulk.split_table_block(memoryview(data[: bulk.MOST_BLOCK_HEAD]), len(data))
+    except DecodeError:
+        return
+    expected = pb.ReadTableResponse.FromString(data).block
+    assert (block.column & 0x7F, block.row_start, block.row_count, block.crc32c) == (
+        expected.column & 0x7F,
+        expected.row_start,
+        expected.row_count,
+        expected.crc32c,
+    )
+    assert data[head:] == expected.payload
+
+
 def journal_file(data: bytes) -> None:
     """A journal is read up to its first damaged record. The first bit of a record's tag makes it sound."""
     with _file(_sound_records(data)) as path:
@@ -153,7 +186,16 @@ def snapshot(data: bytes) -> None:
 
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     each.__name__: each
-    for each in (write_rows, table_message, journal_file, document, data_directory, snapshot)
+    for each in (
+        write_rows,
+        table_message,
+        lane_frames,
+        lane_block,
+        journal_file,
+        document,
+        data_directory,
+        snapshot,
+    )
 }
 
 
