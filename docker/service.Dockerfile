@@ -25,11 +25,11 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp
 ENV PATH=/opt/nearkin/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER nearkin
 VOLUME /data
-EXPOSE 50051 9100
+EXPOSE 50051 50052 9100
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["nearkin-serve"]
 # Inside its container the service listens on every address; who reaches it is decided by what is published.
-CMD ["--listen", "0.0.0.0:50051", "--insecure", "--listen", "unix:///run/nearkin/nearkin.sock", \
+CMD ["--listen", "0.0.0.0:50051", "--bulk-port", "50052", "--insecure", "--listen", "unix:///run/nearkin/nearkin.sock", \
      "--http", "0.0.0.0:9100", "--data-dir", "/data"]
 
 FROM runtime AS gpu
