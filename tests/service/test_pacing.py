@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(pacing, "time", self)
-        monkeypatch.setattr(asyncio, "sleep", self._async_sleep)
+        monkeypatch.setattr(pacing, "asyncio", SimpleNamespace(sleep=self._async_sleep, Lock=asyncio.Lock))
 
     def monotonic(self) -> float:
         return self.now

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,8 @@ from nearkin_service.values import BuildProgress, EmbeddingsState, Generation, P
 log = logging.getLogger("nearkin.build")
 
 _KEPT_OUTCOMES = 16
+_NICENESS = 5
+"""Of builds: about a third of a core that others want as well, and all of one that nobody wants."""
 
 
 class _Monitor:
@@ -65,6 +69,12 @@ class _Monitor:
         return time.monotonic() - self._began
 
 
+def _give_way() -> None:
+    """Of the calling thread and those it will start: where cores are short, arriving rows come first."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 def _why(error: Exception) -> str:
     """What a caller is told of a build that broke."""
     if isinstance(error, DataLossError):
@@ -85,7 +95,7 @@ class Builds:
         self._queued = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = ThreadPoolExecutor(1, "nearkin-build")
+        self._thread = ThreadPoolExecutor(1, "nearkin-build", initializer=_give_way)
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
