@@ -12,20 +12,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from numpy.typing import NDArray
 
+from tests.badline import BadLine, bad_line
 from tests.service.conftest import Caller, Table, code_of
 
 T = TypeVar("T")
 START_SECONDS = 60.0
+FAR_PORT = 50051
 GAP = 1e-6
 """Neighbours whose float64 scores are closer than this may stand in either order."""
 PASSING = frozenset(
@@ -87,6 +91,25 @@ class Process:
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+
+@contextmanager
+def far_service(
+    folder: Path, loss: float, delay_ms: float, jitter_ms: float
+) -> Iterator[tuple[Process, BadLine]]:
+    """A service at the other end of a bad line. Skips where there can be none."""
+    try:
+        with bad_line(loss, delay_ms, jitter_ms) as line:
+            listen = ("--listen", f"{line.host}:{FAR_PORT}", "--insecure")
+            process = Process(folder, *listen, prefix=("ip", "netns", "exec", line.namespace))
+            assert process.start(), process.log.read_text()
+            try:
+                yield process, line
+            finally:
+                if process.running:
+                    process.kill()
+    except PermissionError as error:
+        pytest.skip(f"no network namespaces and TUN devices here: {error}")
 
 
 @dataclass(frozen=True)

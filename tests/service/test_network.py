@@ -12,8 +12,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,35 +27,15 @@ from nearkin_client import (
 )
 from nearkin_client.patience import Patience
 
-from tests.badline import BadLine, bad_line
+from tests.badline import BadLine
 from tests.service.conftest import Table
-from tests.service.faulting import Process, Story, Tally, litter
+from tests.service.faulting import FAR_PORT, Story, Tally, far_service, litter
 
 SECONDS = float(os.environ.get("NEARKIN_NETWORK_SECONDS", "240"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
-PORT = 50051
 LAST_EPOCH = 10_000
 """Pushed once the others are at their end."""
 PATIENT = Patience(call=600, table=600, push=600, outage=600)
-
-
-@contextmanager
-def far_service(
-    folder: Path, loss: float, delay_ms: float, jitter_ms: float
-) -> Iterator[tuple[Process, BadLine]]:
-    """A service at the other end of a bad line. Skips where there can be none."""
-    try:
-        with bad_line(loss, delay_ms, jitter_ms) as line:
-            listen = ("--listen", f"{line.host}:{PORT}", "--insecure")
-            process = Process(folder, *listen, prefix=("ip", "netns", "exec", line.namespace))
-            assert process.start(), process.log.read_text()
-            try:
-                yield process, line
-            finally:
-                if process.running:
-                    process.kill()
-    except PermissionError as error:
-        pytest.skip(f"no network namespaces and TUN devices here: {error}")
 
 
 class Callers:
@@ -147,7 +127,7 @@ def soak(folder: Path, story: Story, seconds: float, *, deaths: bool) -> None:
     chance = random.Random(story.seed)
     changes = dict.fromkeys(("cut", "loss", "delay", "fair", "death"), 0)
     with far_service(folder, 0.02, 20, 10) as (process, line):
-        callers = Callers(f"{line.host}:{PORT}", story)
+        callers = Callers(f"{line.host}:{FAR_PORT}", story)
         for thread in callers.threads:
             thread.start()
         end = time.monotonic() + seconds

@@ -260,6 +260,22 @@ def test_damaged_embeddings_cost_the_queries_not_the_table(
     assert caller.generation().embeddings == pb.EMBEDDINGS_STATE_LOST
 
 
+def test_files_cut_short_under_a_running_service_are_data_loss(start_service: Start, tmp_path: Path) -> None:
+    caller = start_service().caller()
+    for epoch in range(2):
+        caller.push(ROWS + epoch, epoch)
+    for name in ("ids.bin", "rows.bin"):
+        cut(tmp_path / "data/runs/run/generations/1" / name)
+    compare = pb.CompareGenerationsRequest(run="run", generation=2, base_generation=1)
+    for call in (
+        lambda: caller.table(generation=1),
+        lambda: caller.nearest([1], generation=1),
+        lambda: caller.stub.CompareGenerations(compare, timeout=30),
+    ):
+        assert refusal(call).code() is grpc.StatusCode.DATA_LOSS
+    np.testing.assert_array_equal(caller.table(generation=2).ids, brute_force(ROWS + 1, 5))
+
+
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink], ids=["flip", "cut", "unlink"])
 def test_a_damaged_note_on_the_embeddings_costs_nothing(
     start_service: Start, tmp_path: Path, damage: Callable[[Path], None]

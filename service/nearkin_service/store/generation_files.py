@@ -37,7 +37,7 @@ from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
-from nearkin_service.store.rows import RowsFile, as_bytes
+from nearkin_service.store.rows import RowsFile, as_bytes, mapped
 from nearkin_service.store.spares import Spares
 from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec
 
@@ -315,7 +315,7 @@ def open_rows(directory: Path, generation: Generation) -> RowsFile:
 
 
 def map_column(directory: Path, generation: Generation, name: str) -> NDArray[Any]:
-    """[N, k] of `ids.bin` (int32) or `scores.bin` (float32), mapped read-only."""
+    """[N, k] of `ids.bin` (int32) or `scores.bin` (float32), mapped read-only. DataLossError: cut short."""
     dtype = "<i4" if name == IDS else "<f4"
     shape = (generation.spec.num_classes, generation.spec.k)
-    return np.memmap(directory / name, dtype, mode="r", shape=shape)
+    return mapped(directory / name, dtype, shape)

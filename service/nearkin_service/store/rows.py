@@ -189,15 +189,23 @@ class RowsFile:
             return False
 
     def map(self) -> NDArray[Any]:
-        """[N, R], mapped read-only."""
+        """[N, R], mapped read-only. DataLossError: the file is cut short."""
         shape = (self._spec.num_classes, self._spec.row_elements)
-        return np.memmap(self.path, self._spec.numpy_dtype, mode="r", shape=shape)
+        return mapped(self.path, self._spec.numpy_dtype, shape)
 
     def flush(self) -> None:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def mapped(path: Path, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
+    """A file as an array, mapped read-only. DataLossError: it is shorter than that."""
+    try:
+        return np.memmap(path, dtype, mode="r", shape=shape)
+    except ValueError as error:
+        raise DataLossError(f"{path.name} was cut short while the service ran") from error
 
 
 def disk_error(error: OSError) -> Exception:
