@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from nearkin_trainer.matching.cpu.gradients import Given, Links, Wanted, backward, finish
+from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
 from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, HAS_BF16, LANES, PROCESSOR
 from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare, prepare_bf16
 from nearkin_trainer.matching.cpu.maxima import Found, forward, forward_bf16
@@ -195,17 +195,9 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
     threads = len(plan.cuts)
     sums = (np.empty if threads else np.zeros)((max(threads, 1), *step.probes.units.shape), np.float32)
 
-    where = step.given.where
-    links = Links(
-        np.empty_like(where),
-        np.empty_like(where),
-        np.empty(where.shape, np.float32),
-        np.empty(len(where), np.int32),
-    )
-
     def work(thread: int, first: int, last: int) -> None:
         wanted = Wanted(sums[thread], row_gradients.numpy(), visibility.numpy())
-        backward(first, last, table, plan.pairs, step.probes, step.given, links, wanted)
+        backward(first, last, table, plan.pairs, step.probes, step.given, wanted)
 
     plan.classes(work)
     return sums, row_gradients, visibility

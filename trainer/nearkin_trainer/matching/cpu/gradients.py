@@ -52,7 +52,7 @@ class Wanted(NamedTuple):
 
 
 class Links(NamedTuple):
-    """Pairs of locations with a gradient, of each pair of maps: places and weights [B · M, P + Q], counts."""
+    """Pairs of locations with a gradient, of each pair of maps of one class: places and weights, counts."""
 
     ps: Places
     qs: Places
@@ -77,11 +77,23 @@ def _along(pairs: Ids, given: Given, lengths: Floats, visibility: Floats) -> Non
 
 
 @compiled
-def _link(pair: int, given: Given, locations: int, links: Links) -> None:
+def _room(pairs: Pairs, first: int, last: int, places: int) -> Links:
+    most = 0
+    for u in pairs.visits[first:last]:
+        most = max(most, pairs.starts[u + 1] - pairs.starts[u])
+    return Links(
+        np.empty((most, places), np.int16),
+        np.empty((most, places), np.int16),
+        np.empty((most, places), np.float32),
+        np.empty(most, np.int32),
+    )
+
+
+@compiled
+def _link(weights: Floats, where: Places, locations: int, links: Links, slot: int) -> None:
     """List the pairs of locations that a pair of maps passes gradients through."""
-    weights, where = given.weights[pair], given.where[pair]
     probe_locations = where.shape[0] - locations
-    ps, qs, sums = links.ps[pair], links.qs[pair], links.weights[pair]
+    ps, qs, sums = links.ps[slot], links.qs[slot], links.weights[slot]
     for p in range(probe_locations):
         ps[p], qs[p], sums[p] = p, where[p], weights[p]
     count = probe_locations
@@ -93,18 +105,18 @@ def _link(pair: int, given: Given, locations: int, links: Links) -> None:
         else:
             ps[count], qs[count], sums[count] = p, q, weights[probe_locations + q]
             count += 1
-    links.counts[pair] = count
+    links.counts[slot] = count
 
 
 @compiled
 def _exchanged(
-    pair: int, links: Links, units: Floats, unit_gradients: Floats, tall: Floats, gradients: Floats
+    slot: int, links: Links, units: Floats, unit_gradients: Floats, tall: Floats, gradients: Floats
 ) -> None:
     """Add the gradients of a pair's links, in 32 channels: units [P, 32], tall and gradients [Q, 32]."""
-    ps, qs, weights = links.ps[pair], links.qs[pair], links.weights[pair]
+    ps, qs, weights = links.ps[slot], links.qs[slot], links.weights[slot]
     unit, unit_gradient = units.ctypes.data, unit_gradients.ctypes.data
     location, gradient = tall.ctypes.data, gradients.ctypes.data
-    for link in range(links.counts[pair]):
+    for link in range(links.counts[slot]):
         p, q = ps[link] * 4 * BLOCK, qs[link] * 4 * BLOCK
         exchange(weights[link], unit + p, location + q, unit_gradient + p, gradient + q)
 
@@ -169,7 +181,6 @@ def backward(
     pairs: Pairs,
     probes: Probes,
     given: Given,
-    links: Links,
     wanted: Wanted,
 ) -> None:
     """Gradients for the classes visits[first:last]."""
@@ -177,6 +188,7 @@ def backward(
     count, batch, probe_locations = probes.units.shape[:3]
     tall, gradients = np.empty((locations, BLOCK), np.float32), np.empty((locations, BLOCK), np.float32)
     parallels, done = np.empty(locations, np.float32), np.empty((BLOCK, locations), np.float32)
+    links = _room(pairs, first, last, given.where.shape[1])
     rows = wanted.rows.shape[0] > 0
     span = max(CACHED // (2 * 4 * BLOCK * batch * probe_locations), 1)
     wanted.units[:] = 0
@@ -185,9 +197,8 @@ def backward(
             u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
             row, scales = table.maps[pairs.ids[u]], given.scales[u]
             mine = pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]
-            if start == 0:
-                for pair in mine:
-                    _link(pair, given, locations, links)
+            for slot in range(mine.shape[0]):
+                _link(given.weights[mine[slot]], given.where[mine[slot]], locations, links, slot)
             if rows:
                 if start == 0:
                     _along(mine, given, given.lengths[u], wanted.visibility[u])
@@ -196,9 +207,9 @@ def backward(
                 _fetch_block(table.maps[pairs.ids[following]], block)
                 block_of(row, block, scales, tall)
                 gradients[:] = 0
-                for pair in mine:
-                    b = pair // pairs.candidates
-                    _exchanged(pair, links, probes.units[block, b], wanted.units[block, b], tall, gradients)
+                for slot in range(mine.shape[0]):
+                    b = mine[slot] // pairs.candidates
+                    _exchanged(slot, links, probes.units[block, b], wanted.units[block, b], tall, gradients)
                 if rows:
                     c = block * BLOCK
                     some = done[: min(BLOCK, channels - c)]
