@@ -5,9 +5,9 @@
 - its packages are installed (`nearkin-service[mixed]`) and the processor has bfloat16
   instructions, as those had on which it was measured;
 - the device is the CPU;
-- at least `LEAST_CLASSES` classes: below, starting its threads costs more than it saves;
-- k is at most a quarter of the classes: above, the k-th neighbour's similarity is near or below zero, where
-  its sieve does not work, and little is left to leave out.
+- there are few enough classes to compute all products at once, or k is at most a quarter of them: above, the
+  k-th neighbour's similarity is near or below zero, where its sieve does not work, and little is left to
+  leave out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
-LEAST_CLASSES = 1000
+AT_ONCE = 2048
+"""Classes up to which `mixed` computes all products at once."""
 _PACKAGES = ("torch", "numba")
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
@@ -47,9 +48,7 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         return "flat", f"auto, since {lacking}"
     if device != "cpu":
         return "flat", f"auto, since FAISS searches on {device}"
-    if job.classes < LEAST_CLASSES:
-        return "flat", f"auto, since there are fewer than {LEAST_CLASSES} classes"
-    if 4 * job.k > job.classes:
+    if job.classes > AT_ONCE and 4 * job.k > job.classes:
         return "flat", "auto, since k is more than a quarter of the classes"
     return "mixed", "auto, since it computes each product once"
 

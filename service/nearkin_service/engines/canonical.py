@@ -31,6 +31,11 @@ def in_steps(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.rint(np.clip(scores, -1.0, 1.0) * STEPS).astype(np.int64)
 
 
+def doubtful_distance(terms: int) -> float:
+    """How far from half a step a float64 product that saw so many roundings must be to be rounded safely."""
+    return 1.01 * (terms + 2) * 2.0**-53 * STEPS
+
+
 def settle_doubt(
     products_P: NDArray[np.float64],
     terms: int,
@@ -44,9 +49,8 @@ def settle_doubt(
     without error.
     """
     steps_P = in_steps(products_P)
-    doubt = 1.01 * (terms + 2) * 2.0**-53 * STEPS
     distance_P = np.abs(np.clip(products_P, -1.0, 1.0) * STEPS - steps_P)
-    for pair in np.flatnonzero(distance_P > 0.5 - doubt):
+    for pair in np.flatnonzero(distance_P > 0.5 - doubtful_distance(terms)):
         keys = first[0][first[1][pair]], second[0][second[1][pair]]
         exact = math.fsum(np.multiply(*keys, dtype=np.float64).tolist())
         steps_P[pair] = in_steps(np.asarray(exact))

@@ -21,6 +21,7 @@ from nearkin_service.engines.workers import in_threads
 
 _BLOCK_ELEMENTS = 1 << 16  # half a MiB in float64: stays in a core's own cache
 _SUMMED = 4096
+_ALONE = 1 << 18  # elements: so few are done before other threads are awake
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class KeyedRows:
         bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
         if len(bad):
             raise ValueError(f"{what} {names[bad[0]]}: {self._fault(float(norms[bad[0]]))}")
-        np.divide(values, norms[:, None], out=keys_BD, casting="same_kind")
+        values *= (1 / norms)[:, None]
+        keys_BD[:] = values
 
     def _fault(self, norm: float) -> str:
         if norm != 0:
@@ -104,5 +106,9 @@ def fill_keys(
         block_BR = source.rows[start : start + step] if whole else source.rows[ids]
         source.write_keys(keys_MD[start : start + len(ids)], block_BR, ids, "class")
 
-    in_threads(fill, range(0, len(present), step), lambda done: pace.done(done * step))
+    if keys_MD.size <= _ALONE:
+        for start in range(0, len(present), step):
+            fill(start)
+    else:
+        in_threads(fill, range(0, len(present), step), lambda done: pace.done(done * step))
     pace.done(len(present))

@@ -66,11 +66,16 @@ def test_progress_rises_to_the_total(engine: str) -> None:
     assert {total for _, _, total in monitor.told} == {3000}
 
 
-def test_auto_says_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("classes", "k"), [(20, 3), (20, 19), (2100, 20), (2100, 600)])
+def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "nearkin.engines"):
-        table = build(np.eye(20, dtype=np.float32), 3, "auto")
-    assert table.engine == "flat"
-    assert "fewer than" in caplog.text or "not installed" in caplog.text or "none of" in caplog.text
+        table = build(np.random.default_rng(0).standard_normal((classes, 8), dtype=np.float32), k, "auto")
+    if auto.mixed_lacks():
+        assert table.engine == "flat"
+        assert "not installed" in caplog.text or "none of" in caplog.text
+    else:
+        assert table.engine == ("flat" if k == 600 else "mixed")
+        assert "each product once" in caplog.text or "more than a quarter" in caplog.text
 
 
 def test_auto_without_the_extra_is_flat_and_says_so(

@@ -30,18 +30,19 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
 
 @needs_mixed
 @pytest.mark.parametrize(
-    ("products", "places"),
-    [("bfloat16", 1 << 25), ("float32", 1 << 25), ("bfloat16", 1)],
-    ids=["bfloat16", "float32", "narrow sieves"],
+    ("products", "places", "direct"),
+    [("bfloat16", 1 << 25, 0), ("float32", 1 << 25, 0), ("bfloat16", 1, 0), ("float32", 1, 5000)],
+    ids=["bfloat16", "float32", "narrow sieves", "at once"],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_engines_agree_bit_for_bit(
-    name: str, products: str, places: int, monkeypatch: pytest.MonkeyPatch
+    name: str, products: str, places: int, direct: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever products a processor is quickest at, and where sieves overflow, as among many classes."""
+    """Whichever products are quickest here, where sieves overflow as among many classes, and all at once."""
     scan = importlib.import_module("nearkin_service.engines.mixed.scan")
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
+    monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", direct)
     rows, k = CASES[name](np.random.default_rng(12))
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)
@@ -89,10 +90,18 @@ def test_small_integers_tie_in_every_way(data: Any) -> None:
     assert_agrees(build(rows, k, "flat", absent=absent), true_scores(rows, absent))
 
 
+@pytest.fixture(scope="module", params=["at once", "scanned"])
+def small_tables(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "scanned":
+            patch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", 0)
+        yield request.param
+
+
 @needs_mixed
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_mixed_on_any_shape(data: Any) -> None:
+def test_mixed_on_any_shape(small_tables: str, data: Any) -> None:
     count = data.draw(st.integers(2, 700))
     size = data.draw(st.integers(1, 90))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))

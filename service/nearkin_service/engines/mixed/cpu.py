@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from functools import cache
-from importlib import metadata
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service.engines.auto import AT_ONCE
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
-from nearkin_service.engines.devices import faiss_version
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
 from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.mixed.direct import build_direct
 from nearkin_service.engines.mixed.rerank import Reranking
 from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
+from nearkin_service.engines.mixed.versions import versions
 
 _SIEVE_PLACES = 1 << 25
 _SECOND_BLOCK = 256
 
 
 def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
-    """The exact neighbour table, by a certified bfloat16 pass."""
+    """The exact neighbour table: of few classes at once, of more by a certified pass that is quick."""
+    if len(source.rows) <= AT_ONCE:
+        return build_direct(source, k, monitor)
     began = time.monotonic()
     index = filled_index(source, "cpu", monitor)
     keyed = time.monotonic()
     ranks_Mk, redone, seconds = mixed_self_join(index, k, monitor)
     ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
     return BuiltTable(
-        ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, _versions()
+        ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
     )
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in ("torch", "numba")}
-    return {"faiss": faiss_version(), "numpy": np.__version__, **found}
 
 
 def mixed_self_join(

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit, uint32
 from numpy.typing import NDArray
 
-from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit
+from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit, reaching
 
 log = logging.getLogger("nearkin.engines")
 
@@ -28,6 +28,7 @@ CLOSED = np.int16(32767)
 VACANT = np.int16(-32768)
 UNKNOWN = np.int32(-(2**31))
 """In place of a pair's exact score in steps of 2**-24."""
+_STEP = 2.0**-22  # more than one step of a score, and than rounding it to float32
 _ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
 
 
@@ -370,3 +371,100 @@ def best_known(span: Any, sieve: Any, exact_MW: Any, best_Gk: Any) -> None:
         found[:known].sort()
         kept = min(k, known)
         best_Gk[row - span[0], :kept] = found[:kept]
+
+
+@_compiled
+def count_reaching(values: Any, least: Any) -> Any:
+    """How many float32 are `least` or more; their number is a multiple of 32."""
+    count, address = 0, values.ctypes.data
+    for place in range(0, values.shape[0], WIDTH):
+        count += count_bits(reaching(address + 4 * place, least))
+    return count
+
+
+@_compiled
+def threshold(values: Any, k: Any, guess: Any) -> Any:
+    """A float32 that at least k of the values reach, and hardly more if they differ; they are above -2.5."""
+    low, high = np.float32(-2.5), np.float32(1.5)
+    middle, enough, step = guess, k + k // 8 + 4, np.float32(1 / 64)
+    for _ in range(40):
+        count = count_reaching(values, middle)
+        if count < k:
+            high = middle
+            middle = max(low + (high - low) / np.float32(2), high - step)
+        else:
+            low = middle
+            if count <= enough:
+                break
+            middle = min(low + (high - low) / np.float32(2), low + step)
+        if low > np.float32(-2.5) and high < np.float32(1.5):
+            middle = low + (high - low) / np.float32(2)
+        else:
+            step *= np.float32(4)
+        if middle <= low or middle >= high:
+            break
+    return low
+
+
+@_compiled
+def collect(values: Any, least: Any, places: Any) -> Any:
+    """Write down where values are `least` or more, ascending; returns how many."""
+    found = 0
+    for start in range(0, values.shape[0], WIDTH):
+        mask = reaching(values.ctypes.data + 4 * start, least)
+        while mask != 0:
+            places[found] = start + first_bit(mask)
+            found += 1
+            mask = mask & (mask - uint32(1))
+    return found
+
+
+@_compiled
+def rank_in_order(exact: Any, places: Any, sure: Any, ranks: Any) -> Any:
+    """Ranks of some scores, ascending; returns whether all are less than `sure` from a whole step."""
+    certain = True
+    for candidate in range(places.shape[0]):
+        in_steps = min(1.0, max(-1.0, exact[candidate])) * 16777216.0
+        steps = np.rint(in_steps)
+        certain = certain and abs(in_steps - steps) <= sure
+        ranks[candidate] = (-np.int64(steps) << 32) | np.int64(places[candidate])
+    ranks[: places.shape[0]].sort()
+    return certain
+
+
+@_compiled
+def best_of_products(span: Any, from_products: Any, keys_MD: Any, table: Any, doubtful: Any) -> None:
+    """Fill in the table's rows of a span of keys from their products with all keys.
+
+    `from_products` is the products [M, M], by how much they can be off (0: they are float64, and scores
+    themselves), and how far from a whole step a score can be rounded safely: a row with one beyond is
+    doubtful. `table` is the class of each key, ids [N, k] and scores [N, k].
+    """
+    products_MM, error, sure = from_products
+    present, ids, scores = table
+    count, k = products_MM.shape[0], ids.shape[1]
+    places, ranks = np.empty(count, np.int32), np.empty(count, np.int64)
+    values = np.full((count + WIDTH - 1) // WIDTH * WIDTH, np.float32(-4))
+    query, exact, guess = np.empty(keys_MD.shape[1]), np.empty(count), np.float32(0.5)
+    for row in range(span[0], span[1]):
+        for place in range(count):
+            values[place] = products_MM[row, place]
+        values[row] = -4
+        least = np.float32(-2)
+        if k < count - 1:  # a step less, since scores tie once they are rounded and clipped
+            guess = threshold(values, k, guess)
+            least = np.float32(max(-2.0, min(guess, 1.0) - 2 * error - _STEP))
+        found = collect(values, least, places)
+        if error > 0:
+            query[:] = keys_MD[row]
+            exact[:found] = 0.0
+            add_products(query, keys_MD, places[:found], 0, exact[:found])
+        else:
+            for candidate in range(found):
+                exact[candidate] = products_MM[row, places[candidate]]
+        if not rank_in_order(exact, places[:found], sure, ranks):
+            doubtful[row] = True
+        own = present[row]
+        for place in range(min(k, found)):
+            ids[own, place] = present[ranks[place] & 0xFFFFFFFF]
+            scores[own, place] = -(ranks[place] >> 32) / 16777216.0

@@ -1,4 +1,4 @@
-"""Four vector instructions for numba, in portable LLVM: compare 32 int16, count bits, find a bit."""
+"""Five vector instructions for numba, in portable LLVM: compare 32 numbers, count bits, find a bit."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def _intrinsic(function: Callable[..., Any]) -> Any:
 
 
 _VECTOR = ir.VectorType(ir.IntType(16), WIDTH)
+_FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 _MASK = ir.IntType(WIDTH)
 
 
@@ -48,6 +49,21 @@ def above_each(typing: Any, address: Any, limits_address: Any) -> Any:
         return builder.bitcast(builder.icmp_signed(">", values, limits), _MASK)
 
     return types.uint32(types.intp, types.intp), generate
+
+
+@_intrinsic
+def reaching(typing: Any, address: Any, least: Any) -> Any:
+    """Bit b of the result: the b-th of 32 float32 from `address` on is `least` or more."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        values = builder.load(pointer, typ=_FLOATS, align=4)
+        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), arguments[1], ir.IntType(32)(0))
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+        leasts = builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), everywhere)
+        return builder.bitcast(builder.fcmp_ordered(">=", values, leasts), _MASK)
+
+    return types.uint32(types.intp, types.float32), generate
 
 
 @_intrinsic

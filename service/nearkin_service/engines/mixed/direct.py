@@ -1,0 +1,121 @@
+"""Small tables: all products at once, and of each row those that can be among its k best, in order.
+
+Up to `AT_ONCE` classes that is quicker than leaving some out, at 32 MiB for the products. Where k is large,
+products are float64 and are scores themselves. Else they are float32, and what may matter is scored again.
+
+Dimension letters: N classes, M present classes (M <= N), D elements of a key, k neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.canonical import doubtful_distance, unpack
+from nearkin_service.engines.complete import Queries, exact_ranks
+from nearkin_service.engines.contract import BuildMonitor, BuiltTable
+from nearkin_service.engines.keys import KeyedRows, fill_keys
+from nearkin_service.engines.mixed.kernels import best_of_products
+from nearkin_service.engines.mixed.versions import versions
+from nearkin_service.engines.pacing import Pace
+from nearkin_service.engines.workers import in_threads, worker_count
+
+_PART = 8192  # elements of a key between two looks at the monitor
+_SHORT = 1 << 23
+_FEW = 1 / 16  # of all classes: for fewer neighbours it pays to score them again
+_SHARED = 1 << 17  # products: sharing the work of fewer among threads costs more than it saves
+_ONE_BY_ONE = 32
+
+Floats = TypeVar("Floats", np.float32, np.float64)
+
+
+def build_direct(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
+    """The exact neighbour table of few classes, on the CPU."""
+    began = time.monotonic()
+    present = source.present()
+    keys_MD = np.empty((len(present), source.key_size), np.float32)
+    fill_keys(keys_MD, source, present, monitor)
+    keyed = time.monotonic()
+    ids = np.full((len(source.rows), k), -1, np.int32)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    redone = _self_join(keys_MD, (present, ids, scores), monitor)
+    seconds = {"keys": keyed - began, "search": time.monotonic() - keyed}
+    return BuiltTable(ids, scores, "mixed", "cpu", True, redone, seconds, versions())
+
+
+def _self_join(
+    keys_MD: NDArray[np.float32],
+    table: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]],
+    monitor: BuildMonitor,
+) -> int:
+    """Fill in the table; returns how many rows hold a score too near half a step to be rounded."""
+    present, ids, scores = table
+    (count, size), k = keys_MD.shape, ids.shape[1]
+    pace = Pace(monitor, "search", count)
+    few = k < _FEW * count
+    error = 1.01 * (size + 8) * 2.0**-24 if few else 0.0
+    products_MM: NDArray[np.float32] | NDArray[np.float64] = (
+        _products(keys_MD, monitor) if few else _products(keys_MD.astype(np.float64), monitor)
+    )
+    rounded_safely = 0.5 - doubtful_distance(size)
+    doubtful = np.zeros(count, np.bool_)
+    step = count if products_MM.size < _SHARED else math.ceil(count / (4 * worker_count()))
+
+    def choose(first: int) -> None:
+        span = first, min(count, first + step)
+        best_of_products(span, (products_MM, error, rounded_safely), keys_MD, table, doubtful)
+
+    in_threads(choose, range(0, count, max(1, step)), lambda begun: pace.done(begun * step))
+    redo = np.flatnonzero(doubtful)
+    if len(redo) <= _ONE_BY_ONE:
+        for row in redo:
+            ids[present[row]], scores[present[row]] = _settled(keys_MD, int(row), present, k, monitor)
+    else:
+        ranks = exact_ranks(Queries(keys_MD[redo], redo), keys_MD, k, monitor)
+        ids[present[redo]], scores[present[redo]] = unpack(ranks, present)
+    pace.done(count)
+    return len(redo)
+
+
+def _settled(
+    keys_MD: NDArray[np.float32], row: int, present: NDArray[np.int64], k: int, monitor: BuildMonitor
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """One row, its scores rounded without error; only what can be among its k best is looked at."""
+    near = keys_MD @ keys_MD[row]
+    near[row] = -4
+    kth = np.partition(near, -min(k, len(near)))[-min(k, len(near))]
+    reach = 2.02 * (keys_MD.shape[1] + 8) * 2.0**-24 + 2.0**-22
+    places = np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))
+    ranks = exact_ranks(Queries(keys_MD[row : row + 1], np.array([-1])), keys_MD[places], k, monitor)
+    return unpack(ranks[0], present[places])
+
+
+def _products(keys_MD: NDArray[Floats], monitor: BuildMonitor) -> NDArray[Floats]:
+    """All pairs' products [M, M]; NumPy computes half of a matrix's product with its own transpose."""
+    count, size = keys_MD.shape
+    if count * count * size <= _SHORT:
+        return _on_one_thread(keys_MD)
+    first = keys_MD[:, :_PART]
+    products_MM: NDArray[Floats] = first @ first.T
+    for left in range(_PART, size, _PART):
+        monitor.check()
+        part = keys_MD[:, left : left + _PART]
+        products_MM += part @ part.T
+    return products_MM
+
+
+def _on_one_thread(keys_MD: NDArray[Floats]) -> NDArray[Floats]:
+    """Waking other threads would take longer than so few products."""
+    import torch
+
+    keys, before = torch.from_numpy(keys_MD), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        products_MM: NDArray[Floats] = torch.mm(keys, keys.T).numpy()
+    finally:
+        torch.set_num_threads(before)
+    return products_MM

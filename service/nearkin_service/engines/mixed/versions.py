@@ -1,0 +1,17 @@
+"""Which packages engine `mixed` computes with."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+
+import numpy as np
+
+from nearkin_service.engines.devices import faiss_version
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Package versions, for a generation's provenance."""
+    found = {name: metadata.version(name) for name in ("torch", "numba")}
+    return {"faiss": faiss_version(), "numpy": np.__version__, **found}
