@@ -52,7 +52,7 @@ class Sieve(NamedTuple):
             np.zeros(rows, np.int16),
             np.zeros(rows, np.int32),
             np.full(rows, width, np.int32),
-            np.full((rows, width), VACANT),
+            np.empty((rows, width), np.int16),  # pages that no entry reaches are never touched
             np.empty((rows, width), np.int32),
             errors,
         )
@@ -114,6 +114,15 @@ def kth_largest(address: Any, count: Any, k: Any) -> Any:
 
 
 @_compiled
+def kth_entry(row: Any, k: Any, sieve: Any) -> Any:
+    """The k-th largest value in a row's sieve, or 0 if it is not positive."""
+    values, count = sieve.values[row], sieve.counts[row]
+    whole = (count + WIDTH - 1) // WIDTH * WIDTH
+    values[count:whole] = VACANT
+    return kth_largest(values.ctypes.data, whole, k)
+
+
+@_compiled
 def limit_below(kth: Any, error: Any) -> Any:
     """The limit under which nothing can still belong to the k best, given a k-th best value so far."""
     value = np.int32(np.int32(kth) << np.int32(16)).view(np.float32)
@@ -132,7 +141,7 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
     count = sieve.counts[row]
     if sieve.limits[row] == CLOSED or count < k:
         return
-    kth = kth_largest(values[row].ctypes.data, (count + WIDTH - 1) // WIDTH * WIDTH, k)
+    kth = kth_entry(row, k, sieve)
     limit = limit_below(kth, sieve.errors[row])
     kept = 0
     for place in range(count):
@@ -140,8 +149,6 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
             values[row, kept] = values[row, place]
             ids[row, kept] = ids[row, place]
             kept += 1
-    for place in range(kept, count):
-        values[row, place] = VACANT
     sieve.counts[row] = kept
     sieve.limits[row] = max(limit, sieve.limits[row])
     sieve.rooms[row] = min(width, kept + kept // 2 + k + WIDTH)
@@ -203,20 +210,32 @@ def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> 
 
 
 @_compiled
-def finish_rows(span: Any, k: Any, sieve: Any, kth: Any) -> None:
-    """Prune a range of sieves a last time, note each one's k-th value, and order its entries by id."""
+def pack_rows(span: Any, k: Any, sieve: Any, kth: Any, packed_GW: Any) -> Any:
+    """Prune a range of sieves a last time, note each one's k-th value, and pack its entries, id first.
+
+    What is left of `packed_GW` stays as it was. Returns the largest number of entries.
+    """
     values, ids, counts = sieve.values, sieve.ids, sieve.counts
-    packed = np.empty(values.shape[1], np.int64)
+    most = 0
     for row in range(span[0], span[1]):
         prune(row, k, sieve)
-        kth[row] = kth_largest(values[row].ctypes.data, values.shape[1], k)
+        kth[row] = kth_entry(row, k, sieve)
         count = counts[row]
+        most = max(most, count)
+        packed_G = packed_GW[row - span[0]]
         for place in range(count):
-            packed[place] = np.int64(ids[row, place]) << 16 | np.int64(values[row, place])
-        packed[:count].sort()
-        for place in range(count):
-            ids[row, place] = packed[place] >> 16
-            values[row, place] = np.int16(packed[place] & 0x7FFF)
+            packed_G[place] = np.int64(ids[row, place]) << 16 | np.int64(values[row, place])
+    return most
+
+
+@_compiled
+def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
+    """The reverse, once the packed entries are sorted."""
+    for row in range(span[0], span[1]):
+        packed_G, ids, values = packed_GW[row - span[0]], sieve.ids[row], sieve.values[row]
+        for place in range(sieve.counts[row]):
+            ids[place] = packed_G[place] >> 16
+            values[place] = np.int16(packed_G[place] & 0x7FFF)
 
 
 @_compiled
@@ -249,6 +268,7 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) ->
     """Write each pair's score to its row, and to the other key's row if that holds the pair too."""
     ids, counts = sieve.ids, sieve.counts
     starts, others = pairs
+    cursors = np.full(ids.shape[0], -1, np.int32)  # rows ascend, and so do the ids that a row lists
     for local in range(starts.shape[0] - 1):
         row = first_row + local
         place = 0
@@ -257,13 +277,18 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) ->
             while ids[row, place] != other:
                 place += 1
             done_MW[row, place] = steps[pair]
-            low, high = 0, counts[other]
-            while low < high:
-                middle = (low + high) // 2
-                if ids[other, middle] < row:
-                    low = middle + 1
-                else:
-                    high = middle
+            low, high = max(0, cursors[other]), counts[other]
+            if cursors[other] < 0:
+                while low < high:
+                    middle = (low + high) // 2
+                    if ids[other, middle] < row:
+                        low = middle + 1
+                    else:
+                        high = middle
+            else:
+                while low < high and ids[other, low] < row:
+                    low += 1
+            cursors[other] = low
             if low < counts[other] and ids[other, low] == row:
                 done_MW[other, low] = steps[pair]
 
@@ -343,34 +368,27 @@ def add_part_products(rows_MD: tuple[Any, Any], left: Any, pairs: Any, packed_BC
 
 
 @_compiled
-def kth_known(span: Any, k: Any, sieve: Any, done_MW: Any, kth: Any) -> None:
-    """The k-th largest of each row's scores that are done, or `UNKNOWN` if there are fewer."""
-    found = np.empty(done_MW.shape[1], np.int32)
+def least_known(span: Any, k: Any, sieve: Any, exact_MW: Any, least: Any) -> None:
+    """The least of each row's exact scores in steps, so that k are as good; `UNKNOWN` if fewer are known."""
     for row in range(span[0], span[1]):
-        known = 0
+        known, lowest = 0, -UNKNOWN
         for place in range(sieve.counts[row]):
-            if done_MW[row, place] != UNKNOWN:
-                found[known] = done_MW[row, place]
+            steps = exact_MW[row, place]
+            if steps != UNKNOWN:
                 known += 1
-        kth[row] = np.partition(found[:known], known - k)[known - k] if known >= k else UNKNOWN
+                lowest = min(lowest, steps)
+        least[row] = lowest if known >= k else UNKNOWN
 
 
 @_compiled
-def best_known(span: Any, sieve: Any, exact_MW: Any, best_Gk: Any) -> None:
-    """Each row's k best ranks among the pairs with an exact score, ascending; the rest stays as it was."""
-    k = best_Gk.shape[1]
-    ids, counts = sieve.ids, sieve.counts
-    found = np.empty(exact_MW.shape[1], np.int64)
+def known_ranks(span: Any, sieve: Any, exact_MW: Any, ranks_GW: Any) -> None:
+    """Each row's ranks of the pairs with an exact score; what is left of `ranks_GW` stays as it was."""
     for row in range(span[0], span[1]):
-        known = 0
-        for place in range(counts[row]):
-            steps = exact_MW[row, place]
-            if steps != UNKNOWN:
-                found[known] = (-np.int64(steps) << 32) | np.int64(ids[row, place])
+        known, ids, exact, ranks = 0, sieve.ids[row], exact_MW[row], ranks_GW[row - span[0]]
+        for place in range(sieve.counts[row]):
+            if exact[place] != UNKNOWN:
+                ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(ids[place])
                 known += 1
-        found[:known].sort()
-        kept = min(k, known)
-        best_Gk[row - span[0], :kept] = found[:kept]
 
 
 @_compiled

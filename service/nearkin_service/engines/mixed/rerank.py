@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.canonical import EMPTY, STEPS, settle_doubt, steps_of
+from nearkin_service.engines.canonical import EMPTY, STEPS, best, settle_doubt, steps_of
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.kernels import (
     CLOSED,
@@ -25,11 +25,13 @@ from nearkin_service.engines.mixed.kernels import (
     UNKNOWN,
     Sieve,
     add_part_products,
-    best_known,
     deliver,
-    finish_rows,
+    known_ranks,
+    least_known,
     list_pairs,
+    pack_rows,
     pair_products,
+    unpack_rows,
 )
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
@@ -57,17 +59,28 @@ class Reranking:
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ranks int64 [M, k], and which rows are proved to be the exact k best."""
         likely = np.zeros(len(self._sieve.limits), np.int16)
-        self._each_group(lambda first, last: finish_rows((first, last), self._k, self._sieve, likely))
+        self._each_group(lambda first, last: self._put_in_order(first, last, likely))
         self._exact_MW = np.full((len(self._keys_MD), int(self._sieve.counts.max(initial=0))), UNKNOWN)
         self._score((self._sieve.values, likely), "rerank the best")
-        rivals = self._sieve.values, self._least_rivals()
+        kth = np.empty(len(self._keys_MD), np.int32)
+        self._each_group(
+            lambda first, last: least_known((first, last), self._k, self._sieve, self._exact_MW, kth)
+        )
+        rivals = self._sieve.values, self._least_rivals(kth)
         if self._keys_MD.shape[1] >= _WIDE:
-            rivals = self._screened(rivals)
+            rivals = self._screened(rivals, kth)
         self._score(rivals, "rerank rivals")
+        self._each_group(self._gather)
         return self._best_Mk, self._certified()
 
+    def _put_in_order(self, first: int, last: int, likely: NDArray[np.int16]) -> None:
+        """A range of sieves by ascending id; `likely` becomes the k-th value of each."""
+        packed_GW = np.full((last - first, int(self._sieve.counts[first:last].max(initial=0))), EMPTY)
+        most = pack_rows((first, last), self._k, self._sieve, likely, packed_GW)
+        unpack_rows((first, last), np.sort(packed_GW[:, :most], axis=1), self._sieve)
+
     def _score(self, wanted: Wanted, stage: str) -> None:
-        """Exact scores of the pairs that are wanted, and the k best that are known then."""
+        """Exact scores of the pairs that are wanted."""
 
         def score_rows(first: int, last: int) -> None:
             queries_GD = self._keys_MD[first:last]
@@ -80,9 +93,8 @@ class Reranking:
             deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
 
         self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
-        self._each_group(self._gather)
 
-    def _screened(self, rivals: Wanted) -> Wanted:
+    def _screened(self, rivals: Wanted, kth: NDArray[np.int32]) -> Wanted:
         """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
         scores_MW, count = np.full_like(self._exact_MW, UNKNOWN), len(self._keys_MD)
         pace = Pace(self._monitor, "screen rivals", count)
@@ -92,7 +104,7 @@ class Reranking:
             products = self._products_in_parts(self._keys_MD[first:last], pairs)
             deliver(first, pairs, np.rint(products * STEPS).astype(np.int64), self._sieve, scores_MW)
             pace.done(last)
-        least = np.maximum(steps_of(self._best_Mk[:, -1]) - _ERROR_32, UNKNOWN + 1)
+        least = np.maximum(kth.astype(np.int64) - _ERROR_32, UNKNOWN + 1)
         return scores_MW, least.astype(np.int32)
 
     def _products_in_parts(self, queries_GD: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float64]:
@@ -111,7 +123,10 @@ class Reranking:
         return sums
 
     def _gather(self, first: int, last: int) -> None:
-        best_known((first, last), self._sieve, self._exact_MW, self._best_Mk[first:last])
+        """The k best of the pairs that were scored, in order."""
+        ranks_GW = np.full((last - first, max(self._k, self._exact_MW.shape[1])), EMPTY)
+        known_ranks((first, last), self._sieve, self._exact_MW, ranks_GW)
+        self._best_Mk[first:last] = best(ranks_GW, self._k)
 
     def _each_group(self, work: Callable[[int, int], None], pace: Pace | None = None) -> None:
         count = len(self._keys_MD)
@@ -122,22 +137,18 @@ class Reranking:
             (lambda begun: pace.done(begun * step)) if pace else (lambda begun: self._monitor.check()),
         )
 
-    def _least_rivals(self) -> NDArray[np.int16]:
-        """Per row the least value that can stand for a score as good as its k-th best so far."""
-        least = (self._kth() - self._sieve.errors[: len(self._keys_MD)]) / (1 + ROUNDING)
+    def _least_rivals(self, kth: NDArray[np.int32]) -> NDArray[np.int16]:
+        """Per row the least value that can stand for a score as good as one of so many steps."""
+        least = ((kth.astype(np.int64) - 1) / STEPS - self._sieve.errors[: len(kth)]) / (1 + ROUNDING)
         return (np.maximum(least, 0).astype(np.float32).view(np.int32) >> 16).astype(np.int16)
 
     def _certified(self) -> NDArray[np.bool_]:
         """What a sieve dropped was no greater than its limit: can any of that reach the k-th place?"""
         limits = self._sieve.limits[: len(self._keys_MD)]
         reach = as_scores(limits) * (1 + ROUNDING) + self._sieve.errors[: len(self._keys_MD)]
-        sure: NDArray[np.bool_] = (limits != CLOSED) & (self._kth() > reach)
+        kth = (steps_of(self._best_Mk[:, -1]) - 1) / STEPS  # less the step that rounding may have added
+        sure: NDArray[np.bool_] = (limits != CLOSED) & (kth > reach)
         return sure
-
-    def _kth(self) -> NDArray[np.float64]:
-        """The k-th best score so far, less the step that canonical rounding may have added."""
-        kth: NDArray[np.float64] = (steps_of(self._best_Mk[:, -1]) - 1) / STEPS
-        return kth
 
 
 def as_scores(values: NDArray[np.int16]) -> NDArray[np.float64]:
