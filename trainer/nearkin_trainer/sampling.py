@@ -134,12 +134,12 @@ class ClassSampler:
 
     def _filled(self, chosen: Iterable[int], random: np.random.Generator) -> list[int]:
         """P different classes: the chosen ones, and random others where they are too few."""
-        classes = list(chosen)
-        missing = self._classes - len(classes)
-        if missing:
-            others = np.setdiff1d(np.arange(self._images.num_classes), classes)
-            classes.extend(random.choice(others, missing, replace=False).tolist())
-        return classes
+        classes = dict.fromkeys(chosen)
+        if len(classes) < self._classes:
+            # P different ones are enough, whichever are chosen already; listing all others would cost O(N).
+            others = random.choice(self._images.num_classes, self._classes, replace=False)
+            classes |= dict.fromkeys(others.tolist())
+        return [*classes][: self._classes]
 
     def _draw(self, classes: Iterable[int], random: np.random.Generator) -> Indices:
         return np.concatenate([self._images.draw(c, self._images_per_class, random) for c in classes])
