@@ -29,7 +29,10 @@ CountError = Callable[[str, str], None]
 
 
 def is_local(context: Context) -> bool:
-    """Whether the call came over a unix socket: from this host for certain."""
+    """Whether the call came over a unix socket: from this host for certain.
+
+    To be asked before the first `await`: gRPC crashes when asked about a connection that has gone since.
+    """
     return context.peer().startswith("unix:")
 
 

@@ -38,6 +38,7 @@ class PushMethods:
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
     async def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
+        local = is_local(context)
         view = await self._pushing.begin(
             convert.push_spec(request),
             convert.absent_ids(request),
@@ -48,13 +49,13 @@ class PushMethods:
             chunk_bytes=self._config.chunk_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
-        if request.accept_shared_memory and request.row_count and is_local(context):
+        if request.accept_shared_memory and request.row_count and local:
             loan = self._lending.offer(view.push_id, request.row_start, request.row_count)
             path = self._core.directory.rows_path(view.spec.run, view.push_id)
             response.lent_rows.CopyFrom(pb.LentRows(path=str(path), loan=loan.name if loan else ""))
         if request.accept_bulk_lane:
             grant = RowsGrant(view.push_id, tracing.here())
-            if lane := self._lane.offer(grant, local=is_local(context)):
+            if lane := self._lane.offer(grant, local=local):
                 response.bulk_lane.CopyFrom(lane)
         return response
 

@@ -35,8 +35,9 @@ class TableMethods:
         self._places = Places(core.config.table_streams)
 
     async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
+        local = is_local(context)
         generation = await self._generation(request, context)
-        elsewhere = self._elsewhere(generation, request, local=is_local(context))
+        elsewhere = self._elsewhere(generation, request, local=local)
         if elsewhere is not None:
             yield bulk.encode_table_message(elsewhere)
             if elsewhere.ids_path:
