@@ -140,6 +140,14 @@ def test_moving_the_model_leaves_the_table_where_it_is() -> None:
     assert table.weight.dtype == torch.float32
 
 
+def test_a_full_disk_is_said_before_training(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"has no room for 36864\.0 GiB of class rows \(.+\); choose another out"
+    ):
+        Host(4, tmp_path).zeros(2**40, 3, 3, 1)  # more than any disk has
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_cache_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="cache_rows=0 must be at least 1"):
         Host(0)

@@ -10,6 +10,7 @@ Nothing in a step costs anything per class of the table, nor per row of the cach
 Legend: N classes, R rows of the cache, n rows of a step.
 """
 
+import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -208,4 +209,12 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.T
     """A tensor of zeros in a file without a name: it is gone when the process is, however that ends."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-") as file:
         count = torch.Size(shape).numel()
+        try:
+            # Now, because a disk that is full when a page is written kills the process without a word.
+            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        except OSError as error:
+            raise ValueError(
+                f"embedding.place='file': {folder} has no room for {count * dtype.itemsize / 2**30:.1f} GiB "
+                f"of class rows ({error.strerror}); choose another out, or embedding.storage='bfloat16'"
+            ) from error
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
