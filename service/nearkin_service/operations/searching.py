@@ -45,10 +45,11 @@ class Searching:
         """InvalidArgumentError: a class or k out of range. Data loss, dropped rows: their errors."""
         total = generation.spec.num_classes
         k = self._checked_k(generation, k, total - 1)
-        self._check_count(len(classes), k)
+        self.require_few(len(classes), k)
         outside = classes[(classes < 0) | (classes >= total)]
         if len(outside):
             raise InvalidArgumentError("classes.ids", f"class {int(outside[0])} is not within 0..{total - 1}")
+        self._core.metrics.queries.inc(len(classes))
         searcher = await self._searcher(generation)
         return await self._core.compute(searcher.nearest_to_classes, classes, k)
 
@@ -57,7 +58,8 @@ class Searching:
     ) -> Neighbours:
         """InvalidArgumentError: k out of range, or a vector with NaN, Inf or nothing but zeros (named)."""
         k = self._checked_k(generation, k, generation.spec.num_classes)
-        self._check_count(len(vectors_QR), k)
+        self.require_few(len(vectors_QR), k)
+        self._core.metrics.queries.inc(len(vectors_QR))
         searcher = await self._searcher(generation)
         try:
             return await self._core.compute(searcher.nearest_to_vectors, vectors_QR, k)
@@ -70,7 +72,8 @@ class Searching:
             raise InvalidArgumentError("k", f"{wanted} is not in 1..{most}")
         return wanted
 
-    def _check_count(self, count: int, k: int) -> None:
+    def require_few(self, count: int, k: int = 1) -> None:
+        """LimitExceededError: more queries, or more neighbours, than one call may ask for."""
         limit = self._core.config.limits.max_nearest_queries
         if count > limit:
             raise LimitExceededError(
@@ -81,7 +84,6 @@ class Searching:
                 "max_nearest_queries",
                 f"{count:,} queries with k {k:,}; ask for at most {_MAX_ANSWERS // k:,} at once",
             )
-        self._core.metrics.queries.inc(count)
 
     async def _searcher(self, generation: Generation) -> Searcher:
         """Opened once, however many ask for it at the same time."""

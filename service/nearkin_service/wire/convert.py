@@ -36,6 +36,7 @@ _KEYS: Mapping[pb.Key.ValueType, KeyName] = {
     pb.KEY_POOLED: "pooled",
     pb.KEY_QACONV: "qaconv",
 }
+_IDS_AT_ONCE = 1 << 15
 _TO_DTYPE = {name: value for value, name in _DTYPES.items()}
 _TO_KEY: Mapping[KeyName, pb.Key.ValueType] = {name: value for value, name in _KEYS.items()}
 _PUSH_STATES: Mapping[PushState, pb.PushState.ValueType] = {
@@ -88,7 +89,11 @@ def push_spec(request: pb.BeginPushRequest) -> PushSpec:
 
 
 def absent_ids(request: pb.BeginPushRequest) -> NDArray[np.int64]:
-    return np.fromiter(request.absent, np.int64, len(request.absent))
+    """There may be millions: on another thread than the event loop's, which gets its turn in between."""
+    ids = np.empty(len(request.absent), np.int64)
+    for at in range(0, len(ids), _IDS_AT_ONCE):
+        ids[at : at + _IDS_AT_ONCE] = request.absent[at : at + _IDS_AT_ONCE]
+    return ids
 
 
 def push(view: PushView) -> pb.Push:

@@ -36,6 +36,7 @@ class NearestMethods:
         return await self._core.compute(convert.nearest_response, generation, found)
 
     async def _of_classes(self, generation: Generation, request: pb.NearestRequest) -> Neighbours:
+        self._searching.require_few(len(request.classes.ids))  # before any of them is looked at
         ids = np.fromiter(request.classes.ids, np.int64, len(request.classes.ids))
         return await self._searching.nearest_to_classes(generation, ids, request.k)
 

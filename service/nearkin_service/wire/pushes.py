@@ -41,7 +41,7 @@ class PushMethods:
         local = is_local(context)
         view = await self._pushing.begin(
             convert.push_spec(request),
-            convert.absent_ids(request),
+            await self._core.io(convert.absent_ids, request),
             commit_when_complete=request.commit_when_complete,
         )
         response = pb.BeginPushResponse(
