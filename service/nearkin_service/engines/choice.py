@@ -26,6 +26,7 @@ from nearkin_service.engines.flat import FlatSearcher, build_flat
 from nearkin_service.engines.incremental import fits, update_flat
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.loading import ready
 from nearkin_service.engines.qaconv import (
     LocationScore,
     LocationSearcher,
@@ -57,7 +58,10 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
 
 
 def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
-    engine, why = choose(request.engine, Job(len(source.rows), source.key_size, request.k), device)
+    job = Job(len(source.rows), source.key_size, request.k)
+    engine, why = choose(request.engine, job, device)
+    if engine == "mixed" and request.engine == "auto" and not ready(job):
+        engine, why = "flat", "auto, since it is quick and the loops of mixed are still being loaded"
     log.info("%d x %d, key %s, k %d: engine %s; %s", *source.rows.shape, source.key, request.k, engine, why)
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from nearkin_service.engines import (
     auto,
     build_table,
     describe_engines,
+    loading,
     open_searcher,
     resolve_device,
 )
@@ -47,7 +49,7 @@ def test_a_deadline_is_honoured(engine: str, rows: str) -> None:
     keys = np.random.default_rng(0).standard_normal((40_000, 256), dtype=np.float32)
     if rows == "ties":
         keys[:] = keys[0]
-    build(keys[:1100], 8, engine)  # compiles
+    build(keys[:2100], 8, engine)  # compiles
     monitor = Patience(0.3)
     with pytest.raises(BuildCancelled):
         build_table(keys, BuildRequest((256,), "flat", 32, engine, "cpu", NOBODY), monitor)
@@ -68,6 +70,8 @@ def test_progress_rises_to_the_total(engine: str) -> None:
 
 @pytest.mark.parametrize(("classes", "k"), [(20, 3), (20, 19), (2100, 20), (2100, 600)])
 def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureFixture) -> None:
+    if not auto.mixed_lacks():
+        loading.wait(auto.Job(classes, 8, k))
     with caplog.at_level(logging.INFO, "nearkin.engines"):
         table = build(np.random.default_rng(0).standard_normal((classes, 8), dtype=np.float32), k, "auto")
     if auto.mixed_lacks():
@@ -76,6 +80,24 @@ def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureF
     else:
         assert table.engine == ("flat" if k == 600 else "mixed")
         assert "each product once" in caplog.text or "more than a quarter" in caplog.text
+
+
+def test_a_quick_table_does_not_wait_for_compiled_loops(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if auto.mixed_lacks():
+        pytest.skip("auto does not take engine mixed here")
+    monkeypatch.setattr(loading, "_loaded", {"at once": threading.Event(), "scan": threading.Event()})
+    monkeypatch.setattr(loading, "_started", set())
+    rows = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
+    with caplog.at_level(logging.INFO, "nearkin.engines"):
+        first = build(rows, 5, "auto")
+    assert "still being loaded" in caplog.text
+    loading.wait(auto.Job(300, 8, 5))
+    second = build(rows, 5, "auto")
+    assert (first.engine, second.engine) == ("flat", "mixed")
+    assert first.ids.tobytes() == second.ids.tobytes()
+    assert first.scores.tobytes() == second.scores.tobytes()
 
 
 def test_auto_without_the_extra_is_flat_and_says_so(

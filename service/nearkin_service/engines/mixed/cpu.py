@@ -14,6 +14,7 @@ from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
 from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
 from nearkin_service.engines.mixed.rerank import Reranking
 from nearkin_service.engines.mixed.scan import scan, tile_keys
@@ -26,8 +27,13 @@ _SECOND_BLOCK = 256
 
 def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     """The exact neighbour table: of few classes at once, of more by a certified pass that is quick."""
-    if len(source.rows) <= AT_ONCE:
-        return build_direct(source, k, monitor)
+    table = (build_direct if len(source.rows) <= AT_ONCE else scanned)(source, k, monitor)
+    loaded(len(source.rows))
+    return table
+
+
+def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
+    """The exact neighbour table, by scanning, scoring again, and a second path for what is not certified."""
     began = time.monotonic()
     index = filled_index(source, "cpu", monitor)
     keyed = time.monotonic()

@@ -25,7 +25,6 @@ from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _PART = 8192  # elements of a key between two looks at the monitor
-_SHORT = 1 << 23
 _FEW = 1 / 16  # of all classes: for fewer neighbours it pays to score them again
 _SHARED = 1 << 17  # products: sharing the work of fewer among threads costs more than it saves
 _ONE_BY_ONE = 32
@@ -96,26 +95,11 @@ def _settled(
 
 def _products(keys_MD: NDArray[Floats], monitor: BuildMonitor) -> NDArray[Floats]:
     """All pairs' products [M, M]; NumPy computes half of a matrix's product with its own transpose."""
-    count, size = keys_MD.shape
-    if count * count * size <= _SHORT:
-        return _on_one_thread(keys_MD)
+    size = keys_MD.shape[1]
     first = keys_MD[:, :_PART]
     products_MM: NDArray[Floats] = first @ first.T
     for left in range(_PART, size, _PART):
         monitor.check()
         part = keys_MD[:, left : left + _PART]
         products_MM += part @ part.T
-    return products_MM
-
-
-def _on_one_thread(keys_MD: NDArray[Floats]) -> NDArray[Floats]:
-    """Waking other threads would take longer than so few products."""
-    import torch
-
-    keys, before = torch.from_numpy(keys_MD), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        products_MM: NDArray[Floats] = torch.mm(keys, keys.T).numpy()
-    finally:
-        torch.set_num_threads(before)
     return products_MM

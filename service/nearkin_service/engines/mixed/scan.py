@@ -191,7 +191,7 @@ def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
     tiles = [(block, block + offset) for offset in range(blocks) for block in range(blocks - offset)]
     before = torch.get_num_threads()
     try:
-        in_threads(sieve_tile, tiles[:blocks])
+        in_threads(sieve_tile, tiles[:blocks], lambda begun: monitor.check())
         in_threads(sieve_tile, tiles[blocks:], lambda begun: pace.done(count * begun // len(tiles)))
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,62 @@
+"""Whether the compiled loops of engine `mixed` are there yet.
+
+The first use in a process imports numba and torch and loads machine code, or compiles it where no folder
+keeps it: seconds. A table that FAISS builds in less does not wait for that; it is built by `flat`, the same
+bytes, while a thread loads the loops for the next ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import numpy as np
+
+from nearkin_service.engines.auto import AT_ONCE, Job
+from nearkin_service.engines.pacing import Silence
+
+log = logging.getLogger("nearkin.engines")
+
+_WORTH_WAITING = 1e11  # products: FAISS takes a second or more
+_loaded = {"at once": threading.Event(), "scan": threading.Event()}
+_starting = threading.Lock()
+_started: set[str] = set()
+
+
+def ready(job: Job) -> bool:
+    """Whether `mixed` is to build this; if not, it is being loaded from now on."""
+    need = "at once" if job.classes <= AT_ONCE else "scan"
+    if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
+        return True
+    with _starting:
+        if need not in _started:
+            _started.add(need)
+            threading.Thread(target=_load, args=(need,), name="nearkin-loading", daemon=True).start()
+    return False
+
+
+def loaded(classes: int) -> None:
+    """A table of so many classes was built by `mixed`."""
+    _loaded["at once" if classes <= AT_ONCE else "scan"].set()
+
+
+def wait(job: Job) -> None:
+    """Return once `ready` says yes."""
+    if not ready(job):
+        _loaded["at once" if job.classes <= AT_ONCE else "scan"].wait()
+
+
+def _load(need: str) -> None:
+    """Build tables so small that loading is all it takes, one for each kind of loop."""
+    from nearkin_service.engines.keys import KeyedRows
+    from nearkin_service.engines.mixed.cpu import build_mixed, scanned
+
+    try:
+        for size, k in ((8, 3), (8, 40), (2048, 3)):
+            rows = np.random.default_rng(0).standard_normal((100, size), dtype=np.float32)
+            source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
+            (build_mixed if need == "at once" else scanned)(source, k, Silence())
+    except Exception:
+        log.exception("engine mixed cannot be loaded; small tables are built by flat")
+        return
+    _loaded[need].set()
