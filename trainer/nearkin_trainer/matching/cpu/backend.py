@@ -159,9 +159,9 @@ def _prepare(plan: Plan, maps: Table, class_locations: int) -> Probes:
         columns = locations - rest
     steps, dtype = (-(-channels // 2), np.uint32) if BFLOAT16 else (channels, np.float32)
     laid_out = Probes(
-        np.empty((count, steps, columns), dtype),
+        _lines(count, steps, columns).view(dtype),
         np.empty((count, steps, max(locations - columns, 0)), np.float32),
-        np.empty((-(-channels // BLOCK), count, locations, BLOCK), np.float32),
+        _lines(-(-channels // BLOCK), count, locations, BLOCK),
         np.empty((count, locations), np.float32),
         np.empty((count, locations), np.float32),
         np.empty(count, np.float32),
@@ -175,12 +175,13 @@ def _forward(plan: Plan, table: Table, probes: Probes) -> Found:
     pairs, locations = plan.shape[0] * plan.shape[1], table.maps.shape[2]
     shape = (pairs, probes.units.shape[2] + locations)
     found = Found(
-        np.zeros(shape, np.float32),
+        _lines(*shape),
         np.empty(shape, np.int16),
-        np.empty(shape, np.float32),
+        _lines(*shape),
         np.empty((len(plan.pairs.ids), locations), np.float32),
         np.empty((len(plan.pairs.ids), locations), np.float32),
     )
+    found.maxima[:] = 0  # which those of masked candidates stay
     loop = forward_bf16 if BFLOAT16 else forward
     plan.classes(lambda _, first, last: loop(first, last, table, plan.pairs, probes, found))
     return found
@@ -193,7 +194,9 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
     row_gradients = blocks.empty(written, *table.maps.shape[1:])
     visibility = torch.empty(written, table.maps.shape[2])
     threads = len(plan.cuts)
-    sums = (np.empty if threads else np.zeros)((max(threads, 1), *step.probes.units.shape), np.float32)
+    sums = _lines(max(threads, 1), *step.probes.units.shape)
+    if not threads:
+        sums[:] = 0
 
     def work(thread: int, first: int, last: int) -> None:
         wanted = Wanted(sums[thread], row_gradients.numpy(), visibility.numpy())
@@ -204,12 +207,18 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
 
 
 def _finish(step: _Step, maps: Table, sums: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    gradients = np.empty(maps.maps.shape, np.float32)
+    gradients = _lines(*maps.maps.shape)
     visibility = np.empty((maps.maps.shape[0], maps.maps.shape[2]), np.float32)
     step.plan.probes(
         lambda _, first, last: finish(first, last, maps, step.probes, sums, gradients, visibility)
     )
     return torch.from_numpy(gradients), torch.from_numpy(visibility)
+
+
+def _lines(*shape: int) -> NDArray[np.float32]:
+    """An uninitialised array that starts with a cache line, as PyTorch's do and NumPy's do not."""
+    array: NDArray[np.float32] = blocks.empty(*shape).numpy()
+    return array
 
 
 def _packed(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from nearkin_trainer.matching.cpu.layout import (
     Table,
     block_of,
     compiled,
+    lines,
     whole_tiles,
 )
 
@@ -186,8 +187,8 @@ def backward(
     """Gradients for the classes visits[first:last]."""
     channels, locations = table.maps.shape[1:]
     count, batch, probe_locations = probes.units.shape[:3]
-    tall, gradients = np.empty((locations, BLOCK), np.float32), np.empty((locations, BLOCK), np.float32)
-    parallels, done = np.empty(locations, np.float32), np.empty((BLOCK, locations), np.float32)
+    tall, gradients = lines(locations, BLOCK), lines(locations, BLOCK)
+    parallels, done = np.empty(locations, np.float32), lines(BLOCK, locations)
     links = _room(pairs, first, last, given.where.shape[1])
     rows = wanted.rows.shape[0] > 0
     span = max(CACHED // (2 * 4 * BLOCK * batch * probe_locations), 1)
@@ -229,7 +230,7 @@ def finish(
 ) -> None:
     """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, K, B, P, 32]."""
     channels, locations = table.maps.shape[1:]
-    tall, ones = np.empty((locations, BLOCK), np.float32), np.ones(locations, np.float32)
+    tall, ones = lines(locations, BLOCK), np.ones(locations, np.float32)
     parallels = np.empty(locations, np.float32)
     for b in range(first, last):
         row, lengths, along = table.maps[b], probes.lengths[b], visibility_gradients[b]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, float_bits, square_sums, take_16
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, float_bits, square_sums, take_16
 
 EPSILON = np.float32(1e-12)
 Floats = NDArray[np.float32]
@@ -79,6 +79,16 @@ class Pairs(NamedTuple):
     starts: Ids
     pairs: Ids
     candidates: int
+
+
+@compiled
+def lines(rows: int, columns: int) -> Floats:
+    """An uninitialised array that starts with a cache line: vectors across two of them cost more."""
+    size = rows * columns
+    values = np.empty(size + LINE // 4, np.float32)
+    skipped = (-values.ctypes.data % LINE) // 4
+    array: Floats = values[skipped : skipped + size].reshape(rows, columns)
+    return array
 
 
 @compiled

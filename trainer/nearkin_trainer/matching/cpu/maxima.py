@@ -41,6 +41,7 @@ from nearkin_trainer.matching.cpu.layout import (
     Table,
     block_of,
     compiled,
+    lines,
     measure,
     of,
     pair_of_bfloat16,
@@ -79,12 +80,12 @@ class Sims(NamedTuple):
 @compiled
 def _room(locations: int, columns: int, rest: int) -> Sims:
     return Sims(
-        np.empty((locations, columns), np.float32),
+        lines(locations, columns),
         np.empty((rest, locations), np.float32),
         np.empty(locations, np.float32),
         np.empty(locations, np.int32),
-        np.empty(columns + rest, np.float32),
-        np.empty(columns + rest, np.int32),
+        lines(1, columns + rest)[0],
+        lines(1, columns + rest)[0].view(np.int32),
     )
 
 

@@ -68,4 +68,4 @@ def _advised(block: Tensor) -> Tensor:
     return block
 
 
-blocks = Blocks(kept=2)
+blocks = Blocks(kept=8)
