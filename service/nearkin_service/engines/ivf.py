@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ log = logging.getLogger("nearkin.engines")
 
 _SAMPLED_ROWS = 1000
 _TRAINED_PER_LIST = 40
-_ADDED_AT_A_TIME = 1 << 16
+_ITERATIONS = 8
+_FIRST_SAMPLED = 1 << 32  # products in the first block of rows that are searched exactly
 _SEED = 20261124
 _Z95 = 1.959964
 
@@ -52,7 +54,7 @@ def build_ivf(source: KeyedRows, k: int, target: float, monitor: BuildMonitor) -
     lists = _inverted_lists(index.keys_MD, monitor)
     times.append(time.monotonic())
     random = np.random.default_rng(_SEED)
-    _tune(lists, index, _sample(index, k, random, monitor), target)
+    _tune(lists, index, _sample(index, k, random, monitor), target, monitor)
     report = _sample(index, k, random, monitor)
     times.append(time.monotonic())
     everyone = np.arange(len(index.keys_MD))
@@ -71,48 +73,94 @@ def measured_recall(found_Sk: NDArray[np.int64], truth_Sk: NDArray[np.int64]) ->
     real = (truth_Sk != EMPTY).sum(axis=1)
     hits = np.array([np.isin(a, b[b != EMPTY]).sum() for a, b in zip(found_Sk, truth_Sk, strict=True)])
     shares = hits[real > 0] / real[real > 0]
-    count = max(1, len(shares))
-    value = float(shares.mean()) if len(shares) else 1.0
+    if not len(shares):
+        return MeasuredRecall(1.0, 0.0, 1.0, 0)
+    value = float(shares.mean())
     # even where nothing was missed, the rule of three leaves this much doubt
-    half = max(_Z95 * float(shares.std()) / math.sqrt(count), 3.0 / max(1, int(real.sum())))
+    half = max(_Z95 * float(shares.std()) / math.sqrt(len(shares)), 3.0 / int(real.sum()))
     return MeasuredRecall(value, max(0.0, value - half), min(1.0, value + half), len(shares))
 
 
 def _inverted_lists(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> Any:
-    """FAISS IVF over the keys, vectors in float16. Training sees a sample, adding goes block by block."""
+    """FAISS IVF over the keys, vectors in float16; trained and filled block by block."""
     faiss = load_faiss()
     count, size = keys_MD.shape
     lists = max(1, min(count // _TRAINED_PER_LIST, int(2 * math.sqrt(count))))
     quantizer = faiss.IndexFlatIP(size)
+    centres = _centres(keys_MD, lists, monitor)
+    quantizer.add(centres)
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(quantizer, size, lists, half, faiss.METRIC_INNER_PRODUCT, False)
-    index.cp.seed, index.cp.niter = _SEED, 8
-    chosen = np.random.default_rng(_SEED).permutation(count)[: _TRAINED_PER_LIST * lists]
-    monitor.check()
-    index.train(keys_MD[np.sort(chosen)])
-    pace = Pace(monitor, "add", count)
-    for start in range(0, count, _ADDED_AT_A_TIME):
-        index.add(keys_MD[start : start + _ADDED_AT_A_TIME])
-        pace.done(min(count, start + _ADDED_AT_A_TIME))
+    index.train(centres[:1])  # the lists' centres are there; float16 has nothing to learn
+    for some in _blocks(count, Pace(monitor, "add", count)):
+        index.add(keys_MD[some])
     return index
+
+
+def _centres(keys_MD: NDArray[np.float32], lists: int, monitor: BuildMonitor) -> NDArray[np.float32]:
+    """Directions [lists, D] that divide the keys: spherical k-means on a sample.
+
+    FAISS's own training cannot be stopped, and takes minutes for wide keys.
+    """
+    faiss = load_faiss()
+    random = np.random.default_rng(_SEED)
+    chosen = np.sort(random.permutation(len(keys_MD))[: _TRAINED_PER_LIST * lists])
+    if not len(chosen):
+        return np.zeros((lists, keys_MD.shape[1]), np.float32)
+    centres: NDArray[np.float32] = keys_MD[np.sort(random.choice(chosen, lists, replace=False))]
+    pace = Pace(monitor, "train", len(chosen) * _ITERATIONS)
+    for iteration in range(_ITERATIONS):
+        nearest_centre = faiss.IndexFlatIP(keys_MD.shape[1])
+        nearest_centre.add(centres)
+        sums = np.zeros(centres.shape, np.float64)
+        for some in _blocks(len(chosen), pace, iteration * len(chosen)):
+            keys = keys_MD[chosen[some]]
+            owner = nearest_centre.search(keys, 1)[1][:, 0]
+            order = np.argsort(owner, kind="stable")
+            owners, starts = np.unique(owner[order], return_index=True)
+            sums[owners] += np.add.reduceat(keys[order].astype(np.float64), starts, axis=0)
+        lengths = np.linalg.norm(sums, axis=1)
+        empty = np.flatnonzero(lengths == 0)
+        sums[empty], lengths[empty] = keys_MD[random.choice(chosen, len(empty))], 1.0
+        centres = (sums / lengths[:, None]).astype(np.float32)
+    return centres
+
+
+def _blocks(count: int, pace: Pace, before: int = 0) -> Iterator[slice]:
+    """Consecutive slices of `count`, each a fraction of a second's work; the pace is told after each."""
+    block = BlockSize(256, 1 << 15)
+    done = 0
+    while done < count:
+        block.start()
+        some = slice(done, min(count, done + block.rows))
+        yield some
+        done = some.stop
+        pace.done(before + done)
+        block.finish()
 
 
 def _sample(index: FlatIndex, k: int, random: np.random.Generator, monitor: BuildMonitor) -> Sample:
     count = len(index.keys_MD)
     positions = np.sort(random.choice(count, min(count, _SAMPLED_ROWS), replace=False))
     truth_Sk = np.full((len(positions), k), EMPTY)
-    for start in range(0, len(positions), 100):
-        own = positions[start : start + 100]
-        truth_Sk[start : start + 100], _ = nearest(index, Queries(index.keys_MD[own], own), k, monitor)
+    block = BlockSize(max(1, _FIRST_SAMPLED // max(1, index.keys_MD.size)), len(positions))
+    done = 0
+    while done < len(positions):
+        block.start()
+        own = positions[done : done + block.rows]
+        truth_Sk[done : done + len(own)], _ = nearest(index, Queries(index.keys_MD[own], own), k, monitor)
         monitor.check()
+        done += len(own)
+        block.finish()
     return Sample(positions, truth_Sk)
 
 
-def _tune(lists: Any, index: FlatIndex, sample: Sample, target: float) -> None:
+def _tune(lists: Any, index: FlatIndex, sample: Sample, target: float, monitor: BuildMonitor) -> None:
     """Probe twice as many lists until the sample's recall reaches the target."""
     lists.nprobe = min(4, lists.nlist)
     while True:
-        found = _search(lists, index.keys_MD, sample.positions, sample.truth.shape[1], None)
+        pace = Pace(monitor, "tune", len(sample.positions))
+        found = _search(lists, index.keys_MD, sample.positions, sample.truth.shape[1], pace)
         recall = measured_recall(found, sample.truth)
         log.debug("ivf: %d of %d lists probed, recall %.4f", lists.nprobe, lists.nlist, recall.value)
         if recall.low >= target or lists.nprobe >= lists.nlist:
@@ -121,22 +169,14 @@ def _tune(lists: Any, index: FlatIndex, sample: Sample, target: float) -> None:
 
 
 def _search(
-    lists: Any, keys_MD: NDArray[np.float32], own: NDArray[np.int64], k: int, pace: Pace | None
+    lists: Any, keys_MD: NDArray[np.float32], own: NDArray[np.int64], k: int, pace: Pace
 ) -> NDArray[np.int64]:
     """Ranks int64 [len(own), k], every candidate scored exactly."""
     ranks_Sk = np.full((len(own), k), EMPTY)
     count = min(k + 1 + max(8, k // 4), len(keys_MD))
-    block = BlockSize(256, 1 << 14)
-    done = 0
-    while done < len(own):
-        block.start()
-        part = own[done : done + block.rows]
-        _, found = lists.search(keys_MD[part], count)
-        _rescore(keys_MD, part, found, ranks_Sk[done : done + len(part)])
-        done += len(part)
-        if pace:
-            pace.done(done)
-        block.finish()
+    for some in _blocks(len(own), pace):
+        _, found = lists.search(keys_MD[own[some]], count)
+        _rescore(keys_MD, own[some], found, ranks_Sk[some])
     return ranks_Sk
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nearkin_service.engines import BuildRequest, build_table
+from nearkin_service.engines import BuildCancelled, BuildRequest, build_table
 from nearkin_service.engines.pacing import Silence
 
 from tests.service.engines.oracle import assert_ordered, build
@@ -41,3 +41,23 @@ def test_probing_everything_is_exact_but_for_rounding(rows: np.ndarray) -> None:
     assert (table.ids == build(rows[:300], 5).ids).mean() > 0.99
     assert table.recall is not None
     assert table.recall.value > 0.99
+
+
+@pytest.mark.parametrize("stage", ["train", "add", "tune", "search"])
+def test_each_stage_can_be_cancelled(rows: np.ndarray, stage: str) -> None:
+    class Impatient(Silence):
+        def progress(self, named: str, rows_done: int, rows_total: int) -> None:
+            self.reached = named == stage
+
+        def check(self) -> None:
+            if getattr(self, "reached", False):
+                raise BuildCancelled(stage)
+
+    request = BuildRequest((32,), "flat", 5, "ivf", "cpu", np.empty(0, np.int64))
+    with pytest.raises(BuildCancelled, match=stage):
+        build_table(rows[:3000], request, Impatient())
+
+
+def test_no_row_is_left_to_compare(rows: np.ndarray) -> None:
+    request = BuildRequest((32,), "flat", 5, "ivf", "cpu", np.arange(300))
+    assert (build_table(rows[:300], request, Silence()).ids == -1).all()
