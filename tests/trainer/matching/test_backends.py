@@ -83,6 +83,13 @@ def test_maxima_and_gradients(backend: str, shape: str, visible: bool) -> None:
     assert_as_good_as_plain(random_case(*SHAPES[shape], visible=visible), backend)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_that_cancels_altogether(backend: str) -> None:
+    # A map of one channel has no direction but its sign: all that many maxima add up is taken off again.
+    case = random_case((1, 24, 8), (11, 9), (5, 5, 2), visible=True, seed=5280)
+    assert_as_good_as_plain(case, backend)
+
+
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("visible", [False, True], ids=["all visible", "visibility"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

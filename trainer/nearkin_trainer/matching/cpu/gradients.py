@@ -131,6 +131,19 @@ def _parallels(visibility: Floats, lengths: Floats, parallels: Floats) -> None:
 
 
 @compiled
+def _parallels_in(
+    gradients: Floats, tall: Floats, scales: Floats, lengths: Floats, parallels: Floats
+) -> None:
+    """As `_parallels`, of gradients that are all here: in few channels, their own rounding lies along too."""
+    for q in range(lengths.shape[0]):
+        along = np.float32(0)
+        for c in range(BLOCK):
+            along += gradients[q, c] * tall[q, c]
+        squared = scales[q] * lengths[q] * lengths[q]
+        parallels[q] = along / squared if lengths[q] > EPSILON and squared != 0 else np.float32(0)
+
+
+@compiled
 def _through_length(
     gradients: Floats, tall: Floats, scales: Floats, parallels: Floats, target: Floats
 ) -> None:
@@ -212,6 +225,8 @@ def backward(
                     b = mine[slot] // pairs.candidates
                     _exchanged(slot, links, probes.units[block, b], wanted.units[block, b], tall, gradients)
                 if rows:
+                    if count == 1:
+                        _parallels_in(gradients, tall, scales, given.lengths[u], parallels)
                     c = block * BLOCK
                     some = done[: min(BLOCK, channels - c)]
                     _through_length(gradients, tall, scales, parallels, some)

@@ -62,7 +62,8 @@ class Blocks:
 def _advised(block: Tensor) -> Tensor:
     start = -(-block.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (block.data_ptr() + block.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-    if MADV_HUGEPAGE is not None and length > 0:
+    # Of a small block, the last page would be a large part.
+    if MADV_HUGEPAGE is not None and length >= 16 * HUGE_PAGE:
         # Advice only: where it is refused, the pages are small and everything still works.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
     return block
