@@ -1,8 +1,9 @@
 """How much of the row traffic of a sharded class table is hidden: `python -m tests.bench.sharding [--quick]`.
 
 Two processes on this machine (gloo, sockets) take whole training steps in turns: with rows travelling while
-the network computes, with rows waited for as soon as they set out, and with a table that is whole on every
-process. *Waiting* is how long a step stands still for rows and gradients, on the process that waits longer.
+the network computes, and with rows waited for as soon as they set out; also with a table that is whole on
+every process, where only gradients travel. *Waiting* is how long a step stands still for rows and gradients,
+on the process that waits longer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import ShardedClassEmbeddings
+from nearkin_trainer.classes import ShardedClassEmbeddings, table
 from nearkin_trainer.classes.owners import Asking, Errand, UnderWay
 from nearkin_trainer.config import BatchConfig, EmbeddingConfig, ImageConfig, ModelConfig, TrainConfig
 from nearkin_trainer.distributed import World, barrier, gather_rows, join_world
@@ -29,7 +30,12 @@ from tests.trainer.processes import run_together
 
 CLASSES, IMAGES = 8192, 32
 WARM_UP = 2
-WAYS = {"whole": (False, True), "waited for": (True, False), "overlapped": (True, True)}
+WAYS = {
+    "whole, waited for": (False, False),
+    "whole, overlapped": (False, True),
+    "sharded, waited for": (True, False),
+    "sharded, overlapped": (True, True),
+}
 
 
 class Waiting:
@@ -39,6 +45,8 @@ class Waiting:
         self.seconds, self.bytes = 0.0, 0
         for kind in (Asking, UnderWay):
             kind.wait = self._timed(kind.wait)  # type: ignore[method-assign]
+        exchange = self._timed(table.exchange)  # type: ignore[attr-defined]
+        table.exchange = exchange  # type: ignore[attr-defined]
         send = Errand._send
 
         def counted(*given: Any) -> UnderWay:
@@ -85,7 +93,10 @@ def make(world: World, *, sharded: bool, overlapped: bool) -> Learner:
     )
     if isinstance(model.classes, ShardedClassEmbeddings):
         model.classes._owners = replace(model.classes._owners, overlapped=overlapped)
-    return Learner(config, world, model.train(), total_steps=10_000)
+    learner = Learner(config, world, model.train(), total_steps=10_000)
+    if not overlapped:
+        model.classes.join(World())  # whole tables then exchange gradients after the backward pass
+    return learner
 
 
 def questions(world: World, neighbours: int, count: int) -> list[Question]:
@@ -106,7 +117,7 @@ def measure(world: World, neighbours: int, steps: int) -> None:
     for step in range(steps + WARM_UP):
         for name, learner in learners.items():
             seed_everything(1, step, world.rank)
-            upcoming = asked[step + 1] if name == "overlapped" and step + 1 < steps + WARM_UP else None
+            upcoming = asked[step + 1] if name.endswith("overlapped") and step + 1 < steps + WARM_UP else None
             barrier(world)
             waiting.taken()
             started = time.perf_counter()
@@ -123,7 +134,7 @@ def measure(world: World, neighbours: int, steps: int) -> None:
     longest = torch.stack(gather_rows(world, medians)).amax(0)
     if world.leads:
         for name, slowest, still in zip(WAYS, *longest.tolist(), strict=True):
-            found = {"name": f"sharded table, {name}", "k": neighbours, "mib": travelled / 2**20}
+            found = {"name": f"class table, {name}", "k": neighbours, "mib": travelled / 2**20}
             print(json.dumps({**found, "seconds": slowest, "waiting_seconds": still}), flush=True)
 
 
@@ -132,10 +143,10 @@ def run(quick: bool) -> list[dict[str, object]]:
     words = ["--here", *(["--quick"] if quick else [])]
     printed = run_together("tests.bench.sharding", *words, seconds=600)
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    print(f"{'rows':26} {'k':>4} {'MiB a step':>10} {'step ms':>8} {'waiting ms':>10}")
+    print(f"{'rows':32} {'k':>4} {'MiB a step':>10} {'step ms':>8} {'waiting ms':>10}")
     for row in rows:
         took, still = 1e3 * row["seconds"], 1e3 * row["waiting_seconds"]
-        print(f"{row['name']:26} {row['k']:4} {row['mib']:10.1f} {took:8.1f} {still:10.1f}")
+        print(f"{row['name']:32} {row['k']:4} {row['mib']:10.1f} {took:8.1f} {still:10.1f}")
     return rows
 
 

@@ -86,6 +86,22 @@ def check_overlapped(world: World) -> None:
             assert all(torch.equal(values, found[0][1][name]) for name, values in rows.items())
 
 
+def check_replicas(world: World) -> None:
+    """Gradients that travel during the backward pass, and those that wait for its end, give the same bits."""
+    for way in ("adam", "memory", "bfloat16"):
+        for host in (None, Host(5)):
+            found = []
+            for early in (True, False):
+                model, learner = made(world, way, CLASSES, sharded=False, host=host)
+                model.classes.join(world if early else World())
+                losses = _learn(world, learner, 0, 4)
+                assert not model.classes._expected
+                rows = {**model.classes.state_dict(), **learner.state()["row_optimiser"]}
+                found.append((losses, rows))
+            assert found[0][0] == found[1][0]
+            assert all(torch.equal(values, found[1][1][name]) for name, values in found[0][1].items())
+
+
 def check_resumed(world: World, folder: Path) -> None:
     """A table saved in shards is continued whole, and the other way round, with the same bits."""
     for way in WAYS:
@@ -268,6 +284,8 @@ def _all_checks(world: World, folder: Path) -> Iterator[str]:
     yield "same bits"
     check_overlapped(world)
     yield "overlapped"
+    check_replicas(world)
+    yield "replicas"
     barrier(world)
     check_resumed(world, folder)
     yield "resumed"

@@ -50,6 +50,7 @@ class Learner:
         self._dense = model.dense_parameters()
         self._optimiser = make_optimiser(config.optimise, model)
         self._row_optimiser = make_row_optimiser(config.embedding, model)
+        model.classes.join(world)
         self._announced = False  # whether the next step's classes are
 
     def plan(self, total_steps: int) -> None:

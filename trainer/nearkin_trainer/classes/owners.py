@@ -96,6 +96,47 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """What the processes read in a step where each has the whole table: they tell each other its gradients.
+
+    Args:
+        world: the job.
+        ids: this process's classes, ascending, on the CPU.
+        gathered: those of all processes, -1 after the last; to be read when `work` has ended.
+    """
+
+    world: World
+    ids: torch.Tensor
+    gathered: list[torch.Tensor]
+    work: Any
+
+    @staticmethod
+    def ask(world: World, ids: torch.Tensor, room: int) -> "Replicas":
+        """Begins to tell all processes which classes this one reads; `room` as in `Owners.ask`."""
+        return Replicas(world, ids, *gather_ids(world, ids, room))
+
+    def send(self, gradient: Rows) -> "UnderWay":
+        """Sends everybody the gradient of this process's classes; `sum_of` adds up what comes."""
+        if not torch.equal(self.ids, gradient.ids.cpu()):
+            raise ValueError("this step reads other classes than `expect` has announced")
+        self.work.wait()
+        longest = max(int((ids >= 0).sum()) for ids in self.gathered)
+        values = gradient.values
+        padded = values.new_empty(longest, *values.shape[1:])
+        padded[: len(values)] = values
+        received = values.new_empty(self.world.size, *padded.shape)
+        return UnderWay(padded, received, dist.all_gather([*received], padded, async_op=True))
+
+    def sum_of(self, arrived: torch.Tensor) -> Rows:
+        """The sum by class of what has come; its bits are those of `exchange`."""
+        parts = []
+        for ids, values in zip(self.gathered, arrived, strict=True):
+            present = ids[ids >= 0].to(values.device)
+            parts.append(Rows(present, values[: len(present)]))
+        return add_up(parts)
+
+
+@dataclass(frozen=True)
 class Errand:
     """Which rows travel in a step, there and back.
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from nearkin_trainer.classes.host import CachedRowOptimiser, Host, RowCache, flush_and_forget
 from nearkin_trainer.classes.optimisers import ROW_OPTIMISERS, RowOptimiser, RowOptimiserName
-from nearkin_trainer.classes.owners import Asking, Errand, Owners, UnderWay
+from nearkin_trainer.classes.owners import Asking, Errand, Owners, Replicas, UnderWay
 from nearkin_trainer.classes.rows import (
     Rows,
     add_up,
@@ -93,12 +93,17 @@ class ClassEmbeddings(nn.Module):
         kept = self.kept
         size = kept.stop - kept.start
         self._reads: list[_Read] = []
+        self._world: World | None = None
+        self._expected: list[Replicas] = []  # of this step, and of the one after it
+        self._going: UnderWay | None = None
         self._means: Rows | None = None
         self._snapshot: Snapshot | None = None
         shape = (size, *self.shape[1:])
         table = torch.zeros(shape, dtype=dtype) if host is None else host.zeros(*shape, dtype=dtype)
         draw_noise(table, kept, num_classes)
         self.weight = nn.Parameter(table, requires_grad=keeping == "learnable")
+        if keeping == "learnable":  # where it is read in place, its gradient comes here
+            self.weight.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
         self.register_buffer("seen", torch.full((size,), keeping == "learnable"))
         self.cache: RowCache | None = None
         if host is not None:
@@ -120,12 +125,19 @@ class ClassEmbeddings(nn.Module):
 
     # ----------------------------------------------------------------------------------------- a step
 
+    def join(self, world: World) -> None:
+        """Makes `expect` tell these processes what this one reads, so that gradients can travel early."""
+        self._world = world if world.size > 1 else None
+
     def expect(self, labels: torch.Tensor, neighbours: torch.Tensor) -> None:
         """Says which classes the next `read` will be of: those of `labels` and `neighbours` (-1: none).
 
-        Only a help; where processes share the table all of them call this together, or none does, with as
-        many labels and neighbours on each.
+        Only a help; of several processes all call this together, or none does, with as many labels and
+        neighbours on each.
         """
+        if self._world is not None and self.weight.requires_grad:
+            ids, room = _classes_of(labels, neighbours)
+            self._expected.append(Replicas.ask(self._world, ids, room))
 
     def set_out(self) -> None:
         """Says that the rows of the expected `read` are final: they may set out for where it will be."""
@@ -145,10 +157,17 @@ class ClassEmbeddings(nn.Module):
 
     def send_gradient(self) -> None:
         """Says that there will be no more gradients in this step; all processes call this together."""
+        if self._expected and self._going is None:
+            self._going = self._expected[0].send(self._gradient_so_far())
 
     def take_gradient(self, world: World) -> Rows | None:
         """The mean over processes of the gradient rows of the step just done, and forgets them."""
-        rows = self.collect(world, self._own_gradient())
+        own = self._own_gradient()
+        if self._going is None:
+            rows = self.collect(world, own)
+        else:
+            going, self._going = self._going, None
+            rows = self._expected.pop(0).sum_of(going.wait())
         return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
 
     def optimiser(self, name: RowOptimiserName) -> RowOptimiser:
@@ -300,14 +319,21 @@ class ClassEmbeddings(nn.Module):
 
     def _gradient_is_there(self, values: torch.Tensor) -> None:
         """Called in the backward pass, as soon as the rows of a `read` have their gradient."""
+        if self._expected:
+            if self._going is not None:  # another read, or another backward pass, has added to it
+                self._going.wait()
+            self._going = self._expected[0].send(self._gradient_so_far())
 
     def _own_gradient(self) -> Rows:
-        reads, self._reads = self._reads, []
-        found = [(read.ids, sparse_rows(read.values.grad)) for read in reads if read.values.grad is not None]
+        rows = self._gradient_so_far()
+        self._reads, self.weight.grad = [], None
+        return rows
+
+    def _gradient_so_far(self) -> Rows:
+        found = [(r.ids, sparse_rows(r.values.grad)) for r in self._reads if r.values.grad is not None]
         parts = [Rows(ids[rows.ids], rows.values) for ids, rows in found]
         if self.weight.grad is not None:
             parts.append(sparse_rows(self.weight.grad))
-            self.weight.grad = None
         if len(parts) < 2:
             return parts[0] if parts else no_rows(self._table)
         return add_up(parts)
@@ -386,7 +412,6 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         super().__init__(num_classes, channels, height, width, keeping, dtype, host=host, device=world.device)
         self._asking: Asking | None = None
         self._coming: tuple[Errand, UnderWay] | None = None
-        self._going: UnderWay | None = None
         self._asking_home: Asking | None = None
         self._going_home: tuple[Errand, UnderWay] | None = None
 
@@ -398,8 +423,7 @@ class ShardedClassEmbeddings(ClassEmbeddings):
     def expect(self, labels: torch.Tensor, neighbours: torch.Tensor) -> None:
         """See `ClassEmbeddings.expect`: tells the other processes which rows this one is going to read."""
         assert self._asking is None
-        ids = torch.cat([labels.flatten().cpu(), neighbours.flatten().cpu().to(torch.int64)])
-        self._asking = self._owners.ask(torch.unique(ids[ids >= 0]), room=len(ids))
+        self._asking = self._owners.ask(*_classes_of(labels, neighbours))
 
     def set_out(self) -> None:
         """See `ClassEmbeddings.set_out`: sends the others the rows that they expect."""
@@ -487,6 +511,12 @@ class ShardedClassEmbeddings(ClassEmbeddings):
 
     def _sum(self, world: World, values: torch.Tensor) -> None:
         """Nothing: the sums of this process's classes are those of all processes."""
+
+
+def _classes_of(labels: torch.Tensor, neighbours: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The different ids among both, ascending, on the CPU; and how many there can be at most."""
+    ids = torch.cat([labels.flatten().cpu(), neighbours.flatten().cpu().to(torch.int64)])
+    return torch.unique(ids[ids >= 0]), len(ids)
 
 
 def _in_step(
