@@ -56,16 +56,17 @@ class Deaths:
             worker = forks.Process(target=push, args=(address, RUN, epoch, SHAPE, shared, ready))
             worker.start()
             assert ready.wait(WAIT)
-            time.sleep(self._chance.uniform(0.0, 0.12))
+            began = time.monotonic()
+            while not any(each.rows_stored for each in self._pushes(epoch)) and time.monotonic() < began + 5:
+                time.sleep(0.001)
+            time.sleep(self._chance.uniform(0.0, 0.03))
             worker.kill()
             worker.join()
             worker.close()
             self.killed[way] += 1
-            self.in_the_middle += any(
-                0 < each.rows_stored < each.num_classes for each in self._open_pushes(epoch)
-            )
+            self.in_the_middle += any(0 < each.rows_stored < each.num_classes for each in self._pushes(epoch))
 
-    def _open_pushes(self, epoch: int) -> list[pb.Push]:
+    def _pushes(self, epoch: int) -> list[pb.Push]:
         runs = self._caller.stub.ListRuns(pb.ListRunsRequest(), timeout=WAIT).runs
         return [each for run in runs for each in run.pushes if each.epoch == epoch]
 
@@ -74,7 +75,7 @@ class Deaths:
         rows = rows_of(epoch, *SHAPE)
         address, shared = self._ways[self._chance.choice(WAYS)]
         with NeighbourClient(address, run=RUN, shared_memory="auto" if shared else False) as client:
-            for each in self._open_pushes(epoch) if self._chance.random() < 0.3 else ():
+            for each in self._pushes(epoch) if self._chance.random() < 0.3 else ():
                 if each.state == pb.PUSH_STATE_OPEN:
                     client.abort(each.push_id)
                     self.aborted += 1

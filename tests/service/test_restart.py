@@ -307,6 +307,27 @@ def test_a_damaged_push_never_stops_the_service(
     assert caller.table().generation.epoch == 1
 
 
+def test_rows_damaged_in_an_open_push_are_not_blamed_on_who_sends_them_again(
+    start_service: Start, tmp_path: Path
+) -> None:
+    service = start_service()
+    caller = service.caller()
+    push_id = caller.begin(ROWS).push.push_id
+    caller.write(push_id, ROWS[:300], step=100)
+    service.stop()
+    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", at=150 * 64)
+    caller = start_service().caller()
+    caller.write(push_id, ROWS[:100])
+    error = refusal(lambda: caller.write(push_id, ROWS[:200]))
+    assert error.code() is grpc.StatusCode.DATA_LOSS
+    assert "rows 100..199" in str(error.details())
+    wrong = refusal(lambda: caller.write(push_id, ROWS[1:2], start=0))
+    assert wrong.code() is grpc.StatusCode.ALREADY_EXISTS
+    caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=30)
+    caller.push(ROWS)
+    np.testing.assert_array_equal(caller.table().ids, brute_force(ROWS, 5))
+
+
 def as_directory(path: Path, _outside: Path) -> None:
     path.unlink()
     path.mkdir()

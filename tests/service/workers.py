@@ -19,12 +19,18 @@ def rows_of(epoch: int, classes: int, dimensions: int) -> NDArray[np.float32]:
 
 
 def push(address: str, run: str, epoch: int, shape: tuple[int, int], shared: bool, ready: Any) -> None:
-    """Pushes the epoch; `ready` is set when it begins. That the push was aborted meanwhile is no matter."""
+    """Pushes the epoch in a few streams; `ready` is set when it begins.
+
+    That somebody aborted the push meanwhile is no matter.
+    """
     rows = rows_of(epoch, *shape)
+    step = len(rows) // 6
     with NeighbourClient(address, run=run, shared_memory="auto" if shared else False) as client:
         client.server_info()  # the connection stands
         ready.set()
         try:
-            client.push(rows, epoch=epoch, k=4)
+            for at in range(0, len(rows), step):
+                part = rows[at : at + step]
+                client.push(part, epoch=epoch, k=4, row_start=at, num_classes=len(rows))
         except NearkinError:
             return

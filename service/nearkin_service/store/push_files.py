@@ -130,8 +130,26 @@ class PushFiles:
         return zeros
 
     def compare(self, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
-        """AlreadyExistsError: a known row is stored with other bytes."""
-        compare_rows(self.rows, rows_nR, start, known, absent)
+        """AlreadyExistsError: a known row came with other bytes. DataLossError: it is no longer what came."""
+        try:
+            compare_rows(self.rows, rows_nR, start, known, absent)
+        except AlreadyExistsError as differs:
+            damaged = self._damaged(start, start + len(rows_nR))
+            if damaged is None:
+                raise
+            raise DataLossError(
+                f"rows {damaged.start}..{damaged.stop - 1} were damaged in the data directory since they "
+                "came: abort the push, and push the epoch again"
+            ) from differs
+
+    def _damaged(self, start: int, stop: int) -> RowRange | None:
+        """The first rows that came together, some of them among these, and are not what came."""
+        for record in journal.read(self.directory / JOURNAL)[0]:
+            rows = RowRange(record.start, record.start + record.count)
+            among = record.kind is Kind.ROWS and rows.overlaps(RowRange(start, stop))
+            if among and not self.rows.matches(record):
+                return rows
+        return None
 
     def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet, crc: int | None) -> None:
         """`crc`: that of all rows, if they are stored as they came."""
