@@ -22,8 +22,8 @@ from nearkin_service.engines.contract import (
     Searcher,
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
-from nearkin_service.engines.flat import FlatSearcher, build_flat
-from nearkin_service.engines.incremental import fits, update_flat
+from nearkin_service.engines.flat import FlatSearcher, build_flat, nearest
+from nearkin_service.engines.incremental import Means, fits, update
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.loading import ready
@@ -38,7 +38,7 @@ from nearkin_service.engines.qaconv import (
 log = logging.getLogger("nearkin.engines")
 
 _KEYS = ("flat", "pooled", "qaconv")
-_FULL_BUILD = {"flat": 1.0, "mixed": 0.3}  # its time, over that of all products in float32
+_SCAN = {"float32": 0.55, "bfloat16": 0.2}  # a full build of `mixed`, over a search of all rows one by one
 _DEFAULTS = LocationOptions()
 
 
@@ -87,11 +87,21 @@ def update_table(
     if engine == "ivf" or device != "cpu" or not fits(source, request.k, parent):
         log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
-    table = update_flat(source, request.k, parent, _FULL_BUILD[engine], monitor)
+    table = update(source, request.k, parent, _means(engine), monitor)
     if table is None:
         log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
     return replace(table, engine=engine)
+
+
+def _means(engine: str) -> Means:
+    """How an update by this engine goes about it."""
+    if engine != "mixed":
+        return Means(nearest, 1.0)
+    from nearkin_service.engines.mixed.panels import nearest_in_panels
+    from nearkin_service.engines.mixed.scan import fastest_products
+
+    return Means(nearest_in_panels, _SCAN[fastest_products()])
 
 
 def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from nearkin_service.engines.canonical import EMPTY, STEPS, best, ranks, steps_o
 from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Parent
 from nearkin_service.engines.devices import faiss_version
-from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
+from nearkin_service.engines.flat import FlatIndex, filled_index, spread
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import BlockSize, Pace
 
@@ -69,23 +71,32 @@ def fits(source: KeyedRows, k: int, parent: Parent) -> bool:
     return same_rows and parent.ids.shape == (len(source.rows), k) and source.key != "qaconv"
 
 
-def update_flat(
-    source: KeyedRows, k: int, parent: Parent, full_build: float, monitor: BuildMonitor
-) -> BuiltTable | None:
-    """The exact table of `source`, from its parent's; None if a full build takes no longer. Runs on the CPU.
+Nearest = Callable[[FlatIndex, Queries, int, BuildMonitor], tuple[NDArray[np.int64], int]]
+"""How some rows are searched: exact ranks int64 [Q, k], and how many rows needed the second pass."""
 
-    `full_build` is the time of a full build, over that of all products in float32.
-    """
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How an engine searches rows, and its full build's time over that of searching all rows like this."""
+
+    nearest: Nearest
+    full_build: float
+
+
+def update(
+    source: KeyedRows, k: int, parent: Parent, means: Means, monitor: BuildMonitor
+) -> BuiltTable | None:
+    """The exact table of `source` from its parent's, on the CPU; None if a full build takes no longer."""
     times = [time.monotonic()]
-    changed = changed_classes(source, parent, int(full_build * len(source.rows) / 2), monitor)
+    changed = changed_classes(source, parent, int(means.full_build * len(source.rows) / 2), monitor)
     if changed is None:
         return None
     times.append(time.monotonic())
     present = source.present()
     index = filled_index(source, "cpu", monitor)
     times.append(time.monotonic())
-    update = _Update(index, present, parent, changed, monitor)
-    if update.expected_cost(k) > full_build:
+    update = _Update(index, present, (parent, changed), means.nearest, monitor)
+    if update.expected_cost(k) > means.full_build:
         return None
     ranks_Mk, searched = update.run(k)
     ids, scores = spread(ranks_Mk, present, len(source.rows))
@@ -103,11 +114,13 @@ class _Update:
         self,
         index: FlatIndex,
         present: NDArray[np.int64],
-        parent: Parent,
-        changed: NDArray[np.int64],
+        since: tuple[Parent, NDArray[np.int64]],
+        nearest: Nearest,
         monitor: BuildMonitor,
     ) -> None:
-        self._index, self._present, self._parent, self._monitor = index, present, parent, monitor
+        parent, changed = since
+        self._index, self._present, self._parent = index, present, parent
+        self._nearest, self._monitor = nearest, monitor
         self._is_changed = np.zeros(len(parent.ids), bool)
         self._is_changed[changed] = True
         self._kept = np.flatnonzero(~self._is_changed[present])
@@ -129,7 +142,7 @@ class _Update:
         certain = np.zeros(len(self._present), bool)
         ranks_Mk[self._kept], certain[self._kept] = self._carried(self._kept, k)
         again = np.flatnonzero(~certain)
-        _search(self._index, again, ranks_Mk, Pace(self._monitor, "search", len(again)))
+        self._search(again, ranks_Mk)
         return ranks_Mk, len(again)
 
     def _carried(self, rows: NDArray[np.int64], k: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -153,7 +166,7 @@ class _Update:
             block.start()
             some = rows[done : done + block.rows]
             queries = Queries(self._index.keys_MD[some], np.full(len(some), -1))
-            found, _ = nearest(self._news, queries, wanted, self._monitor)
+            found, _ = self._nearest(self._news, queries, wanted, self._monitor)
             empty = found == EMPTY
             entrants = ranks(steps_of(found), self._moved[np.where(empty, 0, found & 0xFFFFFFFF)])
             entrants_Uk[done : done + len(some)] = np.where(empty, EMPTY, entrants)
@@ -161,6 +174,19 @@ class _Update:
             pace.done(done)
             block.finish()
         return entrants_Uk
+
+    def _search(self, rows: NDArray[np.int64], ranks_Mk: NDArray[np.int64]) -> None:
+        """Search some rows in full, in place."""
+        pace = Pace(self._monitor, "search", len(rows))
+        block, done, k = BlockSize(256, 1 << 14), 0, ranks_Mk.shape[1]
+        while done < len(rows):
+            block.start()
+            own = rows[done : done + block.rows]
+            queries = Queries(self._index.keys_MD[own], own)
+            ranks_Mk[own], _ = self._nearest(self._index, queries, k, self._monitor)
+            done += len(own)
+            pace.done(done)
+            block.finish()
 
 
 def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -170,16 +196,3 @@ def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int6
     ids = parent.ids[present[kept]]
     steps = np.rint(np.where(ids < 0, 0.0, parent.scores[present[kept]].astype(np.float64)) * STEPS)
     return ranks(steps.astype(np.int64), np.where(ids < 0, -1, np.maximum(position[ids], 0)))
-
-
-def _search(index: FlatIndex, rows: NDArray[np.int64], ranks_Mk: NDArray[np.int64], pace: Pace) -> None:
-    """Search some rows in full, in place."""
-    block = BlockSize(256, 1 << 14)
-    done = 0
-    while done < len(rows):
-        block.start()
-        own = rows[done : done + block.rows]
-        ranks_Mk[own], _ = nearest(index, Queries(index.keys_MD[own], own), ranks_Mk.shape[1], pace.monitor)
-        done += len(own)
-        pace.done(done)
-        block.finish()

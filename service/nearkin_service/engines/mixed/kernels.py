@@ -451,38 +451,79 @@ def rank_in_order(exact: Any, places: Any, sure: Any, ranks: Any) -> Any:
 
 
 @_compiled
+def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
+    """Ranks of a query's best keys, ascending, into the scratch, from its products with all keys.
+
+    `own` is the place of the query's own key, or -1. `task` is the query, the keys, k, by how much products
+    can be off (0: they are float64, and scores themselves), and how far from a whole step a score can be
+    rounded safely. Returns how many ranks, and whether all could be rounded.
+    """
+    query, keys_MD, k, error, sure = task
+    values, guess, places, exact, ranks = scratch
+    count = products.shape[0]
+    for place in range(count):
+        values[place] = products[place]
+    if own >= 0:
+        values[own] = -4
+    least = np.float32(-2)
+    if k < count - (own >= 0):  # a step less, since scores tie once they are rounded and clipped
+        guess[0] = threshold(values, k, guess[0])
+        least = np.float32(max(-2.0, min(guess[0], 1.0) - 2 * error - _STEP))
+    found = collect(values, least, places)
+    if error > 0:
+        exact[:found] = 0.0
+        add_products(query, keys_MD, places[:found], 0, exact[:found])
+    else:
+        for candidate in range(found):
+            exact[candidate] = products[places[candidate]]
+    return found, rank_in_order(exact, places[:found], sure, ranks)
+
+
+@_compiled
+def scratch_for(count: Any) -> Any:
+    """What `rank_products` works in."""
+    values = np.full((count + WIDTH - 1) // WIDTH * WIDTH, np.float32(-4))
+    guess = np.full(1, np.float32(0.5))
+    return values, guess, np.empty(count, np.int32), np.empty(count), np.empty(count, np.int64)
+
+
+@_compiled
 def best_of_products(span: Any, from_products: Any, keys_MD: Any, table: Any, doubtful: Any) -> None:
     """Fill in the table's rows of a span of keys from their products with all keys.
 
-    `from_products` is the products [M, M], by how much they can be off (0: they are float64, and scores
-    themselves), and how far from a whole step a score can be rounded safely: a row with one beyond is
-    doubtful. `table` is the class of each key, ids [N, k] and scores [N, k].
+    `from_products` is the products [M, M] and the last two of `rank_products`' task; `table` is the class of
+    each key, ids [N, k] and scores [N, k]. A row is doubtful if a score that matters cannot be rounded.
     """
     products_MM, error, sure = from_products
     present, ids, scores = table
-    count, k = products_MM.shape[0], ids.shape[1]
-    places, ranks = np.empty(count, np.int32), np.empty(count, np.int64)
-    values = np.full((count + WIDTH - 1) // WIDTH * WIDTH, np.float32(-4))
-    query, exact, guess = np.empty(keys_MD.shape[1]), np.empty(count), np.float32(0.5)
+    k, query = ids.shape[1], np.empty(keys_MD.shape[1])
+    scratch = scratch_for(products_MM.shape[0])
     for row in range(span[0], span[1]):
-        for place in range(count):
-            values[place] = products_MM[row, place]
-        values[row] = -4
-        least = np.float32(-2)
-        if k < count - 1:  # a step less, since scores tie once they are rounded and clipped
-            guess = threshold(values, k, guess)
-            least = np.float32(max(-2.0, min(guess, 1.0) - 2 * error - _STEP))
-        found = collect(values, least, places)
         if error > 0:
             query[:] = keys_MD[row]
-            exact[:found] = 0.0
-            add_products(query, keys_MD, places[:found], 0, exact[:found])
-        else:
-            for candidate in range(found):
-                exact[candidate] = products_MM[row, places[candidate]]
-        if not rank_in_order(exact, places[:found], sure, ranks):
-            doubtful[row] = True
-        own = present[row]
+        found, certain = rank_products(products_MM[row], row, (query, keys_MD, k, error, sure), scratch)
+        doubtful[row] = not certain
+        ranks, own = scratch[4], present[row]
         for place in range(min(k, found)):
             ids[own, place] = present[ranks[place] & 0xFFFFFFFF]
             scores[own, place] = -(ranks[place] >> 32) / 16777216.0
+
+
+@_compiled
+def best_of_panel(products_QM: Any, queries: Any, task: Any, ranks_Qk: Any, doubtful: Any) -> None:
+    """The k best ranks of each query from its float32 products with all keys.
+
+    `queries` is their keys and own places; `task` is the keys and the last two of `rank_products`' task.
+    """
+    queries_QD, own_Q = queries
+    keys_MD, error, sure = task
+    k, query = ranks_Qk.shape[1], np.empty(keys_MD.shape[1])
+    scratch = scratch_for(keys_MD.shape[0])
+    for row in range(queries_QD.shape[0]):
+        query[:] = queries_QD[row]
+        found, certain = rank_products(
+            products_QM[row], own_Q[row], (query, keys_MD, k, error, sure), scratch
+        )
+        doubtful[row] = not certain
+        kept = min(k, found)
+        ranks_Qk[row, :kept] = scratch[4][:kept]

@@ -1,0 +1,64 @@
+"""Some rows against all: products of a few queries at a time with every key, and the k best of each.
+
+For updates, where few rows need a search: twice the products that a scan computes per pair.
+
+Dimension letters: Q queries, M keys, D elements of a key, k neighbours.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.canonical import EMPTY, doubtful_distance
+from nearkin_service.engines.complete import Queries, exact_ranks
+from nearkin_service.engines.contract import BuildMonitor
+from nearkin_service.engines.flat import FlatIndex
+from nearkin_service.engines.mixed.kernels import best_of_panel
+from nearkin_service.engines.workers import in_threads
+
+_PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
+_PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
+
+
+def product_error(size: int) -> float:
+    """By how much a float32 sum of so many products of two keys' elements can be off, in whatever order."""
+    return 1.01 * (size + 8) * 2.0**-24
+
+
+def nearest_in_panels(
+    index: FlatIndex, queries: Queries, k: int, monitor: BuildMonitor
+) -> tuple[NDArray[np.int64], int]:
+    """Exact ranks int64 [Q, k] of each query, and how many rows needed the second pass."""
+    import torch
+
+    keys_MD, (count, size) = index.keys_MD, index.keys_MD.shape
+    ranks_Qk = np.full((len(queries.own), k), EMPTY)
+    if not count:
+        return ranks_Qk, 0
+    doubtful = np.zeros(len(queries.own), np.bool_)
+    keys, local = torch.from_numpy(keys_MD), threading.local()
+    rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size))
+    task = keys_MD, product_error(size), 0.5 - doubtful_distance(size)
+
+    def search(first: int) -> None:
+        if not hasattr(local, "panel"):
+            torch.set_num_threads(1)
+            local.panel = torch.empty((rows, count))
+        some = slice(first, first + rows)
+        queries_QD = np.ascontiguousarray(queries.keys[some])
+        products = torch.mm(torch.from_numpy(queries_QD), keys.T, out=local.panel[: len(queries_QD)])
+        asked = queries_QD, queries.own[some]
+        best_of_panel(products.numpy(), asked, task, ranks_Qk[some], doubtful[some])
+
+    before = torch.get_num_threads()
+    try:
+        in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
+    finally:
+        torch.set_num_threads(before)
+    redo = np.flatnonzero(doubtful)
+    if len(redo):
+        ranks_Qk[redo] = exact_ranks(Queries(queries.keys[redo], queries.own[redo]), keys_MD, k, monitor)
+    return ranks_Qk, len(redo)
