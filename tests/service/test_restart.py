@@ -381,6 +381,16 @@ def test_what_is_no_plain_file_is_set_aside_and_never_followed(
     assert outside.read_bytes() == b"not ours" * 1000
 
 
+def test_a_start_clears_away_whatever_is_left(start_service: Start, tmp_path: Path) -> None:
+    for place in ("trash", "spares"):
+        (tmp_path / "data" / place / "directory" / "in it").mkdir(parents=True)
+        (tmp_path / "data" / place / "file").touch()
+        (tmp_path / "data" / place / "link").symlink_to(tmp_path)
+    start_service()
+    assert not [left for place in ("trash", "spares") for left in (tmp_path / "data" / place).iterdir()]
+    assert tmp_path.is_dir()
+
+
 def test_a_torn_journal_means_rows_sent_again(start_service: Start, tmp_path: Path) -> None:
     service = start_service()
     caller = service.caller()

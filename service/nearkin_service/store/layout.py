@@ -87,10 +87,9 @@ class Layout:
             path.mkdir(parents=True, exist_ok=True)
         self._check_format()
         faults.point("start.prepared")
-        for left in self.trash.iterdir():
-            shutil.rmtree(left, ignore_errors=True)
-        for left in self.spares.iterdir():
-            left.unlink()
+        for place in (self.trash, self.spares):
+            for left in place.iterdir():
+                _remove(left)
 
     def _check_format(self) -> None:
         path = self.root / "nearkin.json"
@@ -107,6 +106,14 @@ class Layout:
                 f"{self.root} has format {found}; this service reads format {FORMAT_VERSION}: "
                 "use the service version that wrote it, or another --data-dir"
             )
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 class DirectoryLock:
