@@ -141,7 +141,7 @@ def resident(pid: int) -> int:
 
 def talk_nonsense(serve: Serve, folder: Path, examples: int) -> None:
     ready = folder / "ready"
-    serving = serve("--listen", "127.0.0.1:0", "--ready-file", str(ready))
+    serving = serve("--listen", "127.0.0.1:0", "--engine", "flat", "--ready-file", str(ready))
     address = ready.read_text().split()[1]
     caller: Any = Caller(address)
     caller.push(ROWS)
