@@ -33,7 +33,8 @@ _LAST_WORDS_SECONDS = 5.0
 """For reading an error."""
 _MOST_GREETING_BYTES = 256
 _BREATH_SECONDS = 0.1
-_UNIX_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 20
+"""What is under way to one reader: stays in a core's cache, fills 10 Gbit/s at 0.8 ms."""
 
 
 class BulkLane:
@@ -129,8 +130,7 @@ class BulkLane:
             ticket = self._greeted(connection)
             if ticket is not None:
                 frames.limit_silence(connection, self._idle_seconds)
-                if connection.family == socket.AF_UNIX:  # TCP finds its own size
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
                 frames.send(connection, pb.BulkReply(answer=ticket.answer).SerializeToString())
                 self._do(connection, ticket.grant)
         except (OSError, frames.Ended, frames.Malformed) as error:
