@@ -150,7 +150,9 @@ class Lane:
                         break
                     frames.send(connection, bulk.write_rows_head(message), message.payload.cast("B"))
                 connection.shutdown(socket.SHUT_WR)
-            except (BrokenPipeError, ConnectionResetError):
+            except BlockingIOError:
+                raise
+            except OSError:
                 return _stored(connection)  # the service ended it, and has said why
             call.wait_no_longer(connection)
             return _stored(connection)
