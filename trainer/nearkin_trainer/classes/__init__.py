@@ -1,6 +1,7 @@
 """The class-embedding table: one feature map per class, and what changes it.
 
-table       where the rows lie: all of them on every process, or each process its own
+table       all rows on every process: how a step reads them, how changes reach them
+sharded     each process has its own rows
 host        rows in host memory or in a file, those of recent steps on the device
 owners      which process keeps which rows, and how they travel
 snapshot    rows as they were, while training goes on
@@ -19,8 +20,9 @@ from nearkin_trainer.classes.optimisers import (
     RowSGD,
 )
 from nearkin_trainer.classes.rows import Rows, class_means, exchange
+from nearkin_trainer.classes.sharded import ShardedClassEmbeddings
 from nearkin_trainer.classes.snapshot import Snapshot
-from nearkin_trainer.classes.table import ClassEmbeddings, Keeping, ShardedClassEmbeddings
+from nearkin_trainer.classes.table import ClassEmbeddings, Keeping
 
 __all__ = [
     "ROW_OPTIMISERS",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from nearkin_trainer import checkpoint
-from nearkin_trainer.classes.table import ClassEmbeddings, ShardedClassEmbeddings
+from nearkin_trainer.classes.sharded import ShardedClassEmbeddings
+from nearkin_trainer.classes.table import ClassEmbeddings
 from nearkin_trainer.distributed import World, barrier
 
 TABLE = "sparse.classes."  # of a model's state

@@ -29,7 +29,7 @@ from torch import nn
 
 from nearkin_trainer.classes.host import CachedRowOptimiser, Host, RowCache, flush_and_forget
 from nearkin_trainer.classes.optimisers import ROW_OPTIMISERS, RowOptimiser, RowOptimiserName
-from nearkin_trainer.classes.owners import Asking, Errand, Owners, Replicas, UnderWay
+from nearkin_trainer.classes.owners import Errand, Replicas, UnderWay
 from nearkin_trainer.classes.rows import (
     Rows,
     add_up,
@@ -92,7 +92,7 @@ class ClassEmbeddings(nn.Module):
         self.shape = (num_classes, channels, height, width)
         kept = self.kept
         size = kept.stop - kept.start
-        self._reads: list[_Read] = []
+        self._reads: list[Read] = []
         self._world: World | None = None
         self._expected: list[Replicas] = []  # of this step, and of the one after it
         self._going: UnderWay | None = None
@@ -136,7 +136,7 @@ class ClassEmbeddings(nn.Module):
         neighbours on each.
         """
         if self._world is not None and self.weight.requires_grad:
-            ids, room = _classes_of(labels, neighbours)
+            ids, room = classes_of(labels, neighbours)
             self._expected.append(Replicas.ask(self._world, ids, room))
 
     def set_out(self) -> None:
@@ -151,7 +151,7 @@ class ClassEmbeddings(nn.Module):
         values = rows.float()
         if self.weight.requires_grad and torch.is_grad_enabled():
             values.requires_grad_()
-            self._reads.append(_Read(touched.ids, values, errand))
+            self._reads.append(Read(touched.ids, values, errand))
             values.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
         return values, touched.slots
 
@@ -370,7 +370,7 @@ class ClassEmbeddings(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Read:
+class Read:
     """Rows that a step has fetched: their classes, and the leaf that collects their gradient."""
 
     ids: torch.Tensor
@@ -378,159 +378,10 @@ class _Read:
     errand: Errand | None
 
 
-class ShardedClassEmbeddings(ClassEmbeddings):
-    """The table, each process keeping its contiguous share of the rows (`World.share`).
-
-    A step ends with the bits that a replicated table would have. What a step calls is an exchange: all
-    processes call it together.
-
-    Rows travel from `set_out` to `read`, their gradients from the moment that the backward pass has them to
-    `take_gradient`, and means of features from `send_means` to `take_means`; whatever is computed in between
-    hides it. A row that was read counts as touched, also
-    where its gradient is zero.
-    """
-
-    def __init__(  # noqa: PLR0917
-        self,
-        world: World,
-        num_classes: int,
-        channels: int,
-        height: int,
-        width: int,
-        keeping: Keeping = "learnable",
-        dtype: torch.dtype = torch.float32,
-        *,
-        host: Host | None = None,
-        overlapped: bool = True,
-    ) -> None:
-        if num_classes < world.size:
-            raise ValueError(
-                f"embedding.sharded: {num_classes} classes cannot be shared among {world.size} processes; "
-                "leave it out"
-            )
-        self._owners = Owners(world, num_classes, overlapped)
-        super().__init__(num_classes, channels, height, width, keeping, dtype, host=host, device=world.device)
-        self._asking: Asking | None = None
-        self._coming: tuple[Errand, UnderWay] | None = None
-        self._asking_home: Asking | None = None
-        self._going_home: tuple[Errand, UnderWay] | None = None
-
-    @property
-    def kept(self) -> slice:
-        """The classes of this process."""
-        return self._owners.mine
-
-    def expect(self, labels: torch.Tensor, neighbours: torch.Tensor) -> None:
-        """See `ClassEmbeddings.expect`: tells the other processes which rows this one is going to read."""
-        assert self._asking is None
-        self._asking = self._owners.ask(*_classes_of(labels, neighbours))
-
-    def set_out(self) -> None:
-        """See `ClassEmbeddings.set_out`: sends the others the rows that they expect."""
-        if self._asking is not None:
-            assert self._coming is None
-            errand, self._asking = self._asking.wait(), None
-            self._coming = errand, errand.fetch(self._take)
-
-    def send_gradient(self) -> None:
-        """Sends the gradients home, unless they have left already."""
-        if len(self._reads) == 1 and self._going is None:
-            self._send(self._reads[0])
-
-    def take_gradient(self, world: World) -> Rows | None:
-        """The mean over processes of the gradient of this process's rows."""
-        self.send_gradient()
-        if self._going is None:  # nothing was read, or several times
-            return super().take_gradient(world)
-        (read,), going = self._reads, self._going
-        self._reads, self._going = [], None
-        assert read.errand is not None
-        rows = read.errand.sum_of(going.wait())
-        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
-
-    def collect(self, world: World, rows: Rows) -> Rows:
-        """The sum over processes of the rows of this process's classes."""
-        assert world.size == self._owners.world.size
-        return self._owners.send_home(rows)
-
-    def expect_means(self, labels: torch.Tensor) -> None:
-        """See `ClassEmbeddings.expect_means`: tells the other processes which classes' means will come."""
-        self._asking_home = self._owners.ask(torch.unique(labels.cpu()), room=len(labels))
-
-    def send_means(self, means: Rows) -> None:
-        """Sends each mean to the process that keeps its class."""
-        asking, self._asking_home = self._asking_home or self._owners.ask(means.ids.cpu()), None
-        errand = asking.wait()
-        if not torch.equal(errand.ids, means.ids):
-            raise ValueError("these means are of other classes than `expect_means` has announced")
-        self._going_home = errand, errand.send_home(means.values)
-
-    def take_means(self, world: World) -> Rows:
-        """The mean over processes, of this process's classes."""
-        assert self._going_home is not None
-        (errand, going), self._going_home = self._going_home, None
-        return errand.sum_of(going.wait(), average=True)
-
-    @property
-    def _read_in_place(self) -> bool:
-        return False
-
-    def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, Errand | None]:
-        if self._coming is None:
-            if self._asking is None:
-                self._asking = self._owners.ask(ids.cpu())
-            self.set_out()
-        assert self._coming is not None
-        (errand, rows), self._coming = self._coming, None
-        if not torch.equal(errand.ids, ids):
-            raise ValueError("this step reads other classes than `expect` has announced")
-        return rows.wait(), errand
-
-    def _gradient_is_there(self, values: torch.Tensor) -> None:
-        if len(self._reads) == 1:
-            if self._going is not None:  # a second backward pass has added to it
-                self._going.wait()
-            self._send(self._reads[0])
-
-    def _send(self, read: "_Read") -> None:
-        assert read.errand is not None
-        found = no_rows(read.values) if read.values.grad is None else sparse_rows(read.values.grad)
-        values = found.values
-        if len(found.ids) < len(read.ids):
-            values = torch.zeros_like(read.values).index_copy_(0, found.ids, values)
-        self._going = read.errand.send_home(values)
-
-    def _feature_sums(
-        self, world: World, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[Rows, torch.Tensor]]:
-        for features, labels in _in_step(world, batches, self._table):
-            mine, images = class_sums(features, labels)
-            rows = self._owners.send_home(mine)
-            counts = images.to(rows.values.dtype).view(-1, 1, 1, 1)
-            yield rows, self._owners.send_home(Rows(mine.ids, counts)).values.flatten()
-
-    def _sum(self, world: World, values: torch.Tensor) -> None:
-        """Nothing: the sums of this process's classes are those of all processes."""
-
-
-def _classes_of(labels: torch.Tensor, neighbours: torch.Tensor) -> tuple[torch.Tensor, int]:
+def classes_of(labels: torch.Tensor, neighbours: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The different ids among both, ascending, on the CPU; and how many there can be at most."""
     ids = torch.cat([labels.flatten().cpu(), neighbours.flatten().cpu().to(torch.int64)])
     return torch.unique(ids[ids >= 0]), len(ids)
-
-
-def _in_step(
-    world: World, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches, followed by empty ones until every process has come to its end."""
-    remaining = iter(batches)
-    nothing = (like.new_zeros(0, *like.shape[1:]), torch.zeros(0, dtype=torch.int64, device=like.device))
-    while True:
-        batch = next(remaining, None)
-        going = torch.tensor(float(batch is not None), device=world.device)
-        if not sum_over_ranks(world, going):
-            return
-        yield nothing if batch is None else batch
 
 
 def draw_noise(table: torch.Tensor, rows: slice, num_rows: int) -> None:
