@@ -9,7 +9,9 @@ channels of one location, for everything that adds up locations.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -36,7 +38,18 @@ def strict(function: Loop) -> Loop:
     return cast("Loop", _njit(function))
 
 
+def _sources() -> str:
+    """A digest of this package, whose loops and instructions are compiled into one another."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+SOURCES = _sources()
+
+
 def _njit(function: Callable[..., Any], **options: Any) -> Any:
+    # Numba keeps compiled functions by name, and asks only whether the file that defines them has changed.
+    function.__qualname__ += f"_{SOURCES}"
     try:
         return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # nowhere to write: compile in every process

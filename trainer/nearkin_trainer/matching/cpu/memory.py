@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
@@ -46,6 +47,9 @@ class Blocks:
         weakref.finalize(seen, self._returned.append, block).atexit = False
         return torch.from_numpy(seen).view(shape)
 
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
     def _taken(self, size: int) -> Tensor | None:
         with self._lock:
             while self._returned:
@@ -70,3 +74,5 @@ def _advised(block: Tensor) -> Tensor:
 
 
 blocks = Blocks(kept=8)
+# Another thread may have held the lock, and does not exist in the child.
+os.register_at_fork(after_in_child=blocks.renew_lock)
