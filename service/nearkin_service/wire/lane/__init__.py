@@ -2,8 +2,7 @@
 
 What may move is agreed on by gRPC, which hands out a ticket for it; what happens to it is the same on either
 way. gRPC for Python copies a received message three times while no other thread of the service can run; here
-rows are received into a buffer that is used again and again, and tables leave the page cache without passing
-through the service.
+rows are received into a buffer that is used again and again, and tables are sent from the page cache.
 """
 
 from nearkin_service.wire.lane.lane import BulkLane
