@@ -109,7 +109,7 @@ def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor
     candidates = candidates_for(request.k, request.qaconv.candidates, len(source.rows) - 1)
     pooled = _build(source, replace(request, k=candidates), device, monitor)
     began = time.monotonic()
-    maps_NCL = all_maps(source, score)
+    maps_NCL = all_maps(source, score, monitor)
     best = best_by_location(
         lambda row: maps_NCL[row], maps_NCL, pooled.ids, score, k=request.k, monitor=monitor
     )

@@ -26,8 +26,8 @@ SLACK = 8
 _GPU_MOST_CANDIDATES = 2048
 _SMALL = 256  # keys: float64 at once costs less than a search and its completion
 _LARGE_SHARE = 8  # likewise if this many times the candidates are all keys
-_FIRST_BLOCK_PRODUCTS = {"cpu": 1 << 34, "cuda": 1 << 41}
-_MOST_BLOCK_ROWS = 16384
+_FIRST_BLOCK_PRODUCTS = {"cpu": 1 << 31, "cuda": 1 << 41}
+_LEAST_BLOCK_ROWS, _MOST_BLOCK_ROWS = 32, 16384
 
 
 class FlatIndex:
@@ -93,7 +93,7 @@ def self_join(index: FlatIndex, k: int, monitor: BuildMonitor) -> tuple[NDArray[
     redone = 0
     pace = Pace(monitor, "search", count)
     first = _FIRST_BLOCK_PRODUCTS["cpu" if index.device == "cpu" else "cuda"]
-    block = BlockSize(first // max(1, index.keys_MD.size), _MOST_BLOCK_ROWS)
+    block = BlockSize(max(_LEAST_BLOCK_ROWS, first // max(1, index.keys_MD.size)), _MOST_BLOCK_ROWS)
     done = 0
     while done < count:
         block.start()

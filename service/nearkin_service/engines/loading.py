@@ -48,14 +48,20 @@ def wait(job: Job) -> None:
 
 def _load(need: str) -> None:
     """Build tables so small that loading is all it takes, one for each kind of loop."""
+    from nearkin_service.engines.flat import filled_index
     from nearkin_service.engines.keys import KeyedRows
-    from nearkin_service.engines.mixed.cpu import build_mixed, scanned
+    from nearkin_service.engines.mixed.cpu import build_mixed, in_panels, mixed_self_join
 
     try:
         for size, k in ((8, 3), (8, 40), (2048, 3)):
             rows = np.random.default_rng(0).standard_normal((100, size), dtype=np.float32)
             source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
-            (build_mixed if need == "at once" else scanned)(source, k, Silence())
+            if need == "at once":
+                build_mixed(source, k, Silence())
+            else:
+                index = filled_index(source, "cpu", Silence())
+                in_panels(index, k, Silence())
+                mixed_self_join(index, k, Silence())
     except Exception:
         log.exception("engine mixed cannot be loaded; small tables are built by flat")
         return

@@ -101,7 +101,7 @@ def best_by_location(
     return Neighbours(ids_Qk, scores_Qk)
 
 
-def all_maps(source: KeyedRows, score: LocationScore) -> NDArray[np.float32]:
+def all_maps(source: KeyedRows, score: LocationScore, monitor: BuildMonitor) -> NDArray[np.float32]:
     """Every class's map, float32 [N, C, L]; zeros for absent classes."""
     count, channels = len(source.rows), score.row_shape[0]
     maps_NCL = np.zeros((count, channels, source.rows.shape[1] // channels), np.float32)
@@ -111,7 +111,7 @@ def all_maps(source: KeyedRows, score: LocationScore) -> NDArray[np.float32]:
         ids = present[start : start + _MAPS_AT_A_TIME]
         maps_NCL[ids] = score.maps(source.rows[ids])
 
-    in_threads(convert, range(0, len(present), _MAPS_AT_A_TIME))
+    in_threads(convert, range(0, len(present), _MAPS_AT_A_TIME), lambda begun: monitor.check())
     return maps_NCL
 
 
@@ -122,7 +122,7 @@ class LocationSearcher:
         self._candidates = candidates
         self._pooled = FlatSearcher(source, device)
         self._score = score
-        self._maps_NCL = all_maps(source, score)
+        self._maps_NCL = all_maps(source, score, Silence())
 
     @property
     def memory_bytes(self) -> int:

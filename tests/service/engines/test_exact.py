@@ -30,19 +30,26 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
 
 @needs_mixed
 @pytest.mark.parametrize(
-    ("products", "places", "direct"),
-    [("bfloat16", 1 << 25, 0), ("float32", 1 << 25, 0), ("bfloat16", 1, 0), ("float32", 1, 5000)],
-    ids=["bfloat16", "float32", "narrow sieves", "at once"],
+    ("products", "places", "direct", "panels"),
+    [
+        ("bfloat16", 1 << 25, 0, 0),
+        ("float32", 1 << 25, 0, 0),
+        ("bfloat16", 1, 0, 0),
+        ("float32", 1, 5000, 0),
+        ("float32", 1, 0, 1 << 30),
+    ],
+    ids=["bfloat16", "float32", "narrow sieves", "at once", "in panels"],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_engines_agree_bit_for_bit(
-    name: str, products: str, places: int, direct: int, monkeypatch: pytest.MonkeyPatch
+    name: str, products: str, places: int, direct: int, panels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever products are quickest here, where sieves overflow as among many classes, and all at once."""
     scan = importlib.import_module("nearkin_service.engines.mixed.scan")
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", direct)
+    monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", panels)
     rows, k = CASES[name](np.random.default_rng(12))
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)
@@ -95,6 +102,7 @@ def small_tables(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "scanned":
             patch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", 0)
+            patch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
         yield request.param
 
 

@@ -41,12 +41,13 @@ SIZES = [
     25088,
 ]
 DTYPES = [np.float32, np.float32, np.float16, ml_dtypes.bfloat16]
-PATHS = [  # products, places of all sieves together, classes up to which all is computed at once
-    ("float32", 1 << 25, 0),
-    ("bfloat16", 1 << 25, 0),
-    ("float32", 1, 0),
-    ("bfloat16", 1, 0),
-    ("float32", 1, 5000),
+PATHS = [  # products, places of all sieves together, classes computed at once, elements in panels
+    ("float32", 1 << 25, 0, 0),
+    ("bfloat16", 1 << 25, 0, 0),
+    ("float32", 1, 0, 0),
+    ("bfloat16", 1, 0, 0),
+    ("float32", 1, 5000, 0),
+    ("float32", 1, 0, 1 << 30),
 ]
 Rows = NDArray[np.float32]
 
@@ -169,10 +170,11 @@ def test_no_wrong_row_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
 
         flat = build("flat")
         assert_agrees(flat, true_scores(rows, absent, shape if pooled else None))
-        for products, places, at_once in PATHS:
+        for products, places, at_once, panels in PATHS:
             monkeypatch.setattr(scan, "fastest_products", lambda products=products: products)
             monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
             monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", at_once)
+            monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", panels)
             mixed = build("mixed")
-            assert mixed.ids.tobytes() == flat.ids.tobytes(), (products, places, at_once)
-            assert mixed.scores.tobytes() == flat.scores.tobytes(), (products, places, at_once)
+            assert mixed.ids.tobytes() == flat.ids.tobytes(), (products, places, at_once, panels)
+            assert mixed.scores.tobytes() == flat.scores.tobytes(), (products, places, at_once, panels)

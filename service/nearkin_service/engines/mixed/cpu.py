@@ -16,32 +16,54 @@ from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, sprea
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
+from nearkin_service.engines.mixed.panels import nearest_in_panels
 from nearkin_service.engines.mixed.rerank import Reranking
 from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.versions import versions
+from nearkin_service.engines.pacing import Pace
 
 _SIEVE_PLACES = 1 << 25
 _SECOND_BLOCK = 256
+_PANEL_ELEMENTS = 1 << 20  # of all keys together
+_PANELS_AT_A_TIME = 4096
 
 
 def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     """The exact neighbour table: of few classes at once, of more by a certified pass that is quick."""
-    table = (build_direct if len(source.rows) <= AT_ONCE else scanned)(source, k, monitor)
-    loaded(len(source.rows))
+    count = len(source.rows)
+    table = (build_direct if count <= AT_ONCE else scanned)(source, k, monitor)
+    if count <= AT_ONCE or count * source.key_size > _PANEL_ELEMENTS:
+        loaded(count)
     return table
 
 
 def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
-    """The exact neighbour table, by scanning, scoring again, and a second path for what is not certified."""
+    """The exact neighbour table of any number of classes: in panels, or by scanning."""
     began = time.monotonic()
     index = filled_index(source, "cpu", monitor)
     keyed = time.monotonic()
-    ranks_Mk, redone, seconds = mixed_self_join(index, k, monitor)
+    join = in_panels if index.keys_MD.size <= _PANEL_ELEMENTS else mixed_self_join
+    ranks_Mk, redone, seconds = join(index, k, monitor)
     ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
     )
+
+
+def in_panels(
+    index: FlatIndex, k: int, monitor: BuildMonitor
+) -> tuple[NDArray[np.int64], int, dict[str, float]]:
+    """Like `mixed_self_join`, for keys so short that sieves cost more than computing each product twice."""
+    began, count = time.monotonic(), len(index.keys_MD)
+    ranks_Mk, redone = np.full((count, k), EMPTY), 0
+    pace = Pace(monitor, "search", count)
+    for start in range(0, count, _PANELS_AT_A_TIME):
+        own = np.arange(start, min(count, start + _PANELS_AT_A_TIME))
+        ranks_Mk[own], again = nearest_in_panels(index, Queries(index.keys_MD[own], own), k, monitor)
+        redone += again
+        pace.done(start + len(own))
+    return ranks_Mk, redone, {"search": time.monotonic() - began}
 
 
 def mixed_self_join(
@@ -52,7 +74,7 @@ def mixed_self_join(
     if not len(keys_MD):
         return np.full((0, k), EMPTY), 0, {}
     times = [time.monotonic()]
-    keys = tile_keys(keys_MD)
+    keys = tile_keys(keys_MD, monitor)
     times.append(time.monotonic())
     sieve = scan(keys, k, sieve_width(len(keys_MD), k), monitor)
     times.append(time.monotonic())

@@ -51,10 +51,10 @@ class TileKeys:
     block: int
 
 
-def tile_keys(keys_MD: NDArray[np.float32]) -> TileKeys:
+def tile_keys(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
     """Keys in the type whose products are quickest here."""
     if fastest_products() == "bfloat16":
-        return _rounded(keys_MD)
+        return _rounded(keys_MD, monitor)
     block, padded = _blocks(*keys_MD.shape)
     return TileKeys(keys_MD, _errors(np.zeros(padded), keys_MD.shape[1]), block)
 
@@ -89,7 +89,7 @@ def fastest_products() -> str:
     return chosen
 
 
-def _rounded(keys_MD: NDArray[np.float32]) -> TileKeys:
+def _rounded(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
     count, size = keys_MD.shape
     block, padded = _blocks(count, size)
     bits_ME = np.zeros((count, math.ceil(size / WIDTH) * WIDTH), np.uint16)
@@ -100,7 +100,7 @@ def _rounded(keys_MD: NDArray[np.float32]) -> TileKeys:
         keys = keys_MD[rows]
         round_rows(keys.view(np.uint32), keys, bits_ME[rows], lost_P[rows])
 
-    in_threads(convert, range(0, count, 256))
+    in_threads(convert, range(0, count, 256), lambda begun: monitor.check())
     return TileKeys(bits_ME, _errors(lost_P, size), block)
 
 
