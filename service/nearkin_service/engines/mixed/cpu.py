@@ -25,7 +25,7 @@ from nearkin_service.engines.pacing import Pace
 
 _SIEVE_PLACES = 1 << 25
 _SECOND_BLOCK = 256
-_PANEL_ELEMENTS = 1 << 20  # of all keys together
+_PANEL_ELEMENTS, _PANEL_CLASSES, _PANEL_NEIGHBOURS = 1 << 20, 8192, 64
 _PANELS_AT_A_TIME = 4096
 
 
@@ -33,7 +33,7 @@ def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     """The exact neighbour table: of few classes at once, of more by a certified pass that is quick."""
     count = len(source.rows)
     table = (build_direct if count <= AT_ONCE else scanned)(source, k, monitor)
-    if count <= AT_ONCE or count * source.key_size > _PANEL_ELEMENTS:
+    if count <= AT_ONCE or not short_enough(count, source.key_size, k):
         loaded(count)
     return table
 
@@ -43,12 +43,17 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     began = time.monotonic()
     index = filled_index(source, "cpu", monitor)
     keyed = time.monotonic()
-    join = in_panels if index.keys_MD.size <= _PANEL_ELEMENTS else mixed_self_join
+    join = in_panels if short_enough(*index.keys_MD.shape, k) else mixed_self_join
     ranks_Mk, redone, seconds = join(index, k, monitor)
     ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
     )
+
+
+def short_enough(count: int, size: int, k: int) -> bool:
+    """Whether panels are quicker than a scan for so many keys of this size."""
+    return count * size <= _PANEL_ELEMENTS and (count <= _PANEL_CLASSES or k >= _PANEL_NEIGHBOURS)
 
 
 def in_panels(
