@@ -43,7 +43,7 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     began = time.monotonic()
     index = filled_index(source, "cpu", monitor)
     keyed = time.monotonic()
-    join = in_panels if short_enough(*index.keys_MD.shape, k) else mixed_self_join
+    join = in_panels if short_enough(len(index.keys_MD), source.key_size, k) else mixed_self_join
     ranks_Mk, redone, seconds = join(index, k, monitor)
     ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
     return BuiltTable(
