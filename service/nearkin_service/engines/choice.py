@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.auto import ENGINES, Job, choose, mixed_lacks
+from nearkin_service.engines.auto import AT_ONCE, ENGINES, Job, choose, mixed_lacks
 from nearkin_service.engines.contract import (
     BuildMonitor,
     BuildRequest,
@@ -83,21 +83,24 @@ def update_table(
     _check(rows_NR, request)
     source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
     device = resolve_device(request.device)
-    engine, _ = choose(request.engine, Job(len(rows_NR), source.key_size, request.k), device)
+    job = Job(len(rows_NR), source.key_size, request.k)
+    engine, _ = choose(request.engine, job, device)
+    if engine == "mixed" and request.engine == "auto" and not ready(job):
+        engine = "flat"
     if engine == "ivf" or device != "cpu" or not fits(source, request.k, parent):
         log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
-    table = update(source, request.k, parent, _means(engine), monitor)
+    table = update(source, request.k, parent, _means(engine, job), monitor)
     if table is None:
         log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
     return replace(table, engine=engine)
 
 
-def _means(engine: str) -> Means:
-    """How an update by this engine goes about it."""
-    if engine != "mixed":
-        return Means(nearest, 1.0)
+def _means(engine: str, job: Job) -> Means:
+    """How an update by this engine goes about it; few classes are not worth importing torch for."""
+    if engine != "mixed" or job.classes <= AT_ONCE:
+        return Means(nearest, 1.0 if engine == "flat" else 0.3)
     from nearkin_service.engines.mixed.panels import nearest_in_panels
     from nearkin_service.engines.mixed.scan import fastest_products
 

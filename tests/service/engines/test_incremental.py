@@ -36,9 +36,9 @@ def assert_updates(
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.15, 0.6])
 def test_some_rows_changed(engine: str, share: float) -> None:
     random = np.random.default_rng(1)
-    before = random.standard_normal((2000, 24), dtype=np.float32)
+    before = random.standard_normal((2200, 24), dtype=np.float32)
     after = before.copy()
-    rows = random.permutation(2000)[: int(share * 2000)]
+    rows = random.permutation(2200)[: int(share * 2200)]
     after[rows] = random.standard_normal((len(rows), 24), dtype=np.float32)
     assert_updates(before, after, 12, engine)
 
