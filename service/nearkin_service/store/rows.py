@@ -117,6 +117,7 @@ class RowsFile:
         self.path = path
         self._spec = spec
         self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        self._seen: NDArray[Any] | None = None  # kept: giving a mapping up interrupts every thread
 
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
         """Stores whole rows (their CRC32C is `crc`, if known); returns what the journal is to say of them."""
@@ -179,7 +180,9 @@ class RowsFile:
         """Of rows where they lie: half the cost of reading them. DataLossError: the file is cut short."""
         if os.fstat(self._descriptor).st_size != self._spec.rows_bytes:
             raise DataLossError("rows.bin was cut short")
-        return examine(self.map()[start : start + count], self._spec.dtype)
+        if self._seen is None:
+            self._seen = self.map()
+        return examine(self._seen[start : start + count], self._spec.dtype)
 
     def matches(self, record: Record) -> bool:
         """Whether the rows are still those that a journal record spoke of."""
@@ -197,6 +200,7 @@ class RowsFile:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        self._seen = None
         os.close(self._descriptor)
 
 
