@@ -341,7 +341,8 @@ def test_the_catalogue(nearkin: NeighbourClient) -> None:
     assert mine.newest is not None
     assert (mine.generations, mine.newest.epoch) == (3, 2)
     newest = nearkin.generation()
-    assert (newest.engine, newest.exact, newest.recall) == ("flat", True, None)
+    assert newest.engine in ("flat", "mixed")
+    assert (newest.exact, newest.recall) == (True, None)
     assert newest.build_seconds >= 0
     nearkin.delete_generation(2)
     assert [each.generation for each in nearkin.generations()] == [3, 1]

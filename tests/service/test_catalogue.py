@@ -59,7 +59,7 @@ def test_generations_are_paged_newest_first(caller: Caller) -> None:
 
 def test_a_generation_tells_how_it_came_about(caller: Caller) -> None:
     rows = random_rows(20, 3, 2, 2)
-    push_id = caller.push(rows, epoch=6, k=7, key=pb.KEY_POOLED, absent=[4])
+    push_id = caller.push(rows, epoch=6, k=7, key=pb.KEY_POOLED, absent=[4], engine="flat")
     found = caller.generation()
     assert (found.run, found.generation, found.epoch, found.push_id) == ("run", 1, 6, push_id)
     assert (found.num_classes, list(found.row_shape), found.k, found.absent_count) == (20, [3, 2, 2], 7, 1)

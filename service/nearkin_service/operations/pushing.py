@@ -219,12 +219,16 @@ class Pushing:
         if not loan.rows.start <= rows.start <= rows.stop <= loan.rows.stop:
             raise InvalidArgumentError("row_start", f"rows {rows.start}..{rows.stop - 1} are not lent")
         async with push.claim(rows, loan.rows):
+            push.require_usable()
             known = push.stored.within(rows.start, rows.stop)
-            if push.state is not PushState.OPEN or not (push.is_lent(loan.rows) or len(known) == count):
+            if not push.is_lent(loan.rows) and len(known) < count:
                 raise InvalidArgumentError("loan", "it is over; send payloads")
-            files, absent = self._core.files[push_id], push.absent
-            zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
-            push.arrived(rows, zeros)
+            if push.state is PushState.OPEN:
+                files, absent = self._core.files[push_id], push.absent
+                zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
+                push.arrived(rows, zeros)
+            elif await self._core.io(self._checksum, push, rows) != crc:
+                raise AlreadyExistsError(f"rows {rows.start}..{rows.stop - 1} are stored with other bytes")
         return await self._stored(push, rows)
 
     async def _receive(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
@@ -293,23 +297,28 @@ class Pushing:
 
     async def _require_checksum(self, push: Push, expected: int) -> None:
         await self._blank(push)
-        found = await self._core.io(self._checksum, push)
+        found = await self._core.io(self._checksum_of_all, push)
         if found != expected:
             raise DataLossError(
                 f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the "
                 "push and send its rows again"
             )
 
-    def _checksum(self, push: Push) -> int:
+    def _checksum_of_all(self, push: Push) -> int:
+        files = self._core.files.get(push.push_id)
+        return files.checksum() if files else self._checksum(push, RowRange(0, push.spec.num_classes))
+
+    def _checksum(self, push: Push, rows: RowRange) -> int:
+        """Of rows of a push that is closed, as they lie in its file."""
         files = self._core.files.get(push.push_id)
         if files is not None:
-            return files.checksum()
+            return files.rows.checksum(rows.start, len(rows))
         generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        rows = self._core.directory.open_rows(generation)
+        file = self._core.directory.open_rows(generation)
         try:
-            return rows.checksum(0, push.spec.num_classes)
+            return file.checksum(rows.start, len(rows))
         finally:
-            rows.close()
+            file.close()
 
     async def _close(self, push: Push) -> None:
         await self._blank(push)

@@ -19,8 +19,8 @@ from nearkin_service.engines.canonical import doubtful_distance, unpack
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.mixed.kernels import best_of_products
 from nearkin_service.engines.mixed.panels import product_error
+from nearkin_service.engines.mixed.ranking import best_of_products
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count

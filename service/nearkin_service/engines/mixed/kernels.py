@@ -10,14 +10,14 @@ row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, uint32
+from numba import uint32
 from numpy.typing import NDArray
 
-from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit, reaching
+from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
+from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit
 
 log = logging.getLogger("nearkin.engines")
 
@@ -28,7 +28,6 @@ CLOSED = np.int16(32767)
 VACANT = np.int16(-32768)
 UNKNOWN = np.int32(-(2**31))
 """In place of a pair's exact score in steps of 2**-24."""
-_STEP = 2.0**-22  # more than one step of a score, and than rounding it to float32
 _ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
 
 
@@ -58,24 +57,7 @@ class Sieve(NamedTuple):
         )
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder to keep the machine code in, as in a read-only container
-        log.debug("compiling %s anew in each process", function.__name__)
-        return njit(nogil=True)(function)
-
-
-def _compiled_loosely(function: Callable[..., Any]) -> Any:
-    """For float64 sums whose order does not matter: let the compiler use vectors."""
-    loose = {"reassoc", "contract", "nsz"}
-    try:
-        return njit(nogil=True, cache=True, fastmath=loose)(function)
-    except RuntimeError:
-        return njit(nogil=True, fastmath=loose)(function)
-
-
-@_compiled_loosely
+@compiled_loosely
 def round_rows(bits_MD: Any, keys_MD: Any, rounded_ME: Any, error_M: Any) -> None:
     """bfloat16 (as uint16) of each key, to the nearest even; and the norm of what rounding took away.
 
@@ -97,7 +79,7 @@ def round_rows(bits_MD: Any, keys_MD: Any, rounded_ME: Any, error_M: Any) -> Non
         error_M[row] = np.sqrt(total) * (1 + 1e-6)
 
 
-@_compiled
+@compiled
 def kth_largest(address: Any, count: Any, k: Any) -> Any:
     """The k-th largest of `count` int16 (a multiple of 32), or 0 if it is not positive."""
     low, high = 0, int(_ONE)
@@ -113,7 +95,7 @@ def kth_largest(address: Any, count: Any, k: Any) -> Any:
     return low
 
 
-@_compiled
+@compiled
 def kth_entry(row: Any, k: Any, sieve: Any) -> Any:
     """The k-th largest value in a row's sieve, or 0 if it is not positive."""
     values, count = sieve.values[row], sieve.counts[row]
@@ -122,7 +104,7 @@ def kth_entry(row: Any, k: Any, sieve: Any) -> Any:
     return kth_largest(values.ctypes.data, whole, k)
 
 
-@_compiled
+@compiled
 def limit_below(kth: Any, error: Any) -> Any:
     """The limit under which nothing can still belong to the k best, given a k-th best value so far."""
     value = np.int32(np.int32(kth) << np.int32(16)).view(np.float32)
@@ -133,7 +115,7 @@ def limit_below(kth: Any, error: Any) -> Any:
     return np.int16(max(np.int32(0), bits - np.int32(1)))
 
 
-@_compiled
+@compiled
 def prune(row: Any, k: Any, sieve: Any) -> None:
     """Drop from a row's sieve what can no longer be among its k best; close the row if too much remains."""
     values, ids = sieve.values, sieve.ids
@@ -156,7 +138,7 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
         sieve.limits[row] = CLOSED
 
 
-@_compiled
+@compiled
 def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its rows. With `seed`, begin with a limit from this tile.
 
@@ -185,7 +167,7 @@ def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: 
                     counts[row] += 1
 
 
-@_compiled
+@compiled
 def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its columns: the other half of a symmetric matrix."""
     first_row, first_column = corner
@@ -209,7 +191,7 @@ def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> 
                     counts[row] += 1
 
 
-@_compiled
+@compiled
 def pack_rows(span: Any, k: Any, sieve: Any, kth: Any, packed_GW: Any) -> Any:
     """Prune a range of sieves a last time, note each one's k-th value, and pack its entries, id first.
 
@@ -228,7 +210,7 @@ def pack_rows(span: Any, k: Any, sieve: Any, kth: Any, packed_GW: Any) -> Any:
     return most
 
 
-@_compiled
+@compiled
 def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
     """The reverse, once the packed entries are sorted."""
     for row in range(span[0], span[1]):
@@ -238,7 +220,7 @@ def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
             values[place] = np.int16(packed_G[place] & 0x7FFF)
 
 
-@_compiled
+@compiled
 def list_pairs(span: Any, wanted: Any, sieve: Any, done_MW: Any) -> Any:
     """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
 
@@ -263,7 +245,7 @@ def list_pairs(span: Any, wanted: Any, sieve: Any, done_MW: Any) -> Any:
     return starts, others[:pair]
 
 
-@_compiled
+@compiled
 def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) -> None:
     """Write each pair's score to its row, and to the other key's row if that holds the pair too."""
     ids, counts = sieve.ids, sieve.counts
@@ -293,7 +275,7 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) ->
                 done_MW[other, low] = steps[pair]
 
 
-@_compiled_loosely
+@compiled_loosely
 def add_products(query: Any, keys_BD: Any, others: Any, first_key: Any, products: Any) -> None:
     """Add one query's products with the listed keys to float64 sums; four at once, so that loads overlap.
 
@@ -324,7 +306,7 @@ def add_products(query: Any, keys_BD: Any, others: Any, first_key: Any, products
         pair += 4
 
 
-@_compiled
+@compiled
 def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> None:
     """Inner products in float64 of each query with its listed keys."""
     starts, others = pairs
@@ -336,7 +318,7 @@ def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> N
         add_products(query, keys_MD, others[begin:end], 0, products[begin:end])
 
 
-@_compiled
+@compiled
 def add_part_products(rows_MD: tuple[Any, Any], left: Any, pairs: Any, packed_BC: Any, products: Any) -> None:
     """Add to each pair's float64 sum what the elements from `left` on give, as many as `packed_BC` is wide.
 
@@ -367,7 +349,7 @@ def add_part_products(rows_MD: tuple[Any, Any], left: Any, pairs: Any, packed_BC
                 add_products(query, packed_BC, others[begin:end], first_key, products[begin:end])
 
 
-@_compiled
+@compiled
 def least_known(span: Any, k: Any, sieve: Any, exact_MW: Any, least: Any) -> None:
     """The least of each row's exact scores in steps, so that k are as good; `UNKNOWN` if fewer are known."""
     for row in range(span[0], span[1]):
@@ -380,7 +362,7 @@ def least_known(span: Any, k: Any, sieve: Any, exact_MW: Any, least: Any) -> Non
         least[row] = lowest if known >= k else UNKNOWN
 
 
-@_compiled
+@compiled
 def known_ranks(span: Any, sieve: Any, exact_MW: Any, ranks_GW: Any) -> None:
     """Each row's ranks of the pairs with an exact score; what is left of `ranks_GW` stays as it was."""
     for row in range(span[0], span[1]):
@@ -389,141 +371,3 @@ def known_ranks(span: Any, sieve: Any, exact_MW: Any, ranks_GW: Any) -> None:
             if exact[place] != UNKNOWN:
                 ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(ids[place])
                 known += 1
-
-
-@_compiled
-def count_reaching(values: Any, least: Any) -> Any:
-    """How many float32 are `least` or more; their number is a multiple of 32."""
-    count, address = 0, values.ctypes.data
-    for place in range(0, values.shape[0], WIDTH):
-        count += count_bits(reaching(address + 4 * place, least))
-    return count
-
-
-@_compiled
-def threshold(values: Any, k: Any, guess: Any) -> Any:
-    """A float32 that at least k of the values reach, and hardly more if they differ; they are above -2.5."""
-    low, high = np.float32(-2.5), np.float32(1.5)
-    middle, enough, step = guess, k + k // 8 + 4, np.float32(1 / 64)
-    for _ in range(40):
-        count = count_reaching(values, middle)
-        if count < k:
-            high = middle
-            middle = max(low + (high - low) / np.float32(2), high - step)
-        else:
-            low = middle
-            if count <= enough:
-                break
-            middle = min(low + (high - low) / np.float32(2), low + step)
-        if low > np.float32(-2.5) and high < np.float32(1.5):
-            middle = low + (high - low) / np.float32(2)
-        else:
-            step *= np.float32(4)
-        if middle <= low or middle >= high:
-            break
-    return low
-
-
-@_compiled
-def collect(values: Any, least: Any, places: Any) -> Any:
-    """Write down where values are `least` or more, ascending; returns how many."""
-    found = 0
-    for start in range(0, values.shape[0], WIDTH):
-        mask = reaching(values.ctypes.data + 4 * start, least)
-        while mask != 0:
-            places[found] = start + first_bit(mask)
-            found += 1
-            mask = mask & (mask - uint32(1))
-    return found
-
-
-@_compiled
-def rank_in_order(exact: Any, places: Any, sure: Any, ranks: Any) -> Any:
-    """Ranks of some scores, ascending; returns whether all are less than `sure` from a whole step."""
-    certain = True
-    for candidate in range(places.shape[0]):
-        in_steps = min(1.0, max(-1.0, exact[candidate])) * 16777216.0
-        steps = np.rint(in_steps)
-        certain = certain and abs(in_steps - steps) <= sure
-        ranks[candidate] = (-np.int64(steps) << 32) | np.int64(places[candidate])
-    ranks[: places.shape[0]].sort()
-    return certain
-
-
-@_compiled
-def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
-    """Ranks of a query's best keys, ascending, into the scratch, from its products with all keys.
-
-    `own` is the place of the query's own key, or -1. `task` is the query, the keys, k, by how much products
-    can be off (0: they are float64, and scores themselves), and how far from a whole step a score can be
-    rounded safely. Returns how many ranks, and whether all could be rounded.
-    """
-    query, keys_MD, k, error, sure = task
-    values, guess, places, exact, ranks = scratch
-    count = products.shape[0]
-    for place in range(count):
-        values[place] = products[place]
-    if own >= 0:
-        values[own] = -4
-    least = np.float32(-2)
-    if k < count - (own >= 0):  # a step less, since scores tie once they are rounded and clipped
-        guess[0] = threshold(values, k, guess[0])
-        least = np.float32(max(-2.0, min(guess[0], 1.0) - 2 * error - _STEP))
-    found = collect(values, least, places)
-    if error > 0:
-        exact[:found] = 0.0
-        add_products(query, keys_MD, places[:found], 0, exact[:found])
-    else:
-        for candidate in range(found):
-            exact[candidate] = products[places[candidate]]
-    return found, rank_in_order(exact, places[:found], sure, ranks)
-
-
-@_compiled
-def scratch_for(count: Any) -> Any:
-    """What `rank_products` works in."""
-    values = np.full((count + WIDTH - 1) // WIDTH * WIDTH, np.float32(-4))
-    guess = np.full(1, np.float32(0.5))
-    return values, guess, np.empty(count, np.int32), np.empty(count), np.empty(count, np.int64)
-
-
-@_compiled
-def best_of_products(span: Any, from_products: Any, keys_MD: Any, table: Any, doubtful: Any) -> None:
-    """Fill in the table's rows of a span of keys from their products with all keys.
-
-    `from_products` is the products [M, M] and the last two of `rank_products`' task; `table` is the class of
-    each key, ids [N, k] and scores [N, k]. A row is doubtful if a score that matters cannot be rounded.
-    """
-    products_MM, error, sure = from_products
-    present, ids, scores = table
-    k, query = ids.shape[1], np.empty(keys_MD.shape[1])
-    scratch = scratch_for(products_MM.shape[0])
-    for row in range(span[0], span[1]):
-        if error > 0:
-            query[:] = keys_MD[row]
-        found, certain = rank_products(products_MM[row], row, (query, keys_MD, k, error, sure), scratch)
-        doubtful[row] = not certain
-        ranks, own = scratch[4], present[row]
-        for place in range(min(k, found)):
-            ids[own, place] = present[ranks[place] & 0xFFFFFFFF]
-            scores[own, place] = -(ranks[place] >> 32) / 16777216.0
-
-
-@_compiled
-def best_of_panel(products_QM: Any, queries: Any, task: Any, ranks_Qk: Any, doubtful: Any) -> None:
-    """The k best ranks of each query from its float32 products with all keys.
-
-    `queries` is their keys and own places; `task` is the keys and the last two of `rank_products`' task.
-    """
-    queries_QD, own_Q = queries
-    keys_MD, error, sure = task
-    k, query = ranks_Qk.shape[1], np.empty(keys_MD.shape[1])
-    scratch = scratch_for(keys_MD.shape[0])
-    for row in range(queries_QD.shape[0]):
-        query[:] = queries_QD[row]
-        found, certain = rank_products(
-            products_QM[row], own_Q[row], (query, keys_MD, k, error, sure), scratch
-        )
-        doubtful[row] = not certain
-        kept = min(k, found)
-        ranks_Qk[row, :kept] = scratch[4][:kept]

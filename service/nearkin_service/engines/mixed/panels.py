@@ -16,7 +16,7 @@ from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.flat import FlatIndex
-from nearkin_service.engines.mixed.kernels import best_of_panel
+from nearkin_service.engines.mixed.ranking import best_of_panel
 from nearkin_service.engines.workers import in_threads
 
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
