@@ -192,9 +192,10 @@ def _fetches(size: int) -> list[Row]:
             "unix socket": _fetcher(service.address, shared=False),
             "TCP": _fetcher(tcp, shared=False),
         }
+        rows = _rows(size // 4096, 1024)
         for name, peer in _flight_peers(stack).items():
             for batch in BATCHES:
-                ways[f"{name} {batch // MIB} MiB"] = _getter(peer, _rows(size // 4096, 1024), batch)
+                ways[f"{name} {batch // MIB} MiB"] = _getter(peer, rows, batch)
         return _beside_flight("fetch", k, _alternating(ways, count * k * 8))
 
 

@@ -209,9 +209,13 @@ class Service:
 
     def start(self) -> Service:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._run(self._make())
+        try:
+            self._run(self._make())
+        except BaseException:  # a service that does not start leaves no thread behind, or pytest never ends
+            self._end_loop()
+            raise
         return self
 
     async def _make(self) -> None:
@@ -228,6 +232,9 @@ class Service:
         for caller in self.callers:
             caller.channel.close()
         self._run(self.server.stop())
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
