@@ -33,6 +33,7 @@ class Limits:
     max_run_bytes: int = 4 * TIB
     max_waiting_readers_per_run: int = 5_000
     max_stream_idle_seconds: int = 300
+    max_table_streams: int = 128
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -57,8 +58,6 @@ class ServiceConfig:
         keep_embeddings: embeddings of how many generations are kept when a push does not say.
         chunk_bytes: payload size per message that suits this service.
         io_threads: threads that check and store rows and read tables.
-        table_streams: tables sent through connections at the same time, of one run at most half of them; each
-            costs up to 16 MiB while its reader is slow. The others wait for their turn.
         searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
         bulk_port: where the bulk lane of a `host:port` listens; 0: any free port, None: no lane at all.
         http: `host:port` of /metrics, /livez and /readyz, or None.
@@ -77,7 +76,6 @@ class ServiceConfig:
     keep_embeddings: int = 2
     chunk_bytes: int = 4 * MIB
     io_threads: int = 4
-    table_streams: int = 128
     searcher_memory_bytes: int = 4 * GIB
     bulk_port: int | None = 0
     http: str | None = None
@@ -95,7 +93,7 @@ class ServiceConfig:
             raise ValueError(f"device: {self.device!r} is not auto, cpu or cuda")
         if not 0 < self.target_recall <= 1:
             raise ValueError(f"target_recall is {self.target_recall}; it must be above 0 and at most 1")
-        for name in ("keep_embeddings", "io_threads", "table_streams"):
+        for name in ("keep_embeddings", "io_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 64 * KIB <= self.chunk_bytes <= self.limits.max_message_bytes:

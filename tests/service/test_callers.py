@@ -232,8 +232,8 @@ def test_slow_readers_hold_up_nobody(caller: Caller) -> None:
 
 def test_readers_that_take_nothing_make_room(start_service: Start) -> None:
     """They hold the places of their own run only, and not for ever."""
-    limits = Limits(max_stream_idle_seconds=3)
-    service = start_service(limits=limits, table_streams=4, http="127.0.0.1:0")
+    limits = Limits(max_stream_idle_seconds=3, max_table_streams=4)
+    service = start_service(limits=limits, http="127.0.0.1:0")
     caller = service.caller()
     caller.push(random_rows(3000, 4), k=2000)
     deaf = [caller.stub.ReadTable(pb.ReadTableRequest(run="run", with_scores=True)) for _ in range(2)]

@@ -1788,6 +1788,7 @@ class Limits(_message.Message):
     MAX_RUN_BYTES_FIELD_NUMBER: _builtins.int
     MAX_WAITING_READERS_PER_RUN_FIELD_NUMBER: _builtins.int
     MAX_STREAM_IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_TABLE_STREAMS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     max_num_classes: _builtins.int
     max_row_bytes: _builtins.int
@@ -1806,6 +1807,8 @@ class Limits(_message.Message):
     max_waiting_readers_per_run: _builtins.int
     max_stream_idle_seconds: _builtins.int
     """a WriteRows stream that sends nothing for so long is ended"""
+    max_table_streams: _builtins.int
+    """tables sent through gRPC at a time, of one run at most half; others wait"""
     def __init__(
         self,
         *,
@@ -1825,10 +1828,11 @@ class Limits(_message.Message):
         max_run_bytes: _builtins.int = ...,
         max_waiting_readers_per_run: _builtins.int = ...,
         max_stream_idle_seconds: _builtins.int = ...,
+        max_table_streams: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_generations_per_run", b"max_generations_per_run", "max_k", b"max_k", "max_memory_bytes", b"max_memory_bytes", "max_message_bytes", b"max_message_bytes", "max_nearest_queries", b"max_nearest_queries", "max_num_classes", b"max_num_classes", "max_open_pushes", b"max_open_pushes", "max_open_pushes_per_run", b"max_open_pushes_per_run", "max_push_bytes", b"max_push_bytes", "max_row_bytes", b"max_row_bytes", "max_run_bytes", b"max_run_bytes", "max_runs", b"max_runs", "max_stream_idle_seconds", b"max_stream_idle_seconds", "max_waiting_readers", b"max_waiting_readers", "max_waiting_readers_per_run", b"max_waiting_readers_per_run", "min_free_disk_bytes", b"min_free_disk_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_generations_per_run", b"max_generations_per_run", "max_k", b"max_k", "max_memory_bytes", b"max_memory_bytes", "max_message_bytes", b"max_message_bytes", "max_nearest_queries", b"max_nearest_queries", "max_num_classes", b"max_num_classes", "max_open_pushes", b"max_open_pushes", "max_open_pushes_per_run", b"max_open_pushes_per_run", "max_push_bytes", b"max_push_bytes", "max_row_bytes", b"max_row_bytes", "max_run_bytes", b"max_run_bytes", "max_runs", b"max_runs", "max_stream_idle_seconds", b"max_stream_idle_seconds", "max_table_streams", b"max_table_streams", "max_waiting_readers", b"max_waiting_readers", "max_waiting_readers_per_run", b"max_waiting_readers_per_run", "min_free_disk_bytes", b"min_free_disk_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

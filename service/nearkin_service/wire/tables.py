@@ -32,7 +32,7 @@ class TableMethods:
         self._core = core
         self._reading = reading
         self._lane = lane
-        self._places = Places(core.config.table_streams)
+        self._places = Places(core.config.limits.max_table_streams)
 
     async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
         local = is_local(context)
