@@ -266,21 +266,22 @@ class Sender:
         lent, (start, stop) = self._lent, piece
         if lent is not None and not ranges.intersect([piece], self._foreign):
             return piece, lent.write(start, stop)
-        payload, loan = (
-            self._rows.payload(start - self._row_start, stop - self._row_start),
-            lent and lent.loan,
-        )
-        return piece, bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload), loan=loan or "")
+        payload, loan = self._rows.payload(start - self._row_start, stop - self._row_start), ""
+        if lent is not None:
+            loan = lent.loan
+        return piece, bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload), loan=loan)
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
         if isinstance(self._failure, OSError) and self._lent:
-            return self._not_in_place(f"rows cannot be written in place: {self._failure}", damaged)
+            self._not_in_place(f"rows cannot be written in place: {self._failure}")
+            return damaged
         if self._failure is not None:
             raise self._failure
         code, _ = status_of(error)
         if code is grpc.StatusCode.INVALID_ARGUMENT and self._lent and error_from_rpc(error).field == "loan":
-            return self._not_in_place(error_from_rpc(error).message, damaged)
+            self._not_in_place(error_from_rpc(error).message)
+            return damaged
         if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:
             log.warning("%s: %s; sending it again", self._doing, error_from_rpc(error).message)
             return damaged + 1
@@ -293,13 +294,12 @@ class Sender:
         persistence.pause_or_raise(error, self._doing)
         return damaged
 
-    def _not_in_place(self, why: str, damaged: int) -> int:
+    def _not_in_place(self, why: str) -> None:
         log.info("%s: what is left goes through the connection (%s)", self._doing, why)
         if self._lent is not None:
             self._lent.close()
         self._lent, self._pace, self._failure = None, self._next_pace, None
         self._lane = self._find_lane()
-        return damaged
 
     def _arrived(self, sent: list[ranges.Range]) -> list[ranges.Range]:
         """What of this stream the service has, as it says itself."""

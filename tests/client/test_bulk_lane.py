@@ -215,13 +215,13 @@ def test_a_push_goes_on_after_the_service_came_back(
 DYING = """
 import os, signal, sys
 import numpy as np
-from nearkin.v1 import frames
+from nearkin.v1 import bulk, frames
 from nearkin_client import NeighbourClient
 
 send, sent = frames.send, []
 def dying(connection, head, payload=b""):
     if len(sent) == 3 and len(payload):
-        connection.sendall(frames.prefix(len(head) + len(payload)) + head + bytes(payload)[:1000])
+        connection.sendall(bulk.varint(len(head) + len(payload)) + head + bytes(payload)[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
     sent.append(1)
     send(connection, head, payload)

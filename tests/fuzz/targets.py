@@ -108,7 +108,7 @@ def lane_frames(data: bytes) -> None:
         with suppress(frames.Malformed, frames.Ended):
             while (message := frames.receive(ours, 1024)) is not None:
                 assert len(message) <= 1024
-                taken += frames.prefix(len(message)) + message
+                taken += bulk.varint(len(message)) + message
             assert len(taken) <= len(data), "all of it was read"
     shortest = len(taken) == len(data)
     assert not shortest or taken == data

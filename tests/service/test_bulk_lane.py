@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from nearkin.v1 import frames
+from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
 from nearkin_service.wire.lane import lane as lane_module
@@ -137,9 +137,9 @@ def test_a_push_may_use_any_number_of_connections(either: Caller) -> None:
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\xff" * 64,
-        frames.prefix(1 << 40),
-        frames.prefix(40) + b"half",
-        frames.prefix(34) + pb.BulkHello(ticket=b"x" * 32).SerializeToString(),
+        bulk.varint(1 << 40),
+        bulk.varint(40) + b"half",
+        bulk.varint(34) + pb.BulkHello(ticket=b"x" * 32).SerializeToString(),
     ],
     ids=["nothing", "empty", "http", "http2", "no varint", "long", "half", "made up"],
 )
@@ -268,13 +268,13 @@ def test_rows_that_differ_are_refused_and_the_same_are_not(caller: Caller) -> No
 def test_a_length_is_looked_at_before_there_is_memory_for_it(caller: Caller) -> None:
     _, lane = offered(caller)
     with let_in(caller, lane) as connection:
-        connection.sendall(frames.prefix(1 << 50))
+        connection.sendall(bulk.varint(1 << 50))
         found = status(connection)
     assert code(found) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "max_message_bytes" in found.message
 
 
-@pytest.mark.parametrize("garbage", [b"\xff" * 11, frames.prefix(8) + b"\xff" * 8], ids=["length", "message"])
+@pytest.mark.parametrize("garbage", [b"\xff" * 11, bulk.varint(8) + b"\xff" * 8], ids=["length", "message"])
 def test_garbage_is_called_that(caller: Caller, garbage: bytes) -> None:
     _, lane = offered(caller)
     with let_in(caller, lane) as connection:
@@ -289,7 +289,7 @@ def test_half_a_message_is_none(either: Caller, reset: bool) -> None:
     with let_in(either, lane) as connection:
         say(connection, first)
         encoded = second.SerializeToString()
-        connection.sendall(frames.prefix(len(encoded)) + encoded[:-1])
+        connection.sendall(bulk.varint(len(encoded)) + encoded[:-1])
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     push = eventually(lambda: either.state(push_id), lambda push: push.rows_stored > 0)

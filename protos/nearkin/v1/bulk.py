@@ -222,12 +222,17 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def _length_prefix(number: int, length: int) -> bytes:
-    prefix = bytearray([number << 3 | _LENGTH])
-    while length > 0x7F:
-        prefix.append(length & 0x7F | 0x80)
-        length >>= 7
-    prefix.append(length)
-    return bytes(prefix)
+    return bytes([number << 3 | _LENGTH]) + varint(length)
+
+
+def varint(value: int) -> bytes:
+    """Of a number that is not negative."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _text(value: int | memoryview | None) -> str | None:

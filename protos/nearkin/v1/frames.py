@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 
-Buffer = bytes | bytearray | memoryview
+from nearkin.v1.bulk import Buffer, varint
 
 MOST_PREFIX_BYTES = 10
 MOST_SMALL_BYTES = 64 << 10
@@ -31,19 +31,9 @@ def limit_silence(connection: socket.socket, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-def prefix(length: int) -> bytes:
-    """A length as a varint."""
-    encoded = bytearray()
-    while length > 0x7F:
-        encoded.append(length & 0x7F | 0x80)
-        length >>= 7
-    encoded.append(length)
-    return bytes(encoded)
-
-
 def send(connection: socket.socket, head: Buffer, bulk: Buffer = b"") -> None:
     """One message, of which `bulk` is the end; nothing is copied together."""
-    parts = [memoryview(prefix(len(head) + len(bulk))), memoryview(head), memoryview(bulk)]
+    parts = [memoryview(varint(len(head) + len(bulk))), memoryview(head), memoryview(bulk)]
     while parts:
         sent = connection.sendmsg(parts)
         while parts and sent >= len(parts[0]):
@@ -54,7 +44,7 @@ def send(connection: socket.socket, head: Buffer, bulk: Buffer = b"") -> None:
 
 def send_head(connection: socket.socket, head: bytes, bulk_bytes: int) -> None:
     """The beginning of a message whose last bytes, so many, have to follow by themselves."""
-    rest = memoryview(prefix(len(head) + bulk_bytes) + head)
+    rest = memoryview(varint(len(head) + bulk_bytes) + head)
     while rest:
         rest = rest[connection.send(rest, socket.MSG_MORE) :]
 

@@ -59,9 +59,7 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
 
 def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
     job = Job(len(source.rows), source.key_size, request.k)
-    engine, why = choose(request.engine, job, device)
-    if engine == "mixed" and request.engine == "auto" and not ready(job):
-        engine, why = "flat", "auto, since it is quick and the loops of mixed are still being loaded"
+    engine, why = _engine(request, job, device)
     log.info("%d x %d, key %s, k %d: engine %s; %s", *source.rows.shape, source.key, request.k, engine, why)
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed
@@ -84,9 +82,7 @@ def update_table(
     source = KeyedRows(rows_NR, request.row_shape, request.key, request.absent)
     device = resolve_device(request.device)
     job = Job(len(rows_NR), source.key_size, request.k)
-    engine, _ = choose(request.engine, job, device)
-    if engine == "mixed" and request.engine == "auto" and not ready(job):
-        engine = "flat"
+    engine, _ = _engine(request, job, device)
     if engine == "ivf" or device != "cpu" or not fits(source, request.k, parent):
         log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
@@ -95,6 +91,14 @@ def update_table(
         log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
     return replace(table, engine=engine)
+
+
+def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
+    """What builds this now, and why."""
+    engine, why = choose(request.engine, job, device)
+    if engine == "mixed" and request.engine == "auto" and not ready(job):
+        return "flat", "auto, since it is quick and the loops of mixed are still being loaded"
+    return engine, why
 
 
 def _means(engine: str, job: Job) -> Means:

@@ -25,7 +25,7 @@ _started: set[str] = set()
 
 def ready(job: Job) -> bool:
     """Whether `mixed` is to build this; if not, it is being loaded from now on."""
-    need = "at once" if job.classes <= AT_ONCE else "scan"
+    need = _need(job.classes)
     if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
         return True
     with _starting:
@@ -37,13 +37,18 @@ def ready(job: Job) -> bool:
 
 def loaded(classes: int) -> None:
     """A table of so many classes was built by `mixed`."""
-    _loaded["at once" if classes <= AT_ONCE else "scan"].set()
+    _loaded[_need(classes)].set()
 
 
 def wait(job: Job) -> None:
     """Return once `ready` says yes."""
     if not ready(job):
-        _loaded["at once" if job.classes <= AT_ONCE else "scan"].wait()
+        _loaded[_need(job.classes)].wait()
+
+
+def _need(classes: int) -> str:
+    """Which loops so many classes need."""
+    return "at once" if classes <= AT_ONCE else "scan"
 
 
 def _load(need: str) -> None:

@@ -96,6 +96,10 @@ def absent_ids(request: pb.BeginPushRequest) -> NDArray[np.int64]:
     return ids
 
 
+def stored(view: PushView) -> pb.WriteRowsResponse:
+    return pb.WriteRowsResponse(rows_stored=len(view.stored), complete=view.complete, push=push(view))
+
+
 def push(view: PushView) -> pb.Push:
     return pb.Push(
         push_id=view.push_id,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -112,8 +113,11 @@ class _Guard:
         async def call(request: Any, context: Context) -> Any:
             try:
                 work = asyncio.create_task(behaviour(_sound(request), context))
-                work.add_done_callback(_take_notice)
-                return await asyncio.shield(work)
+                try:
+                    return await asyncio.shield(work)
+                except asyncio.CancelledError:
+                    work.add_done_callback(partial(_log_end, name))
+                    raise
             except Exception as error:
                 await self._refuse(name, error, context)
 
@@ -165,10 +169,11 @@ class _Guard:
         raise asyncio.CancelledError  # abort has raised already
 
 
-def _take_notice(work: asyncio.Task[Any]) -> None:
-    """Whoever asked may be gone: nobody else would look at how it ended."""
-    if not work.cancelled():
-        work.exception()
+def _log_end(name: str, work: asyncio.Task[Any]) -> None:
+    """Whoever asked has left: a mistake of ours would go by without a word."""
+    error = None if work.cancelled() else work.exception()
+    if isinstance(error, Exception):
+        meaning(name, error)
 
 
 def _sound(request: Any) -> Any:

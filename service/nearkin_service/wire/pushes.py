@@ -84,10 +84,7 @@ class PushMethods:
             await asyncio.shield(pending.popleft())
         if not push_id:
             raise InvalidArgumentError("push_id", "the stream carried no message")
-        view = self._pushing.get(push_id)
-        return pb.WriteRowsResponse(
-            rows_stored=len(view.stored), complete=view.complete, push=convert.push(view)
-        )
+        return convert.stored(self._pushing.get(push_id))
 
     async def _store(self, message: bulk.WriteRows, loan: Loan | None) -> PushView:
         push_id, start, crc = message.push_id, message.row_start, message.crc32c

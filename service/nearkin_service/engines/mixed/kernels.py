@@ -9,7 +9,6 @@ row.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,6 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
 from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit
-
-log = logging.getLogger("nearkin.engines")
 
 ROUNDING = 2.0**-8 * 1.01
 """Rounding a sum to bfloat16 moves it by at most this share of the result."""

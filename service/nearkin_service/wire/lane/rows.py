@@ -64,10 +64,7 @@ class RowsReceiver:
 
     def _response(self, push_id: str) -> pb.WriteRowsResponse:
         async def look() -> pb.WriteRowsResponse:
-            view = self._pushing.get(push_id)
-            return pb.WriteRowsResponse(
-                rows_stored=len(view.stored), complete=view.complete, push=convert.push(view)
-            )
+            return convert.stored(self._pushing.get(push_id))
 
         return asyncio.run_coroutine_threadsafe(look(), self._loop).result()
 
