@@ -39,7 +39,6 @@ STALL_SECONDS = 30.0
 _BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 512 << 10  # is still in a core's cache when it is summed up
 _STATUS_TAG = b"\x22"
-_SUFFIX = ".bulk"
 _Address = str | tuple[str, int]
 _AVOID_SECONDS = 60.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -280,7 +279,7 @@ def _length(connection: socket.socket) -> int:
 def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
     path = socket_path(endpoint.address)
     if path is not None:
-        beside = path.with_name(path.name + _SUFFIX)
+        beside = path.with_name(path.name + frames.BULK_SUFFIX)
         try:
             if stat.S_ISSOCK(beside.stat().st_mode):
                 return str(beside)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from nearkin.v1.frames import BULK_SUFFIX
 
 log = logging.getLogger("nearkin.service")
 
 _MAX_SOCKET_PATH = 107
 _SOCKET_MASK = 0o177
-_BULK_SUFFIX = ".bulk"
 _BACKLOG = 128
 
 
@@ -120,7 +120,7 @@ def _bind_unix(server: grpc.aio.Server, path: Path) -> str:
 def bulk_path(address: str) -> Path:
     """Where the bulk lane of a unix address is."""
     path = socket_path(address)
-    return path.with_name(path.name + _BULK_SUFFIX)
+    return path.with_name(path.name + BULK_SUFFIX)
 
 
 def bulk_socket(address: str) -> socket.socket:

@@ -213,6 +213,17 @@ def test_several_addresses_ports_and_a_ready_file(serve: Serve, tmp_path: Path) 
 # ------------------------------------------------------------------------------------- damaged directories
 
 
+def push_with_a_damaged_row(start_service: Start, tmp_path: Path) -> str:
+    """A push whose rows 0..299 came in three messages; row 150 has changed since. Nobody serves it."""
+    service = start_service()
+    caller = service.caller()
+    push_id = caller.begin(ROWS).push.push_id
+    caller.write(push_id, ROWS[:300], step=100)
+    service.stop()
+    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", at=150 * 64)
+    return push_id
+
+
 def flip(path: Path, at: int = 9) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 16
@@ -310,12 +321,7 @@ def test_a_damaged_push_never_stops_the_service(
 def test_rows_damaged_in_an_open_push_are_not_blamed_on_who_sends_them_again(
     start_service: Start, tmp_path: Path
 ) -> None:
-    service = start_service()
-    caller = service.caller()
-    push_id = caller.begin(ROWS).push.push_id
-    caller.write(push_id, ROWS[:300], step=100)
-    service.stop()
-    flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", at=150 * 64)
+    push_id = push_with_a_damaged_row(start_service, tmp_path)
     caller = start_service().caller()
     caller.write(push_id, ROWS[:100])
     error = refusal(lambda: caller.write(push_id, ROWS[:200]))
@@ -420,12 +426,7 @@ class TestAfterTheMachineDied:
     def test_lost_rows_of_a_push_are_sent_again(
         self, start_service: Start, tmp_path: Path, reboot: Callable[[], None]
     ) -> None:
-        service = start_service()
-        caller = service.caller()
-        push_id = caller.begin(ROWS).push.push_id
-        caller.write(push_id, ROWS[:300], step=100)
-        service.stop()
-        flip(tmp_path / "data/runs/run/pushes" / push_id / "rows.bin", at=150 * 64)
+        push_id = push_with_a_damaged_row(start_service, tmp_path)
         reboot()
         caller = start_service().caller()
         push = caller.state(push_id)

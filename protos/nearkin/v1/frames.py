@@ -10,6 +10,8 @@ import struct
 
 from nearkin.v1.bulk import Buffer, varint
 
+BULK_SUFFIX = ".bulk"
+"""What the lane's path has more than that of the service's unix socket."""
 MOST_PREFIX_BYTES = 10
 MOST_SMALL_BYTES = 64 << 10
 """Of a message without bulk bytes: a greeting, an answer, an error."""

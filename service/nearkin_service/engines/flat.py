@@ -19,7 +19,7 @@ from nearkin_service.engines.complete import Queries, complete, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Neighbours
 from nearkin_service.engines.devices import faiss_version, gpu_count, load_faiss
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.pacing import BlockSize, Pace, Silence
+from nearkin_service.engines.pacing import BlockSize, Pace, Silence, blocks
 
 SLACK = 8
 """Candidates asked for beyond the k-th, so that near-ties there rarely need a second pass."""
@@ -93,17 +93,11 @@ def self_join(index: FlatIndex, k: int, monitor: BuildMonitor) -> tuple[NDArray[
     redone = 0
     pace = Pace(monitor, "search", count)
     first = _FIRST_BLOCK_PRODUCTS["cpu" if index.device == "cpu" else "cuda"]
-    block = BlockSize(max(_LEAST_BLOCK_ROWS, first // max(1, index.keys_MD.size)), _MOST_BLOCK_ROWS)
-    done = 0
-    while done < count:
-        block.start()
-        own_Q = np.arange(done, min(count, done + block.rows))
-        queries = Queries(index.keys_MD[done : done + len(own_Q)], own_Q)
-        ranks_Mk[own_Q], again = nearest(index, queries, k, monitor)
+    size = BlockSize(max(_LEAST_BLOCK_ROWS, first // max(1, index.keys_MD.size)), _MOST_BLOCK_ROWS)
+    for some in blocks(count, size, pace):
+        queries = Queries(index.keys_MD[some], np.arange(some.start, some.stop))
+        ranks_Mk[some], again = nearest(index, queries, k, monitor)
         redone += again
-        done += len(own_Q)
-        pace.done(done)
-        block.finish()
     return ranks_Mk, redone
 
 

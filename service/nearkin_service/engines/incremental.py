@@ -25,7 +25,7 @@ from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Parent
 from nearkin_service.engines.devices import faiss_version
 from nearkin_service.engines.flat import FlatIndex, filled_index, spread
 from nearkin_service.engines.keys import KeyedRows
-from nearkin_service.engines.pacing import BlockSize, Pace
+from nearkin_service.engines.pacing import BlockSize, Pace, blocks
 
 log = logging.getLogger("nearkin.engines")
 
@@ -160,33 +160,22 @@ class _Update:
         if not wanted:
             return entrants_Uk
         pace = Pace(self._monitor, "entrants", len(rows))
-        block = BlockSize(1024, 1 << 14)
-        done = 0
-        while done < len(rows):
-            block.start()
-            some = rows[done : done + block.rows]
-            queries = Queries(self._index.keys_MD[some], np.full(len(some), -1))
+        for some in blocks(len(rows), BlockSize(1024, 1 << 14), pace):
+            keys = self._index.keys_MD[rows[some]]
+            queries = Queries(keys, np.full(len(keys), -1))
             found, _ = self._nearest(self._news, queries, wanted, self._monitor)
             empty = found == EMPTY
             entrants = ranks(steps_of(found), self._moved[np.where(empty, 0, found & 0xFFFFFFFF)])
-            entrants_Uk[done : done + len(some)] = np.where(empty, EMPTY, entrants)
-            done += len(some)
-            pace.done(done)
-            block.finish()
+            entrants_Uk[some] = np.where(empty, EMPTY, entrants)
         return entrants_Uk
 
     def _search(self, rows: NDArray[np.int64], ranks_Mk: NDArray[np.int64]) -> None:
         """Search some rows in full, in place."""
         pace = Pace(self._monitor, "search", len(rows))
-        block, done, k = BlockSize(256, 1 << 14), 0, ranks_Mk.shape[1]
-        while done < len(rows):
-            block.start()
-            own = rows[done : done + block.rows]
+        for some in blocks(len(rows), BlockSize(256, 1 << 14), pace):
+            own = rows[some]
             queries = Queries(self._index.keys_MD[own], own)
-            ranks_Mk[own], _ = self._nearest(self._index, queries, k, self._monitor)
-            done += len(own)
-            pace.done(done)
-            block.finish()
+            ranks_Mk[own], _ = self._nearest(self._index, queries, ranks_Mk.shape[1], self._monitor)
 
 
 def _old_ranks(parent: Parent, present: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:

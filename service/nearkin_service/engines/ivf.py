@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from nearkin_service.engines.contract import BuildMonitor, BuiltTable, MeasuredR
 from nearkin_service.engines.devices import faiss_version, load_faiss
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
 from nearkin_service.engines.keys import KeyedRows
-from nearkin_service.engines.pacing import BlockSize, Pace
+from nearkin_service.engines.pacing import BlockSize, Pace, blocks
 from nearkin_service.engines.workers import in_threads, worker_count
 
 log = logging.getLogger("nearkin.engines")
@@ -92,7 +91,7 @@ def _inverted_lists(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> Any:
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(quantizer, size, lists, half, faiss.METRIC_INNER_PRODUCT, False)
     index.train(centres[:1])  # the lists' centres are there; float16 has nothing to learn
-    for some in _blocks(count, Pace(monitor, "add", count)):
+    for some in blocks(count, _first_block(), Pace(monitor, "add", count)):
         index.add(keys_MD[some])
     return index
 
@@ -113,7 +112,7 @@ def _centres(keys_MD: NDArray[np.float32], lists: int, monitor: BuildMonitor) ->
         nearest_centre = faiss.IndexFlatIP(keys_MD.shape[1])
         nearest_centre.add(centres)
         sums = np.zeros(centres.shape, np.float64)
-        for some in _blocks(len(chosen), pace, iteration * len(chosen)):
+        for some in blocks(len(chosen), _first_block(), pace, iteration * len(chosen)):
             keys = keys_MD[chosen[some]]
             owner = nearest_centre.search(keys, 1)[1][:, 0]
             order = np.argsort(owner, kind="stable")
@@ -126,17 +125,8 @@ def _centres(keys_MD: NDArray[np.float32], lists: int, monitor: BuildMonitor) ->
     return centres
 
 
-def _blocks(count: int, pace: Pace, before: int = 0) -> Iterator[slice]:
-    """Consecutive slices of `count`, each a fraction of a second's work; the pace is told after each."""
-    block = BlockSize(256, 1 << 15)
-    done = 0
-    while done < count:
-        block.start()
-        some = slice(done, min(count, done + block.rows))
-        yield some
-        done = some.stop
-        pace.done(before + done)
-        block.finish()
+def _first_block() -> BlockSize:
+    return BlockSize(256, 1 << 15)
 
 
 def _sample(index: FlatIndex, k: int, random: np.random.Generator, monitor: BuildMonitor) -> Sample:
@@ -174,7 +164,7 @@ def _search(
     """Ranks int64 [len(own), k], every candidate scored exactly."""
     ranks_Sk = np.full((len(own), k), EMPTY)
     count = min(k + 1 + max(8, k // 4), len(keys_MD))
-    for some in _blocks(len(own), pace):
+    for some in blocks(len(own), _first_block(), pace):
         _, found = lists.search(keys_MD[own[some]], count)
         _rescore(keys_MD, own[some], found, ranks_Sk[some])
     return ranks_Sk

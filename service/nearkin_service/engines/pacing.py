@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from nearkin_service.engines.contract import BuildMonitor
 
@@ -57,3 +58,15 @@ class BlockSize:
         took = max(time.monotonic() - self._began, 1e-6)
         wanted = int(self.rows * min(2.0, max(0.5, _BLOCK_SECONDS / took)))
         self.rows = max(1, min(wanted, self._most))
+
+
+def blocks(count: int, size: BlockSize, pace: Pace, before: int = 0) -> Iterator[slice]:
+    """Consecutive slices of `count`, each a fraction of a second's work; the pace is told after each."""
+    done = 0
+    while done < count:
+        size.start()
+        some = slice(done, min(count, done + size.rows))
+        yield some
+        done = some.stop
+        pace.done(before + done)
+        size.finish()

@@ -36,6 +36,8 @@ _KEYS: Mapping[pb.Key.ValueType, KeyName] = {
     pb.KEY_POOLED: "pooled",
     pb.KEY_QACONV: "qaconv",
 }
+COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
+"""Of a table, in the order in which they are sent."""
 _IDS_AT_ONCE = 1 << 15
 _TO_DTYPE = {name: value for value, name in _DTYPES.items()}
 _TO_KEY: Mapping[KeyName, pb.Key.ValueType] = {name: value for value, name in _KEYS.items()}

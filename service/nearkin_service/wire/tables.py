@@ -17,7 +17,6 @@ from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
 from nearkin_service.wire.lane import BulkLane, TableGrant
 
-_COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 _MARGIN_SECONDS = 0.05
 """A wait ends this much before the call's deadline, so that the caller learns why it was in vain."""
 
@@ -75,7 +74,7 @@ class TableMethods:
         rows = generation.rows_of(request.row_start, request.row_count)
         columns = await self._reading.columns(generation, scores=request.with_scores)
         yield bulk.encode_table_message(_header(generation, request))
-        for column, blocks in zip(_COLUMNS, columns, strict=False):
+        for column, blocks in zip(convert.COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
                 await self._core.pacing.turn(len(piece) * generation.spec.k * 4)
                 data = await self._core.io(_encoded, blocks, piece, column)

@@ -6,13 +6,11 @@ import os
 import socket
 
 from nearkin.v1 import bulk, frames
-from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.operations import Core, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
+from nearkin_service.wire import convert
 from nearkin_service.wire.lane.tickets import TableGrant
-
-_COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 
 
 class TableSender:
@@ -30,7 +28,7 @@ class TableSender:
         """
         with self._reading.opened(grant.generation, scores=grant.scores) as columns:
             try:
-                for column, (blocks, descriptor) in zip(_COLUMNS, columns, strict=False):
+                for column, (blocks, descriptor) in zip(convert.COLUMNS, columns, strict=False):
                     self._send_column(connection, column, blocks, descriptor, grant.rows)
             except BlockingIOError:
                 raise ConnectionAbortedError("it takes nothing any more") from None

@@ -101,6 +101,23 @@ def _fetch(builder: Any, address: Any) -> None:
     builder.call(function, [_pointer(builder, address), read, near, data])
 
 
+def _call_one(builder: Any, number: Any, functions: dict[int, Any], arguments: list[Any]) -> Any:
+    """Calls the function of this number, which has to be one of theirs."""
+    done = builder.append_basic_block("called")
+    impossible = builder.append_basic_block("impossible")
+    switch = builder.switch(number, impossible)
+    for each, function in functions.items():
+        block = builder.append_basic_block("call")
+        switch.add_case(ir.Constant(I64, each), block)
+        with builder.goto_block(block):
+            builder.call(function, arguments)
+            builder.branch(done)
+    builder.position_at_end(impossible)
+    builder.unreachable()
+    builder.position_at_end(done)
+    return ir.Constant(I64, 0)
+
+
 class _Columns:
     """`vectors` vectors of columns, of which the last may overlap the one before."""
 
@@ -174,20 +191,12 @@ def _product_tile(bf16: bool) -> Any:
         def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             rows, vectors, *rest = values
             chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
-            done = builder.append_basic_block("tile_done")
-            unreachable = builder.append_basic_block("tile_impossible")
-            switch = builder.switch(chosen, unreachable)
-            for r in range(1, ROWS + 1):
-                for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1):
-                    block = builder.append_basic_block(f"tile_{r}_{v}")
-                    switch.add_case(ir.Constant(I64, 8 * r + v), block)
-                    with builder.goto_block(block):
-                        builder.call(_tile_function(builder.module, r, v, bf16), rest)
-                        builder.branch(done)
-            builder.position_at_end(unreachable)
-            builder.unreachable()
-            builder.position_at_end(done)
-            return ir.Constant(I64, 0)
+            functions = {
+                8 * r + v: _tile_function(builder.module, r, v, bf16)
+                for r in range(1, ROWS + 1)
+                for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1)
+            }
+            return _call_one(builder, chosen, functions, rest)
 
         return types.int64(*[types.int64] * 12), codegen
 
@@ -210,19 +219,8 @@ def square_sums(typing: Any, vectors: Any, a: Any, stride: Any, last: Any, steps
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         vectors, *rest = values
-        done = builder.append_basic_block("squares_done")
-        unreachable = builder.append_basic_block("squares_impossible")
-        switch = builder.switch(vectors, unreachable)
-        for v in range(1, 5):
-            block = builder.append_basic_block(f"squares_{v}")
-            switch.add_case(ir.Constant(I64, v), block)
-            with builder.goto_block(block):
-                builder.call(_squares_function(builder.module, v), rest)
-                builder.branch(done)
-        builder.position_at_end(unreachable)
-        builder.unreachable()
-        builder.position_at_end(done)
-        return ir.Constant(I64, 0)
+        functions = {v: _squares_function(builder.module, v) for v in range(1, 5)}
+        return _call_one(builder, vectors, functions, rest)
 
     return types.int64(*[types.int64] * 6), codegen
 
