@@ -20,7 +20,7 @@ from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from numpy.typing import NDArray
 
-from nearkin_client.arrays import Rows
+from nearkin_client.arrays import Rows, sound
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import FailedPrecondition
 from nearkin_client.ranges import Range
@@ -76,10 +76,12 @@ class LentRows:
 
     def write(self, start: int, stop: int) -> bulk.WriteRows:
         """Writes the rows of classes start..stop-1; the message that says so. OSError: the disk is full."""
-        at, crc = start * self._rows.row_bytes, 0
+        at, crc, all_sound = start * self._rows.row_bytes, 0, True
         for piece in self._rows.pieces(start - self._row_start, stop - self._row_start):
-            _write_all(self._descriptor, piece, at)
+            # Writing comes last: one thread at a time can, and is quicker with what is in the cache.
             crc = crc32c(piece, crc)
+            all_sound = all_sound and sound(piece, self._rows)
+            _write_all(self._descriptor, piece, at)
             at += len(piece)
         return bulk.WriteRows(
             push_id=self._push_id,
@@ -87,6 +89,7 @@ class LentRows:
             shared_row_count=stop - start,
             loan=self.loan,
             crc32c=crc,
+            sound=all_sound,
             payload=memoryview(b""),
         )
 

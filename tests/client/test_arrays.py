@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from nearkin_client import InvalidArgument
+from hypothesis import given
+from hypothesis import strategies as st
+from nearkin_client import InvalidArgument, arrays
 from nearkin_client.arrays import WIRE_DTYPES, as_rows
 
 SHAPES = [(5, 7), (4, 3, 2, 5)]
@@ -93,3 +95,31 @@ def test_what_cannot_be_sent_is_named(values: Any, wire: str | None, field: str)
 def test_cuda_tensors() -> None:
     tensor = torch.randn(5, 3, device="cuda", dtype=torch.bfloat16)
     assert sent(tensor) == sent(tensor.cpu())
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 900])
+@given(data=st.data())
+def test_rows_are_called_sound_only_if_they_are(dtype: str, width: int, data: st.DataObject) -> None:
+    """A piece may be called unsound wrongly (then the service looks), never sound."""
+    values = np.random.default_rng(3).standard_normal((5, width)).astype(WIRE_DTYPES[dtype])
+    for row in data.draw(st.sets(st.integers(0, 4))):
+        odd = data.draw(st.sampled_from([0.0, -0.0, np.nan, np.inf, -np.inf]))
+        where = slice(None) if odd == 0 else data.draw(st.integers(0, width - 1))
+        values[row, where] = odd
+    numbers = values.astype(np.float64)
+    fine = np.isfinite(numbers).all() and (numbers != 0).any(axis=1).all()
+    rows = as_rows("embeddings", values, None)
+    pieces = list(rows.pieces(0, 5))
+    assert b"".join(pieces) == values.tobytes()
+    assert all(arrays.sound(piece, rows) for piece in pieces) == fine
+
+
+def test_a_row_larger_than_a_piece_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 256)
+    values = np.ones((2, 100), np.float32)
+    rows = as_rows("embeddings", values, None)
+    assert [len(piece) for piece in rows.pieces(0, 2)] == [256, 144, 256, 144]
+    assert all(arrays.sound(piece, rows) for piece in rows.pieces(0, 2))
+    values[1, 99] = np.nan
+    assert [arrays.sound(piece, rows) for piece in rows.pieces(0, 2)] == [True, True, True, False]

@@ -63,10 +63,11 @@ def write_rows(data: bytes) -> None:
         return
     assert expected is not None, "taken, though protobuf refuses it"
     assert bytes(found.payload) == expected.payload
-    assert (found.push_id, found.row_start, found.loan) == (
+    assert (found.push_id, found.row_start, found.loan, found.sound) == (
         expected.push_id,
         expected.row_start,
         expected.loan,
+        expected.sound,
     )
     assert found.shared_row_count == expected.shared_row_count
     assert found.crc32c == (expected.crc32c if expected.HasField("crc32c") else None)

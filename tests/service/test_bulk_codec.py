@@ -20,6 +20,7 @@ write_rows = st.builds(
     shared_row_count=int64s,
     crc32c=st.none() | crcs,
     loan=push_ids,
+    sound=st.booleans(),
     payload=payloads,
 )
 blocks = st.builds(
@@ -42,6 +43,7 @@ def as_generated(rows: bulk.WriteRows) -> pb.WriteRowsRequest:
         shared_row_count=rows.shared_row_count,
         crc32c=rows.crc32c,
         loan=rows.loan,
+        sound=rows.sound,
         payload=bytes(rows.payload),
     )
 

@@ -186,6 +186,42 @@ def test_damage_is_seen_and_mended_by_writing_again(caller: Caller) -> None:
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_said_to_be_sound_are_compared_in_the_build(caller: Caller, dtype: str) -> None:
+    rows = random_rows(30, 8).astype(dtype)
+    changes = {"dtype": pb.DType.Value(f"DTYPE_{dtype.upper()}")}
+    lent = lend(caller, rows, **changes)
+    damaged = rows.copy()
+    damaged.view(np.uint8)[24, 3] ^= 1
+    lent.write(damaged, 0)
+    first, last = lent.message(rows[:20], 0, sound=True), lent.message(rows[20:], 20, sound=True)
+    assert send(caller, first, last).complete
+    error = refusal(lambda: caller.table(min_epoch=0))
+    assert "rows 20..29 are not what arrived" in str(error.details())
+    assert not caller.generations()
+    again = lend(caller, rows, **changes)
+    assert send(caller, again.written(rows, 0, sound=True)).complete
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows.astype(np.float32), 5))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 0])
+def test_rows_wrongly_said_to_be_sound_reach_no_table(caller: Caller, odd: float) -> None:
+    caller.push(random_rows(30, 8), 0)
+    rows = random_rows(30, 8)
+    rows[17] = odd
+    send(caller, lend(caller, rows, epoch=1).written(rows, 0, sound=True))
+    error = refusal(lambda: caller.table(min_epoch=1))
+    assert "class 17" in str(error.details())
+    assert [each.epoch for each in caller.generations()] == [0]
+
+
+def test_sound_rows_that_are_there_already_are_compared_at_once(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows)
+    send(caller, lent.written(rows[:20], 0, sound=True), lent.written(rows[10:], 10, sound=True))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 def test_rows_that_are_no_numbers_are_named_or_blanked_if_absent(caller: Caller, odd: float) -> None:
     rows = random_rows(30, 8)

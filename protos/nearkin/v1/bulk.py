@@ -21,13 +21,14 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _INT64_SIGN = 1 << 63
 _UINT64_MASK = (1 << 64) - 1
 
-_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _LOAN, _PAYLOAD = 1, 2, 3, 4, 7, 15
+_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _LOAN, _SOUND, _PAYLOAD = 1, 2, 3, 4, 7, 8, 15
 _WRITE_ROWS_FIELDS = {
     _PUSH_ID: _LENGTH,
     _ROW_START: _VARINT,
     _SHARED_ROW_COUNT: _VARINT,
     _CRC32C: _FIXED32,
     _LOAN: _LENGTH,
+    _SOUND: _VARINT,
     _PAYLOAD: _LENGTH,
 }
 
@@ -52,6 +53,7 @@ class WriteRows:
     crc32c: int | None = None
     shared_row_count: int = 0
     loan: str = ""
+    sound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def write_rows_head(message: WriteRows) -> bytes:
         row_start=message.row_start,
         shared_row_count=message.shared_row_count,
         loan=message.loan,
+        sound=message.sound,
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
@@ -97,6 +100,7 @@ def decode_write_rows(data: Buffer) -> WriteRows:
             shared_row_count=parsed.shared_row_count,
             crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
             loan=parsed.loan,
+            sound=parsed.sound,
             payload=memoryview(parsed.payload),
         )
     return WriteRows(
@@ -105,6 +109,7 @@ def decode_write_rows(data: Buffer) -> WriteRows:
         shared_row_count=_signed(fields.get(_SHARED_ROW_COUNT)),
         crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
         loan=loan,
+        sound=bool(_integer(fields.get(_SOUND, 0))),
         payload=_bytes(fields.get(_PAYLOAD)),
     )
 

@@ -335,8 +335,8 @@ Global___BeginPushResponse: _TypeAlias = BeginPushResponse  # noqa: Y015
 class LentRows(_message.Message):
     """Rows that are this caller's to write where the service keeps them: row r at byte r * row bytes of the file. Write
     while a WriteRows stream is open that names the loan (or has yet to send its first message), then send a message
-    without payload that says which rows are there. The service reads them where they lie, checks them, and stores
-    nothing twice. Rows that `Push.stored` lists are not to be written: send them as payload, with the loan's name, and
+    without payload that says which rows are there. The service reads them where they lie, checks them (at once, or in
+    the build if they are said to be `sound`), and stores nothing twice. Rows that `Push.stored` lists are not to be written: send them as payload, with the loan's name, and
     they are compared. The loan ends with its last row, with the stream that names it, or two seconds after that broke.
     """
 
@@ -509,6 +509,7 @@ class WriteRowsRequest(_message.Message):
     SHARED_ROW_COUNT_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
     LOAN_FIELD_NUMBER: _builtins.int
+    SOUND_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     push_id: _builtins.str
     row_start: _builtins.int
@@ -518,6 +519,10 @@ class WriteRowsRequest(_message.Message):
     """CRC32C of the payload, or of the rows in place. Without it a damaged message cannot be noticed."""
     loan: _builtins.str
     """LentRows.loan, in every message of who has one"""
+    sound: _builtins.bool
+    """The sender has looked at every row: all is finite, and none is all zero. Rows in place are then compared with their
+    crc32c when the table is built, not before; a row that is not sound all the same ends the push in that build.
+    """
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""
     def __init__(
@@ -528,11 +533,12 @@ class WriteRowsRequest(_message.Message):
         shared_row_count: _builtins.int = ...,
         crc32c: _builtins.int | None = ...,
         loan: _builtins.str = ...,
+        sound: _builtins.bool = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "loan", b"loan", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "loan", b"loan", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count", "sound", b"sound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015

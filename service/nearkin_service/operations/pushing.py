@@ -205,9 +205,13 @@ class Pushing:
         return await self._stored(push, rows)
 
     async def write_in_place(
-        self, push_id: str, row_start: int, count: int, crc: int | None, loan: Loan
+        self, push_id: str, row_start: int, count: int, crc: int | None, loan: Loan, *, sound: bool
     ) -> PushView:
-        """Takes rows that lie where they belong: `loan`'s caller has written them. The errors of `write`."""
+        """Takes rows that lie where they belong: `loan`'s caller has written them. The errors of `write`.
+
+        Rows whose writer says that they are `sound` are taken unseen: the build reads them anyway, and takes
+        none that are not what `crc` says, or that have no direction.
+        """
         push = self._core.catalogue.push(push_id)
         push.require_usable()
         most = self._core.config.limits.max_message_bytes
@@ -225,7 +229,10 @@ class Pushing:
                 raise InvalidArgumentError("loan", "it is over; send payloads")
             if push.state is PushState.OPEN:
                 files, absent = self._core.files[push_id], push.absent
-                zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
+                if sound and not len(known):
+                    zeros = await self._core.io(files.take_in_place, rows, crc)
+                else:
+                    zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
                 push.arrived(rows, zeros)
             elif await self._core.io(self._checksum, push, rows) != crc:
                 raise AlreadyExistsError(f"rows {rows.start}..{rows.stop - 1} are stored with other bytes")

@@ -97,7 +97,8 @@ class PushMethods:
                 )
             if loan is None:
                 raise InvalidArgumentError("loan", "rows in place need the name of theirs")
-            return await self._pushing.write_in_place(push_id, start, message.shared_row_count, crc, loan)
+            count = message.shared_row_count
+            return await self._pushing.write_in_place(push_id, start, count, crc, loan, sound=message.sound)
         finally:
             self._storing.release()
 
