@@ -30,7 +30,7 @@ from nearkin_client.errors import (
     invalid,
 )
 from nearkin_client.patience import Deadline, Patience
-from nearkin_client.push import Sender, begin_request, changed_ranges
+from nearkin_client.push import Sender, begin_parts, begin_request, changed_ranges
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
 from nearkin_client.tables import read_table
 from nearkin_client.values import (
@@ -223,12 +223,13 @@ class NeighbourClient:
         return self._commit_whole(push.push_id, sender.digest(), deadline) if whole else decoding.push(push)
 
     def _begin(self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline) -> Sender:
-        begun = self._wire.ask(
-            lambda stub: stub.BeginPush,
-            request,
-            doing=f"beginning epoch {request.epoch} of run {request.run!r}",
-            timeout=deadline.remaining,
-        )
+        for part in begin_parts(request):
+            begun = self._wire.ask(
+                lambda stub: stub.BeginPush,
+                part,
+                doing=f"beginning epoch {request.epoch} of run {request.run!r}",
+                timeout=deadline.remaining,
+            )
         return Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
 
     def _commit_whole(self, push_id: str, digest: int | None, deadline: Deadline) -> Push:

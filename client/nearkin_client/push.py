@@ -40,6 +40,8 @@ SMALLEST_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
 IN_PLACE_BYTES, IN_PLACE_SHARE = 32 << 20, 32
 """The same for rows that are written in place."""
+MOST_ABSENT = 1 << 20
+"""Of one message: five bytes each at most."""
 DAMAGED_ATTEMPTS = 3
 """How often a stream that arrived damaged is sent again before it is given up."""
 
@@ -92,6 +94,21 @@ def begin_request(
         qaconv_candidates=_candidates(qaconv_candidates, key, k),
         qaconv_weights=_weights(qaconv_weights, key, rows.shape),
     )
+
+
+def begin_parts(request: pb.BeginPushRequest) -> Iterator[pb.BeginPushRequest]:
+    """The request as several that any service takes, if it names many absent classes; the last counts."""
+    absent = list(request.absent) if len(request.absent) > MOST_ABSENT else []
+    while len(absent) > MOST_ABSENT:
+        request.absent[:] = absent[-MOST_ABSENT:]
+        part = pb.BeginPushRequest()
+        part.CopyFrom(request)
+        part.commit_when_complete = part.accept_shared_memory = part.accept_bulk_lane = False
+        yield part
+        del absent[-MOST_ABSENT:]
+    if absent:
+        request.absent[:] = absent
+    yield request
 
 
 def _candidates(candidates: int | None, key: str, k: int) -> int:

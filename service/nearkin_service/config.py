@@ -17,7 +17,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 class Limits:
     """What one caller may ask for. Reported by GetServerInfo under the same names."""
 
-    max_message_bytes: int = 64 * MIB
+    max_message_bytes: int = 16 * MIB
     max_num_classes: int = 200_000_000
     max_row_bytes: int = 16 * MIB
     max_push_bytes: int = 4 * TIB

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
+_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,17 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSet:
-    """An immutable set of row numbers. `starts` and `stops` are ascending and never touch each other."""
+    """An immutable set of row numbers. `starts` and `stops` are ascending and never touch each other.
+
+    There may be millions of ranges: nothing here loops over them in Python but `__iter__`.
+    """
 
     starts: Int64s
     stops: Int64s
+    _count: int = field(init=False, repr=False)  # asked for all the time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_count", int((self.stops - self.starts).sum()))
 
     @staticmethod
     def empty() -> RowSet:
@@ -47,7 +55,12 @@ class RowSet:
     @staticmethod
     def from_ids(ids: Int64s) -> RowSet:
         """These rows, in any order, repeated or not."""
-        return RowSet.from_arrays(ids, ids + 1)
+        if not len(ids):
+            return RowSet.empty()
+        if not (ids[1:] >= ids[:-1]).all():
+            ids = np.sort(ids)
+        ends = np.flatnonzero(ids[1:] > ids[:-1] + 1)
+        return RowSet(ids[np.append(0, ends + 1)], ids[np.append(ends, -1)] + 1)
 
     @staticmethod
     def from_arrays(starts: Int64s, stops: Int64s) -> RowSet:
@@ -77,15 +90,23 @@ class RowSet:
 
     def within(self, start: int, stop: int) -> RowSet:
         """The rows of this set with start <= r < stop."""
-        if not self.ranges or self.stops[-1] <= start:
+        low, high = np.searchsorted(self.stops, start, side="right"), np.searchsorted(self.starts, stop)
+        if low >= high or start >= stop:
             return RowSet.empty()
-        return RowSet.from_arrays(np.maximum(self.starts, start), np.minimum(self.stops, stop))
+        return RowSet(np.maximum(self.starts[low:high], start), np.minimum(self.stops[low:high], stop))
 
     def minus(self, other: RowSet) -> RowSet:
         if not len(self):
             return self
         start, stop = int(self.starts[0]), int(self.stops[-1])
         return self.complement(start, stop).union(other.within(start, stop)).complement(start, stop)
+
+    def overlap(self, other: RowSet) -> int:
+        """How many rows are in both."""
+        few, many = (self, other) if self.ranges < other.ranges else (other, self)
+        if few.ranges <= _FEW:
+            return sum(len(many.within(each.start, each.stop)) for each in few)
+        return len(self) - len(self.minus(other))
 
     def contains(self, ids: Int64s) -> NDArray[np.bool_]:
         """For each id whether it is in the set."""
@@ -96,8 +117,9 @@ class RowSet:
 
     def ids(self) -> Int64s:
         """Every row number, ascending."""
-        pieces = [np.arange(r.start, r.stop, dtype=np.int64) for r in self]
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        lengths = self.stops - self.starts
+        before = np.cumsum(lengths) - lengths
+        return np.repeat(self.starts - before, lengths) + np.arange(len(self), dtype=np.int64)
 
     @property
     def ranges(self) -> int:
@@ -107,13 +129,13 @@ class RowSet:
     @property
     def first(self) -> RowRange | None:
         """The lowest range."""
-        return next(iter(self), None)
+        return RowRange(int(self.starts[0]), int(self.stops[0])) if self.ranges else None
 
     def __iter__(self) -> Iterator[RowRange]:
         return (RowRange(a, b) for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True))
 
     def __len__(self) -> int:
-        return int((self.stops - self.starts).sum())
+        return self._count
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RowSet):

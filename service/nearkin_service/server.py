@@ -221,7 +221,7 @@ def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:
 
 
 def _how_far(push: Push) -> str:
-    missing = len(push.missing)
+    missing = push.missing_count
     return f"{missing} rows are missing" if missing else f"{push.state}"
 
 

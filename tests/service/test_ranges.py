@@ -54,3 +54,10 @@ def test_overlap(pair: tuple[list[int], list[int]]) -> None:
     a, b = (RowRange(*each) for each in pair)
     if len(a) and len(b):
         assert a.overlaps(b) == bool(set(range(a.start, a.stop)) & set(range(b.start, b.stop)))
+
+
+@given(numbers, numbers, st.permutations(range(61)))
+def test_common_rows_are_counted(a: frozenset[int], b: frozenset[int], order: list[int]) -> None:
+    assert row_set(a).overlap(row_set(b)) == len(a & b)
+    shuffled = [n for n in order if n in a] * 2
+    assert RowSet.from_ids(np.array(shuffled, np.int64)) == row_set(a)

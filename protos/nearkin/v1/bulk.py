@@ -142,13 +142,13 @@ def split_table_block(start: memoryview, length: int) -> tuple[TableBlock, int]:
 
     `start`: the first bytes of a message of so many bytes in all. DecodeError: it is no such message.
     """
-    tag, position = _varint(start, 0)
-    inner, position = _varint(start, position) if position > 0 else (0, -1)
+    tag, position = read_varint(start, 0)
+    inner, position = read_varint(start, position) if position > 0 else (0, -1)
     if position < 0 or tag != _BLOCK << 3 | _LENGTH or position + inner != length:
         raise DecodeError("not a block of a table")
     fields: dict[int, int] = {}
     while True:
-        tag, position = _varint(start, position)
+        tag, position = read_varint(start, position)
         number = tag >> 3
         if position < 0 or _BLOCK_FIELDS.get(number) != tag & 7 or number in fields:
             raise DecodeError("not the head of a table's block")
@@ -158,7 +158,7 @@ def split_table_block(start: memoryview, length: int) -> tuple[TableBlock, int]:
         if position < 0:
             raise DecodeError("not the head of a table's block")
         fields[number] = _integer(value)
-    nbytes, position = _varint(start, position)
+    nbytes, position = read_varint(start, position)
     if position < 0 or position + nbytes != length:
         raise DecodeError("the payload of a table's block does not end where the block does")
     column, first, count = (fields.get(each, 0) for each in (_COLUMN, _BLOCK_ROW_START, _BLOCK_ROW_COUNT))
@@ -196,7 +196,7 @@ def _scan(data: memoryview, known: Mapping[int, int]) -> dict[int, int | memoryv
     fields: dict[int, int | memoryview] = {}
     position, end = 0, len(data)
     while position < end:
-        tag, position = _varint(data, position)
+        tag, position = read_varint(data, position)
         number = tag >> 3
         if position < 0 or known.get(number) != tag & 7 or number in fields:
             return None
@@ -210,13 +210,13 @@ def _scan(data: memoryview, known: Mapping[int, int]) -> dict[int, int | memoryv
 def _value(data: memoryview, position: int, wire_type: int) -> tuple[int | memoryview, int]:
     if wire_type == _FIXED32:
         return int.from_bytes(data[position : position + 4], "little"), position + 4
-    value, position = _varint(data, position)
+    value, position = read_varint(data, position)
     if wire_type == _VARINT or position < 0:
         return value, position
     return data[position : position + value], position + value
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
+def read_varint(data: memoryview, position: int) -> tuple[int, int]:
     """A varint of at most ten bytes and the position behind it; position -1 where there is none."""
     value = 0
     for shift, byte in enumerate(data[position : position + 10]):

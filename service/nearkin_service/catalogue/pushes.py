@@ -22,6 +22,7 @@ class Push:
         self.stored = RowSet.empty()
         self.zeros = RowSet.empty()
         self.absent = RowSet.empty()
+        self._both = 0  # rows that are stored and absent: counted, as there may be millions of ranges
         self.commit_when_complete = False
         self.publishing = False
         self.generation = 0
@@ -36,7 +37,8 @@ class Push:
     def recovered(found: RecoveredPush) -> Push:
         push = Push(found.push_id, found.spec, found.created)
         push.state, push.error = found.state, found.error
-        push.stored, push.zeros, push.absent = found.stored, found.zeros, found.absent
+        push.stored, push.zeros = found.stored, found.zeros
+        push.declare(found.absent, found.stored.overlap(found.absent), found.stored)
         push.commit_when_complete = found.commit_when_complete
         return push
 
@@ -58,8 +60,13 @@ class Push:
 
     @property
     def complete(self) -> bool:
-        """Whether no row is missing; costs next to nothing while many are."""
-        return len(self.stored) + len(self.absent) >= self.spec.num_classes and not len(self.missing)
+        """Whether no row is missing."""
+        return not self.missing_count
+
+    @property
+    def missing_count(self) -> int:
+        """How many are; costs next to nothing, unlike `missing`."""
+        return max(self.spec.num_classes - len(self.stored) - len(self.absent) + self._both, 0)
 
     def publish(self, generation: Generation) -> None:
         self.state = PushState.PUBLISHED
@@ -73,6 +80,7 @@ class Push:
         """It came to nothing."""
         self.state, self.error = state, error
         self.stored = self.zeros = RowSet.empty()
+        self._both = 0
         self._take_all_back()
 
     def view(self) -> PushView:
@@ -116,11 +124,18 @@ class Push:
 
     def arrived(self, rows: RowRange, zeros: RowSet) -> None:
         if self.state is PushState.OPEN:
-            self.stored = self.stored.union(RowSet.of(rows.start, rows.stop))
+            fresh = RowSet.of(rows.start, rows.stop).minus(self.stored)
+            self._both += fresh.overlap(self.absent)
+            self.stored = self.stored.union(fresh)
             self.zeros = self.zeros.union(zeros)
         for loan in list(self._loans):
             if loan.overlaps(rows) and len(self.stored.within(loan.start, loan.stop)) == len(loan):
                 self.take_back(loan)
+
+    def declare(self, absent: RowSet, both: int, stored: RowSet) -> None:
+        """All that is absent; of these classes `both` were `stored` when they were counted."""
+        self._both = both + self.stored.minus(stored).overlap(absent)
+        self.absent = absent
 
     @asynccontextmanager
     async def claim(self, rows: RowRange, loan: RowRange | None = None) -> AsyncIterator[None]:

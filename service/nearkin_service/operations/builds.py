@@ -217,7 +217,7 @@ class Builds:
             number=run.last_generation + 1,
             spec=push.spec,
             push_id=push.push_id,
-            absent=push.absent.ids(),
+            absent=await self._core.io(push.absent.ids),
             table=table,
             build_seconds=seconds,
             published=time.time(),

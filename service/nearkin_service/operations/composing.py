@@ -39,17 +39,16 @@ class Composing:
         if not push.spec.base_generation:
             return
         async with push.claim(RowRange(0, push.spec.num_classes)):
-            missing = push.missing
+            missing = await self._core.io(lambda: push.missing)
             if push.state is not PushState.OPEN or not len(missing):
                 return
             base, files = self.base(push.spec), self._core.files[push.push_id]
-            absent = await self._core.io(self._copy, base, files, missing)
-            push.absent = push.absent.union(absent)
-            for each in missing.minus(absent):
-                push.arrived(each, RowSet.empty())
+            present, absent = await self._core.io(self._copy, base, files, missing)
+            stored = await self._core.io(push.stored.union, present)
+            await declare(self._core, push, absent, stored)
 
-    def _copy(self, base: Generation, files: PushFiles, missing: RowSet) -> RowSet:
-        """Copies the rows of `missing` but for those absent in the base, which are returned."""
+    def _copy(self, base: Generation, files: PushFiles, missing: RowSet) -> tuple[RowSet, RowSet]:
+        """Copies the rows of `missing` but for those absent in the base: which were which."""
         directory = self._core.directory
         rows = directory.open_rows(base)  # open from here on: whatever retention does, it can be read
         try:
@@ -61,4 +60,19 @@ class Composing:
             files.compose(rows, present)
         finally:
             rows.close()
-        return absent
+        return present, absent
+
+
+async def declare(core: Core, push: Push, fresh: RowSet, stored: RowSet | None = None) -> None:
+    """Adds to what is absent, counted on another thread: there may be millions of ranges.
+
+    `stored`: what is there from now on, from one who holds a claim on every row.
+    """
+    while True:
+        known, there = push.absent, push.stored if stored is None else stored
+        absent = await core.io(known.union, fresh)
+        both = await core.io(there.overlap, absent)
+        if push.absent is known:
+            break
+    push.stored = push.stored if stored is None else stored
+    push.declare(absent, both, there)

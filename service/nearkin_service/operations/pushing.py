@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from nearkin_service.errors import (
     LimitExceededError,
 )
 from nearkin_service.operations.builds import Builds
-from nearkin_service.operations.composing import Composing
+from nearkin_service.operations.composing import Composing, declare
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.lending import Loan
 from nearkin_service.ranges import RowRange, RowSet
@@ -42,9 +43,9 @@ class Pushing:
     # ------------------------------------------------------------------------------------------ beginning
 
     async def begin(
-        self, spec: PushSpec, absent: NDArray[np.int64], *, commit_when_complete: bool
+        self, spec: PushSpec, absent: Callable[[], NDArray[np.int64]], *, commit_when_complete: bool
     ) -> PushView:
-        """Opens the push of an epoch or joins it.
+        """Opens the push of an epoch or joins it. `absent` is called on another thread.
 
         AlreadyExistsError: the epoch has a push or generation with other arguments. LimitExceededError: one
         of the service's limits, or the disk's.
@@ -52,7 +53,7 @@ class Pushing:
         self._core.refuse_when_draining()
         self._require_limits(spec)
         self._core.require_engine(spec.engine)
-        declared = _checked_absent(absent, spec.num_classes)
+        declared = await self._core.io(_declared, absent, spec.num_classes)
         run = await self._run(spec)
         async with run.lock:
             if self._core.catalogue.runs.get(run.name) is not run:
@@ -156,10 +157,10 @@ class Pushing:
     async def _join(self, push: Push, declared: RowSet, *, commit_when_complete: bool) -> None:
         if push.state is not PushState.OPEN:
             return await self._require_declared_before(push, declared)
-        files, fresh = self._core.files[push.push_id], declared.minus(push.absent)
+        files, fresh = self._core.files[push.push_id], await self._core.io(declared.minus, push.absent)
         if len(fresh):
             await self._core.io(files.note_absent, fresh)
-            push.absent = push.absent.union(fresh)
+            await declare(self._core, push, fresh)
             self._core.catalogue.rows_arrived(push)
         if commit_when_complete and not push.commit_when_complete:
             await self._core.io(files.note_commit_when_complete)
@@ -170,8 +171,8 @@ class Pushing:
         known = push.absent
         if push.state is PushState.PUBLISHED and len(declared):
             generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-            known = RowSet.from_ids(await self._core.io(self._core.directory.absent, generation))
-        new = declared.minus(known).first
+            known = await self._core.io(lambda: RowSet.from_ids(self._core.directory.absent(generation)))
+        new = (await self._core.io(declared.minus, known)).first
         if new is not None:
             raise AlreadyExistsError(
                 f"epoch {push.spec.epoch} of run {push.spec.run!r} is {push.state} already, and in it class "
@@ -290,7 +291,7 @@ class Pushing:
     async def _require_complete(self, push: Push) -> None:
         """A zero row ends the push: its epoch can be begun again with the class declared absent."""
         try:
-            push.require_complete()
+            await self._core.io(push.require_complete)
         except InvalidArgumentError as error:
             await self._builds.end(push, PushState.FAILED, error.reason)
             raise
@@ -298,7 +299,7 @@ class Pushing:
     async def _blank(self, push: Push) -> None:
         """Zeroes what never came while nobody writes: those places may hold another epoch's rows."""
         async with push.claim(RowRange(0, push.spec.num_classes)):
-            never = push.absent.minus(push.stored)
+            never = await self._core.io(push.absent.minus, push.stored)
             if push.state is PushState.OPEN and len(never):
                 await self._core.io(self._core.files[push.push_id].blank, never)
 
@@ -358,8 +359,9 @@ class Pushing:
         return self._core.catalogue.push(push_id).view()
 
 
-def _checked_absent(absent: NDArray[np.int64], num_classes: int) -> RowSet:
-    outside = absent[(absent < 0) | (absent >= num_classes)]
+def _declared(absent: Callable[[], NDArray[np.int64]], num_classes: int) -> RowSet:
+    ids = absent()
+    outside = ids[(ids < 0) | (ids >= num_classes)]
     if len(outside):
         raise InvalidArgumentError("absent", f"class {int(outside[0])} is not within 0..{num_classes - 1}")
-    return RowSet.from_ids(absent)
+    return RowSet.from_ids(ids)

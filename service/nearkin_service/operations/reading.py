@@ -134,7 +134,7 @@ class Reading:
         push = run.pushes.get(epoch)
         if push is None:
             return f"epoch {epoch} of run {name!r} was not pushed in time; the newest is {_epoch(run.newest)}"
-        missing = f", {len(push.missing)} rows are missing" if len(push.missing) else ""
+        missing = f", {push.missing_count} rows are missing" if push.missing_count else ""
         return f"epoch {epoch} of run {name!r} was not published in time: its push is {push.state}{missing}"
 
     async def columns(self, generation: Generation, *, scores: bool) -> list[TableBlocks]:

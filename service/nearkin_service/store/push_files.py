@@ -182,7 +182,10 @@ class PushFiles:
             raise disk_error(error) from error
 
     def note_absent(self, absent: RowSet) -> None:
-        self.note(journal.records_of(Kind.ABSENT, absent))
+        try:
+            journal.append_packed(self._journal, journal.packed(Kind.ABSENT, absent))
+        except OSError as error:
+            raise disk_error(error) from error
         faults.point("write.absent_noted")
 
     def note_commit_when_complete(self) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from nearkin.v1 import neighbours_pb2 as pb
-from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import KeyName, Neighbours
 from nearkin_service.errors import InvalidArgumentError
@@ -38,7 +36,6 @@ _KEYS: Mapping[pb.Key.ValueType, KeyName] = {
 }
 COLUMNS = (pb.TABLE_COLUMN_IDS, pb.TABLE_COLUMN_SCORES)
 """Of a table, in the order in which they are sent."""
-_IDS_AT_ONCE = 1 << 15
 _TO_DTYPE = {name: value for value, name in _DTYPES.items()}
 _TO_KEY: Mapping[KeyName, pb.Key.ValueType] = {name: value for value, name in _KEYS.items()}
 _PUSH_STATES: Mapping[PushState, pb.PushState.ValueType] = {
@@ -88,14 +85,6 @@ def push_spec(request: pb.BeginPushRequest) -> PushSpec:
         qaconv_weights=tuple(request.qaconv_weights),
         base_generation=request.base_generation,
     )
-
-
-def absent_ids(request: pb.BeginPushRequest) -> NDArray[np.int64]:
-    """There may be millions: on another thread than the event loop's, which gets its turn in between."""
-    ids = np.empty(len(request.absent), np.int64)
-    for at in range(0, len(ids), _IDS_AT_ONCE):
-        ids[at : at + _IDS_AT_ONCE] = request.absent[at : at + _IDS_AT_ONCE]
-    return ids
 
 
 def stored(view: PushView) -> pb.WriteRowsResponse:

@@ -19,6 +19,7 @@ from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.errors import InvalidArgumentError, UnavailableError
+from nearkin_service.wire import requests
 from nearkin_service.wire.status import code_name, meaning
 
 log = logging.getLogger("nearkin.wire")
@@ -38,10 +39,10 @@ def is_local(context: Context) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Malformed:
+class Refused:
     """What arrived in place of a request."""
 
-    reason: str
+    error: InvalidArgumentError
 
 
 class _ReaderGoneError(Exception):
@@ -80,17 +81,17 @@ def _bind(
 
 def _reader(method: MethodDescriptor) -> Callable[[bytes], Any]:
     """A deserialiser that never raises: damaged requests must reach the code that can say so."""
-    decode = (
-        bulk.decode_write_rows
-        if method.name == "WriteRows"
-        else GetMessageClass(method.input_type).FromString
-    )
+    decode: Callable[[bytes], Any] = bulk.decode_write_rows
+    if method.name != "WriteRows":
+        decode = requests.reader(GetMessageClass(method.input_type))
 
     def read(data: bytes) -> Any:
         try:
             return decode(data)
         except DecodeError:
-            return Malformed(f"not a {method.input_type.full_name} message")
+            return Refused(InvalidArgumentError("request", f"not a {method.input_type.full_name} message"))
+        except InvalidArgumentError as error:
+            return Refused(error)
 
     return read
 
@@ -124,9 +125,9 @@ class _Guard:
         return call
 
     def streamed(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+        async def call(messages: AsyncIterator[Any], context: Context) -> Any:
             try:
-                return await behaviour((_sound(request) async for request in requests), context)
+                return await behaviour((_sound(message) async for message in messages), context)
             except Exception as error:
                 await self._refuse(name, error, context)
 
@@ -177,6 +178,6 @@ def _log_end(name: str, work: asyncio.Task[Any]) -> None:
 
 
 def _sound(request: Any) -> Any:
-    if isinstance(request, Malformed):
-        raise InvalidArgumentError("request", request.reason)
+    if isinstance(request, Refused):
+        raise request.error
     return request

@@ -11,7 +11,7 @@ from nearkin_service.engines.contract import Neighbours
 from nearkin_service.errors import InvalidArgumentError
 from nearkin_service.operations import Comparing, Comparison, Core, Reading, Searching
 from nearkin_service.values import DTYPES, Generation
-from nearkin_service.wire import convert
+from nearkin_service.wire import convert, requests
 from nearkin_service.wire.handlers import Context
 
 
@@ -24,13 +24,14 @@ class NearestMethods:
         self._searching = searching
         self._comparing = comparing
 
-    async def Nearest(self, request: pb.NearestRequest, _context: Context) -> bytes:
+    async def Nearest(self, asked: requests.Nearest, _context: Context) -> bytes:
+        request = asked.message
         generation = self._reading.generation(request.run, request.generation)
         match request.WhichOneof("query"):
             case "classes":
                 found = await self._of_classes(generation, request)
             case "vectors":
-                found = await self._of_vectors(generation, request)
+                found = await self._of_vectors(generation, request.vectors, asked.payload, request.k)
             case _:
                 raise InvalidArgumentError("query", "neither classes nor vectors are given")
         return await self._core.compute(convert.nearest_response, generation, found)
@@ -40,18 +41,20 @@ class NearestMethods:
         ids = np.fromiter(request.classes.ids, np.int64, len(request.classes.ids))
         return await self._searching.nearest_to_classes(generation, ids, request.k)
 
-    async def _of_vectors(self, generation: Generation, request: pb.NearestRequest) -> Neighbours:
-        vectors, elements = request.vectors, generation.spec.row_elements
+    async def _of_vectors(
+        self, generation: Generation, vectors: pb.Vectors, payload: memoryview, k: int
+    ) -> Neighbours:
+        elements = generation.spec.row_elements
         dtype = DTYPES[convert.dtype_name("vectors.dtype", vectors.dtype)]
         expected = vectors.count * elements * dtype.itemsize
-        if vectors.count < 0 or len(vectors.payload) != expected:
+        if vectors.count < 0 or payload.nbytes != expected:
             raise InvalidArgumentError(
                 "vectors.payload",
-                f"{len(vectors.payload)} bytes; {vectors.count} vectors of {list(generation.spec.row_shape)} "
+                f"{payload.nbytes} bytes; {vectors.count} vectors of {list(generation.spec.row_shape)} "
                 f"{dtype.name} are {expected}",
             )
-        vectors_QR = np.frombuffer(vectors.payload, dtype).reshape(vectors.count, elements)
-        return await self._searching.nearest_to_vectors(generation, vectors_QR, request.k)
+        vectors_QR = np.frombuffer(payload, dtype).reshape(vectors.count, elements)
+        return await self._searching.nearest_to_vectors(generation, vectors_QR, k)
 
     async def CompareGenerations(
         self, request: pb.CompareGenerationsRequest, _context: Context

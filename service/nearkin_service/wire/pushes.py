@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from nearkin import tracing
 from nearkin.v1 import bulk
@@ -21,9 +21,13 @@ from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
 from nearkin_service.wire.lane import BulkLane, RowsGrant
 from nearkin_service.wire.liveliness import lively
+from nearkin_service.wire.requests import BeginPush
 
 _STREAM_DEPTH = 2
 """Messages of one stream that are stored while the next one is received."""
+
+_MANY_BYTES = 1 << 18
+"""Of absent classes. Who sends more waits for others who do: each takes a lot of memory for a while."""
 
 
 class PushMethods:
@@ -35,15 +39,14 @@ class PushMethods:
         self._lending = lending
         self._lane = lane
         self._config: ServiceConfig = core.config
+        self._many_absent = asyncio.Lock()
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
-    async def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
-        local = is_local(context)
-        view = await self._pushing.begin(
-            convert.push_spec(request),
-            await self._core.io(convert.absent_ids, request),
-            commit_when_complete=request.commit_when_complete,
-        )
+    async def BeginPush(self, asked: BeginPush, context: Context) -> pb.BeginPushResponse:
+        local, request = is_local(context), asked.message
+        spec, commit = convert.push_spec(request), request.commit_when_complete
+        async with self._many_absent if asked.absent_bytes > _MANY_BYTES else nullcontext():
+            view = await self._pushing.begin(spec, asked.absent, commit_when_complete=commit)
         response = pb.BeginPushResponse(
             push=convert.push(view),
             chunk_bytes=self._config.chunk_bytes,
