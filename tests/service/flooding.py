@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -73,20 +74,26 @@ FLOODS: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "rows": ("WriteRows", lambda size: field_of(1, b"f" * 24) + field_of(15, bytes(size))),
     "noise": ("CommitPush", lambda size: b"\xff" * size),
 }
-"""What is sent: the method, and its message of about so many bytes."""
+"""What is sent: the method, and its message of about so many bytes. Or "rows of PUSH": four times as many."""
 
 
 def flood(address: str, kind: str, count: int, size: int) -> Counter[str]:
     """So many calls at the same time, each on a connection of its own; how they ended."""
-    method, made = FLOODS[kind]
+    push_id = kind.removeprefix("rows of ")
+    method, made = FLOODS["rows" if push_id != kind else kind]
     raw, ends = made(size), Counter[str]()
+    if push_id != kind:
+        raw = field_of(1, push_id.encode()) + field_of(15, bytes(size))
 
     def call(number: int) -> None:
         options = [*ANY_LENGTH, ("nearkin.flood", number)]
         with grpc.insecure_channel(address, options=options) as channel:
-            multi: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(PATH + method)
+            multi: Any = channel
             try:
-                multi(raw, timeout=CALL_SECONDS)
+                if method == "WriteRows":
+                    multi.stream_unary(PATH + method)(iter([raw] * 4), timeout=CALL_SECONDS)
+                else:
+                    multi.unary_unary(PATH + method)(raw, timeout=CALL_SECONDS)
                 ends["OK"] += 1
             except grpc.RpcError as error:
                 ends[code_of(error).name] += 1

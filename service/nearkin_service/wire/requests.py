@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -24,6 +24,7 @@ MOST_BYTES = 1 << 20
 _MOST_FIELDS = 100
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _ABSENT, _VECTORS, _PAYLOAD = 10, 5, 15
+Some = TypeVar("Some", bytes, memoryview)
 _PIECE_BYTES = 1 << 18
 _MOST_VARINT = 10
 
@@ -69,7 +70,7 @@ def reader(message_type: type[Message]) -> Callable[[bytes], Any]:
     return lambda data: message_type.FromString(_small(data))
 
 
-def _small(data: bytes) -> bytes:
+def _small(data: Some) -> Some:
     if len(data) > MOST_BYTES:
         raise InvalidArgumentError(
             "request",
@@ -117,7 +118,7 @@ def _without(data: memoryview, number: int) -> tuple[bytes, list[memoryview]] | 
             rest += [data[at:behind], b"\0"]
             found.append(data[start:stop])
         else:
-            rest.append(data[at:stop])
+            rest.append(_small(data[at:stop]))
         at = stop
     return None
 
