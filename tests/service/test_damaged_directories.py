@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import threading
 import urllib.request
 from collections import Counter
@@ -25,7 +24,7 @@ import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 
 from tests.service.conftest import WAIT, Caller, Table, code_of, eventually
-from tests.service.faulting import Process, Story, litter
+from tests.service.faulting import Process, Story, free_port, litter
 
 ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "200"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
@@ -104,13 +103,6 @@ class Outcomes:
 
     counts: Counter[str] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Harness:

@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import (
     FailedPrecondition,
     GenerationPublished,
@@ -28,8 +27,7 @@ from nearkin_client import (
 from nearkin_client.patience import Patience
 
 from tests.badline import BadLine
-from tests.service.conftest import Table
-from tests.service.faulting import FAR_PORT, Story, Tally, far_service, litter
+from tests.service.faulting import FAR_PORT, Story, Tally, as_table, far_service, litter
 
 SECONDS = float(os.environ.get("NEARKIN_NETWORK_SECONDS", "240"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
@@ -99,9 +97,7 @@ class Callers:
                 return
 
     def _compare(self, table: NeighbourTable) -> None:
-        generation = pb.Generation(run=self.story.run, generation=table.generation, epoch=table.epoch)
-        header = pb.TableHeader(generation=generation)
-        self.tally.compare(self.story, Table(header, table.ids, table.scores))
+        self.tally.compare(self.story, as_table(self.story.run, table))
 
 
 def change(line: BadLine, chance: random.Random) -> str:

@@ -7,13 +7,11 @@ A few rounds of the same run with every test suite. The summary line is what doc
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from nearkin_client import NeighbourClient
 from nearkin_client.patience import Patience
 
 from tests.service.conftest import Caller, code_of
-from tests.service.faulting import Process, Story, Tally, litter, persistently, segments
+from tests.service.faulting import Ordeal, Process, Story, persistently
 
 ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "200"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
@@ -32,56 +30,24 @@ LIBRARY, SPARSE = "library", "sparse"
 KEEP = pb.Retention(keep_embeddings=1, keep_tables=4, keep_every=5)
 
 
-class Soak:
+class Soak(Ordeal):
     """Two writers, three readers, one service that dies."""
 
-    def __init__(self, process: Process, seed: int) -> None:
-        self.process = process
-        self.tally = Tally()
-        self.stopped = threading.Event()
-        self.stories = {name: Story(name, seed) for name in (LIBRARY, SPARSE)}
-        self._random = random.Random(seed)
-        workers: list[Callable[[], None]] = [self._write_by_library, self._write_by_hand]
-        workers += [lambda: self._read(LIBRARY), lambda: self._read(SPARSE), lambda: self._query(LIBRARY)]
-        self._threads = [threading.Thread(target=self._noting, args=(work,)) for work in workers]
-
-    def run(self, rounds: int) -> Tally:
-        assert self.process.start()
-        for thread in self._threads:
-            thread.start()
-        while self.tally.rounds < rounds and not self.tally.losses:
-            time.sleep(self._random.uniform(0.0, 1.2))
-            self.process.kill()
-            self.tally.rounds += 1
-            if self._random.random() < 0.2:  # die while starting, too
-                self.process.start(fault=self._random.choice(["start.trash_emptied", "start.recovered"]))
-                self.process.ended()
-                self.tally.rounds += 1
-            assert self.process.start(), self.process.log.read_text()[-2000:]
-        self.stopped.set()
-        for thread in self._threads:
-            thread.join()
-        return self.tally
-
-    def _noting(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self.tally.losses.append(f"{type(error).__name__}: {error}")
-
-    def _epochs(self, run: str) -> Iterator[int]:
-        for epoch in itertools.count():
-            if self.stopped.is_set():
-                return
-            yield epoch
-            self.tally.epochs_pushed[run] = epoch + 1
+    def callers(self) -> list[Callable[[], None]]:
+        writers: list[Callable[[], None]] = [self._write_by_library, self._write_by_hand]
+        return [
+            *writers,
+            lambda: self._read(LIBRARY),
+            lambda: self._read(SPARSE),
+            lambda: self._query(LIBRARY),
+        ]
 
     def _write_by_library(self) -> None:
         """Two ranks of a push, one after the other, through the client library; it repeats by itself."""
         story = self.stories[LIBRARY]
         patience = Patience(call=600, table=600, outage=600)  # it is never up for long here
         with NeighbourClient(self.process.address, run=LIBRARY, patience=patience) as client:
-            for epoch in self._epochs(LIBRARY):
+            for epoch in self.epochs(LIBRARY):
                 rows, absent = story.rows(epoch), story.absent(epoch)
                 half, total = len(rows) // 2, len(rows)
                 for start, part in ((half, rows[half:]), (0, rows[:half])):
@@ -95,7 +61,7 @@ class Soak:
         """Bare stubs, with retention, and a push in between that is given up."""
         story = self.stories[SPARSE]
         caller = Caller(self.process.address)
-        for epoch in self._epochs(SPARSE):
+        for epoch in self.epochs(SPARSE):
             persistently(lambda: story.push(caller, epoch, retention=KEEP))  # noqa: B023 - called at once
             persistently(lambda: story.table(caller, epoch))  # noqa: B023
             if epoch % 4 == 3:
@@ -148,46 +114,11 @@ class Soak:
 
 
 def soak(tmp_path: Path, rounds: int, seed: int) -> None:
-    before, began = segments(), time.monotonic()
-    process = Process(tmp_path)
-    tally = Soak(process, seed).run(rounds)
-    assert not tally.losses, tally.losses
-    caller = Caller(process.address)
-    persistently(lambda: all_generations(caller, LIBRARY))  # a channel waits a while after many failures
-    for run, story in ((LIBRARY, Story(LIBRARY, seed)), (SPARSE, Story(SPARSE, seed))):
-        story.table(caller, tally.epochs_pushed[run] - 1)
-        for generation in all_generations(caller, run):
-            tally.compare(story, caller.table(run=run, generation=generation.generation))
-    kept = {g.epoch for g in all_generations(caller, LIBRARY)}
-    missing = set(range(tally.epochs_pushed[LIBRARY])) - kept
-    tally.losses += [f"epoch {epoch} was acknowledged and is gone" for epoch in sorted(missing)]
-    caller.channel.close()
-    assert process.terminate() == 0
-    tally.losses += [f"left over: {each}" for each in litter(process.data, outcomes=40)]
-    tally.losses += [f"left over: {each}" for each in segments() - before]
-    summary = {
-        "rounds": tally.rounds,
-        "seed": seed,
-        "seconds": round(time.monotonic() - began),
-        "epochs": tally.epochs_pushed,
-        "generations_seen": len(tally.digests),
-        "tables_compared": tally.tables_compared,
-        "losses": len(tally.losses),
-    }
-    print(json.dumps(summary))
-    assert not tally.losses, tally.losses[:10]
-
-
-def all_generations(caller: Caller, run: str) -> list[pb.Generation]:
-    found: list[pb.Generation] = []
-    token = ""
-    while True:
-        request = pb.ListGenerationsRequest(run=run, page_token=token)
-        page = caller.stub.ListGenerations(request, timeout=30)
-        found += page.generations
-        token = page.next_page_token
-        if not token:
-            return found
+    ordeal = Soak(Process(tmp_path), seed, (Story(LIBRARY, seed), Story(SPARSE, seed)), longest_life=1.2)
+    ordeal.run(rounds)
+    summary = ordeal.account(keeping_all=[LIBRARY])
+    print(json.dumps({"seed": seed} | summary))
+    assert not ordeal.tally.losses, ordeal.tally.losses[:10]
 
 
 def test_a_few_deaths(tmp_path: Path) -> None:
