@@ -170,7 +170,7 @@ class Harness:
         others = [path for path in data.rglob("*") if path.is_file() and path != data / name]
         Damage(data / name, others, self._outside, self._chance).do(way)
         self._process.log.write_text("")
-        found = self._served(name)
+        found = self._served(name, way)
         log = self._process.log.read_text()
         if "Traceback" in log:
             found.append(f"a traceback: {log[-500:]}")
@@ -179,7 +179,7 @@ class Harness:
         self.outcomes.losses += [f"{name}, {way}: {each}" for each in found]
         shutil.rmtree(data)
 
-    def _served(self, name: Path) -> list[str]:
+    def _served(self, name: Path, way: str) -> list[str]:
         """What is wrong."""
         too_long = threading.Timer(START_SECONDS, self._process.kill)
         too_long.start()
@@ -190,7 +190,7 @@ class Harness:
             self.outcomes.counts["starts refused"] += 1
             return [] if name.name in MAY_STOP_A_START else ["the service did not start"]
         caller = Caller(self._process.address)
-        found = self._compared(caller, name) + self._metric()
+        found = self._compared(caller, name, way) + self._metric()
         found += self._goes_on(caller)
         caller.channel.close()
         if self._process.terminate():
@@ -198,7 +198,7 @@ class Harness:
         left = litter(self._process.data, outcomes=2)
         return found + [f"left over: {each}" for each in left if not each.startswith("quarantine/")]
 
-    def _compared(self, caller: Caller, name: Path) -> list[str]:
+    def _compared(self, caller: Caller, name: Path, way: str) -> list[str]:
         """Only what was damaged may be missing, or its queries refused; nothing may be different."""
         found, wrongs = set[tuple[str, int]](), []
         for run in GENERATIONS:
@@ -220,6 +220,8 @@ class Harness:
             answer = nearest(caller, run, number)
             if answer == "DATA_LOSS" and concerns(name, run, number):
                 self.outcomes.counts["queries that end in DATA_LOSS"] += 1
+            elif answer == "FAILED_PRECONDITION" and (name.name, way) == ("pinned", "removed"):
+                self.outcomes.counts["pins that were gone"] += 1
             elif answer != self._nearest[run, number]:
                 wrongs.append(f"nearest in {run} {number}: {answer}, not {self._nearest[run, number]}")
         self.outcomes.counts["tables compared"] += len(found)

@@ -203,10 +203,13 @@ class DataDirectory:
         push_directory = self._layout.push(run, finished.push_id)
         generation = gens.publish(self._layout.generations(run), finished, push_directory)
         faults.point("publish.durable")
-        self._note_number(run, finished.number)
-        faults.point("publish.numbered")
-        self._layout.discard(push_directory)
-        faults.point("publish.push_gone")
+        try:
+            self._note_number(run, finished.number)
+            faults.point("publish.numbered")
+            self._layout.discard(push_directory)
+            faults.point("publish.push_gone")
+        except OSError as error:  # it is published; the next start finds its number, and clears away the push
+            log.warning("run %s generation %d: not tidied up: %s", run, finished.number, error)
         return generation
 
     def _note_number(self, run: str, number: int) -> None:

@@ -71,6 +71,7 @@ def publish(generations: Path, finished: Finished, push_directory: Path) -> Gene
     """Puts a generation in its place; all but the embeddings' last bytes is on disk when this returns."""
     aside = generations / f".aside-{secrets.token_hex(8)}"
     aside.mkdir(parents=True)
+    placed: Path | None = None
     try:
         generation = _write_tables(aside, finished)
         faults.point("publish.tables_written")
@@ -81,12 +82,14 @@ def publish(generations: Path, finished: Finished, push_directory: Path) -> Gene
         _write_embeddings_state(aside, EmbeddingsState.FLUSHING)
         write_document(aside / MANIFEST, _to_manifest(generation))
         faults.point("publish.described")
-        aside.rename(generations / str(finished.number))
+        placed = aside.rename(generations / str(finished.number))
         faults.point("publish.renamed")
+        fsync_directory(generations)
     except BaseException:
+        if placed is not None:  # nobody has seen it, and its number is to be had again
+            placed.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    fsync_directory(generations)
     return generation
 
 

@@ -45,6 +45,9 @@ def meaning(name: str, error: Exception) -> Any:
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = errors.LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS):
+        log.error("%s: the disk does not work", name, exc_info=error)
+        error = errors.UnavailableError(f"the data directory's disk does not work: {error.strerror}")
     if isinstance(error, MemoryError):
         error = errors.LimitExceededError("memory", "the service has not enough memory for this call")
     if isinstance(error, errors.NearkinError):
