@@ -19,7 +19,8 @@ from tests.service.faulting import Story, litter
 
 Start = Callable[..., Service]
 STORY = Story("faces", most_classes=60)
-CALLS = ("write", "pwrite", "fsync", "link", "rename", "replace")
+CALLS = {"write": 9, "pwrite": 7, "fsync": 9, "link": 2, "rename": 3, "replace": 5}
+"""Of an epoch: how many there are, or more than enough; that some are not reached in time is no matter."""
 
 
 class Failing:
@@ -41,17 +42,12 @@ class Failing:
         path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else os.fspath(what)
         return str(path).startswith(self._place)
 
-    @property
-    def happened(self) -> bool:
-        return self._left <= 0
-
 
 @contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, place: Path) -> Iterator[Failing]:
-    call = Failing(name, nth, place)
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, place: Path) -> Iterator[None]:
     with monkeypatch.context() as patched:
-        patched.setattr(os, name, call)
-        yield call
+        patched.setattr(os, name, Failing(name, nth, place))
+        yield
 
 
 def attempt(caller: Caller, epoch: int) -> str:
@@ -73,8 +69,9 @@ def intact(caller: Caller, before: bytes) -> None:
     assert caller.table(run=STORY.run, generation=1).ids.tobytes() == before
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 7, 9])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "nth"), [(name, nth) for name, most in CALLS.items() for nth in range(1, most + 1)]
+)
 def test_a_write_fails(
     start_service: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int
 ) -> None:
@@ -83,10 +80,8 @@ def test_a_write_fails(
     assert not attempt(caller, 0)
     before = caller.table(run=STORY.run, generation=1).ids.tobytes()
     eventually(lambda: caller.generation(1, STORY.run).embeddings, lambda s: s == pb.EMBEDDINGS_STATE_KEPT)
-    with failing(monkeypatch, name, nth, tmp_path / "data") as fault:
+    with failing(monkeypatch, name, nth, tmp_path / "data"):
         said = attempt(caller, 1)
-    if not fault.happened:
-        pytest.skip(f"an epoch has fewer than {nth} calls of {name}")
     intact(caller, before)
     assert not said.startswith("INTERNAL"), said
     if said:
