@@ -16,10 +16,10 @@ from google.protobuf.message import DecodeError
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.catalogue import Catalogue
-from nearkin_service.errors import DataLossError, NearkinError
+from nearkin_service.errors import DataLossError, InvalidArgumentError, NearkinError
 from nearkin_service.store import DataDirectory, journal, snapshots, verify
 from nearkin_service.store.atomic import read_document
-from nearkin_service.wire import convert
+from nearkin_service.wire import convert, requests
 
 FORMAT_1 = Path(__file__).parents[1] / "service" / "fixtures" / "format-1"
 _FILES = sorted(path.relative_to(FORMAT_1) for path in FORMAT_1.rglob("*") if path.is_file())
@@ -71,6 +71,43 @@ def write_rows(data: bytes) -> None:
     )
     assert found.shared_row_count == expected.shared_row_count
     assert found.crc32c == (expected.crc32c if expected.HasField("crc32c") else None)
+
+
+def begin_push(data: bytes) -> None:
+    """A BeginPush whose absent classes are read by ourselves is what protobuf says it is."""
+    try:
+        expected: pb.BeginPushRequest | None = pb.BeginPushRequest.FromString(data)
+    except DecodeError:
+        expected = None
+    try:
+        found = requests.reader(pb.BeginPushRequest)(data)
+        absent = sorted(found.absent().tolist())
+    except (DecodeError, InvalidArgumentError):
+        assert expected is None, "refused, though protobuf takes it"
+        return
+    assert expected is not None, "taken, though protobuf refuses it"
+    assert absent == sorted(expected.absent)
+    del found.message.absent[:], expected.absent[:]
+    assert found.message.SerializeToString() == expected.SerializeToString()
+
+
+def nearest(data: bytes) -> None:
+    """A query whose vectors stay where they arrived is what protobuf says it is."""
+    try:
+        expected: pb.NearestRequest | None = pb.NearestRequest.FromString(data)
+    except DecodeError:
+        expected = None
+    try:
+        found = requests.reader(pb.NearestRequest)(data)
+    except DecodeError:
+        assert expected is None, "refused, though protobuf takes it"
+        return
+    assert expected is not None, "taken, though protobuf refuses it"
+    assert found.message.WhichOneof("query") == expected.WhichOneof("query")
+    if expected.WhichOneof("query") == "vectors":
+        assert bytes(found.payload) == expected.vectors.payload
+        found.message.vectors.payload = expected.vectors.payload
+    assert found.message.SerializeToString() == expected.SerializeToString()
 
 
 def table_message(data: bytes) -> None:
@@ -189,6 +226,8 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
     each.__name__: each
     for each in (
         write_rows,
+        begin_push,
+        nearest,
         table_message,
         lane_frames,
         lane_block,

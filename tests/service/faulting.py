@@ -102,6 +102,14 @@ class Process:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing of a test that went wrong lives on."""
+        if self.running:
+            self.kill()
+
 
 @contextmanager
 def far_service(

@@ -231,10 +231,10 @@ def soak(folder: Path, rounds: int, seed: int, longest_life: float) -> None:
     for logger in loggers:
         logger.setLevel(logging.INFO)
     try:
-        process = Process(folder, "--listen", far)
-        crowd = Crowd(process, far, seed, longest_life)
-        crowd.run(rounds)
-        summary = crowd.account(keeping_all=[IN_PLACE, LANE, FAR, CHANGED])
+        with Process(folder, "--listen", far) as process:
+            crowd = Crowd(process, far, seed, longest_life)
+            crowd.run(rounds)
+            summary = crowd.account(keeping_all=[IN_PLACE, LANE, FAR, CHANGED])
     finally:
         loggers[1].removeHandler(ways)
         for logger in loggers:

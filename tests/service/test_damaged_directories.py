@@ -108,15 +108,14 @@ class Outcomes:
 class Harness:
     """A sound directory, what is read from it, and as many damaged copies as one likes."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self._folder = folder
-        self._port = free_port()
+    def __init__(self, process: Process, port: int, seed: int) -> None:
+        folder, self._port = process.folder, port
         self._chance = random.Random(seed)
         self._outside = folder / "outside"
         self._outside.write_bytes(b"not ours" * 1000)
         self._stories = {run: Story(run, seed, most_classes=60) for run in GENERATIONS}
         self._sound = folder / "sound"
-        self._process = Process(folder, "--http", f"127.0.0.1:{self._port}")
+        self._process = process
         self.outcomes = Outcomes()
         self._tables: dict[tuple[str, int], Table] = {}
         self._nearest: dict[tuple[str, int], str] = {}
@@ -277,11 +276,13 @@ def nearest(caller: Caller, run: str, number: int) -> str:
 
 
 def soak(folder: Path, rounds: int, seed: int) -> None:
-    harness = Harness(folder, seed)
-    pairs = harness.pairs()
-    for name, way in pairs[:rounds]:
-        harness.round(name, way)
-        assert not harness.outcomes.losses, harness.outcomes.losses
+    port = free_port()
+    with Process(folder, "--http", f"127.0.0.1:{port}") as process:
+        harness = Harness(process, port, seed)
+        pairs = harness.pairs()
+        for name, way in pairs[:rounds]:
+            harness.round(name, way)
+            assert not harness.outcomes.losses, harness.outcomes.losses
     files = len({name for name, _ in pairs[:rounds]})
     summary = {"seed": seed, "rounds": min(rounds, len(pairs)), "files": files, "pairs": len(pairs)}
     print(json.dumps(summary | dict(harness.outcomes.counts) | {"losses": 0}))

@@ -114,9 +114,10 @@ class Soak(Ordeal):
 
 
 def soak(tmp_path: Path, rounds: int, seed: int) -> None:
-    ordeal = Soak(Process(tmp_path), seed, (Story(LIBRARY, seed), Story(SPARSE, seed)), longest_life=1.2)
-    ordeal.run(rounds)
-    summary = ordeal.account(keeping_all=[LIBRARY])
+    with Process(tmp_path) as process:
+        ordeal = Soak(process, seed, (Story(LIBRARY, seed), Story(SPARSE, seed)), longest_life=1.2)
+        ordeal.run(rounds)
+        summary = ordeal.account(keeping_all=[LIBRARY])
     print(json.dumps({"seed": seed} | summary))
     assert not ordeal.tally.losses, ordeal.tally.losses[:10]
 
