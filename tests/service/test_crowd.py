@@ -34,6 +34,8 @@ from tests.service.faulting import Ordeal, Process, Story, as_table, free_port, 
 
 ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "100"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
+LIFE = float(os.environ.get("NEARKIN_SOAK_LIFE_SECONDS", "4"))
+"""The longest that the service lives."""
 PATIENT = Patience(call=600, table=600, outage=600)  # it is never up for long here
 IN_PLACE, LANE, FAR, BARE, CHANGED = "in-place", "lane", "far-lane", "bare", "changed"
 LARGE: dict[str, Any] = {"k": 256, "least_classes": 600, "most_classes": 601}
@@ -261,4 +263,4 @@ def test_a_small_crowd(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_a_crowd_through_hundreds_of_deaths(tmp_path: Path) -> None:
-    soak(tmp_path, rounds=ROUNDS, seed=SEED, longest_life=4.0)
+    soak(tmp_path, rounds=ROUNDS, seed=SEED, longest_life=LIFE)
