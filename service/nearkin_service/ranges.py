@@ -83,6 +83,8 @@ class RowSet:
 
     def complement(self, start: int, stop: int) -> RowSet:
         """The rows of start <= r < stop that are not in this set."""
+        if not self.ranges:
+            return RowSet.of(start, stop)
         inside = (self.stops > start) & (self.starts < stop)
         begins = np.concatenate([[start], np.maximum(self.stops[inside], start)])
         ends = np.concatenate([np.minimum(self.starts[inside], stop), [stop]])

@@ -19,7 +19,7 @@ from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.http import HealthServer
 from nearkin_service.observing import RunHealth, RunMetrics
-from nearkin_service.operations import Builds, Core, Engines, Pushing, Reading, Searching
+from nearkin_service.operations import Builds, Core, Engines, Pushing, Reading, Searching, Writing
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
 
@@ -63,8 +63,9 @@ class NeighbourServer:
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         faults.point("start.recovered")
         pushing, reading = Pushing(core, self._builds), Reading(core)
-        self._lane = wire.BulkLane(core, pushing, reading, self._count_error)
-        self._server = self._make_server(pushing, reading)
+        writing = Writing(core, pushing)
+        self._lane = wire.BulkLane(core, pushing, writing, reading, self._count_error)
+        self._server = self._make_server(pushing, writing, reading)
         self.addresses = self._bind()
         self._lane.open(self.addresses, tls=self._config.tls is not None)
         await self._server.start()
@@ -75,13 +76,19 @@ class NeighbourServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._ready = True
 
-    def _make_server(self, pushing: Pushing, reading: Reading) -> grpc.aio.Server:
+    def _make_server(self, pushing: Pushing, writing: Writing, reading: Reading) -> grpc.aio.Server:
         core = self.core
         # Only who the gate lets in leaves a trace.
         interceptors = [self._make_gate(), *tracing.server_interceptors()]
         server = grpc.aio.server(interceptors=interceptors, options=_options(self._config))
         behaviours = wire.behaviours(
-            core, self._builds, self._searching, pushing=pushing, reading=reading, lane=self._lane
+            core,
+            self._builds,
+            self._searching,
+            pushing=pushing,
+            writing=writing,
+            reading=reading,
+            lane=self._lane,
         )
         idle = self._config.limits.max_stream_idle_seconds
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error, idle),))

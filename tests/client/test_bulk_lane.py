@@ -263,6 +263,20 @@ def test_a_wrong_row_is_named_in_the_middle_of_a_push(address: str, run: str) ->
     assert caught.value.field == "payload"
 
 
+def test_the_last_row_of_many_ranks_commits_and_says_what_is_wrong(address: str, run: str) -> None:
+    """A zero row is found when the push is closed, by whoever sent the last rows."""
+    half = N // 2
+    rows = ROWS.copy()
+    rows[half + 3] = 0
+    with connected(address, run) as client:
+        client.push(rows[:half], epoch=0, num_classes=N, k=4)
+        with pytest.raises(InvalidArgument, match=f"row {half + 3} is all zero"):
+            client.push(rows[half:], epoch=0, row_start=half, num_classes=N, k=4)
+        client.push(ROWS[:half], epoch=1, num_classes=N, k=4)
+        client.push(ROWS[half:], epoch=1, row_start=half, num_classes=N, k=4)
+        assert client.table(epoch=1).ids.shape == (N, 4)
+
+
 def test_a_flipped_bit_is_sent_again(
     address: str, run: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,14 +139,18 @@ class Push:
 
     @asynccontextmanager
     async def claim(self, rows: RowRange, loan: RowRange | None = None) -> AsyncIterator[None]:
+        """`hold`, then `release`."""
+        await self.hold(rows, loan)
+        try:
+            yield
+        finally:
+            self.release(rows)
+
+    async def hold(self, rows: RowRange, loan: RowRange | None = None) -> None:
         """Waits until nobody else writes any of these rows, then holds them; `loan` is the asker's own."""
         while any(claim is not loan and claim.overlaps(rows) for claim in self._claims):
             await self._released.wait()
         self._claims.append(rows)
-        try:
-            yield
-        finally:
-            self._release(rows)
 
     def lend(self, rows: RowRange) -> bool:
         """Holds rows for one caller until `take_back`, or until all are there; False: somebody has some."""
@@ -159,7 +163,7 @@ class Push:
     def take_back(self, loan: RowRange) -> None:
         """Ends a loan; one that has ended is no error."""
         self._loans = [each for each in self._loans if each is not loan]
-        self._release(loan)
+        self.release(loan)
 
     def _take_all_back(self) -> None:
         for loan in self._loans:
@@ -168,8 +172,8 @@ class Push:
     def is_lent(self, loan: RowRange) -> bool:
         return any(each is loan for each in self._loans)
 
-    def _release(self, rows: RowRange) -> None:
-        """By identity: a message may hold the very rows of its loan."""
+    def release(self, rows: RowRange) -> None:
+        """Lets go what `hold` was given: by identity, as a message may hold the very rows of its loan."""
         self._claims = [each for each in self._claims if each is not rows]
         self._released.fire()
 

@@ -13,6 +13,7 @@ from nearkin_service.operations.places import Places
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.operations.reading import Reading, TableBlocks
 from nearkin_service.operations.searching import Searching
+from nearkin_service.operations.writing import Message, Writing
 
 __all__ = [
     "Administering",
@@ -23,9 +24,11 @@ __all__ = [
     "Engines",
     "Lending",
     "Loan",
+    "Message",
     "Places",
     "Pushing",
     "Reading",
     "Searching",
     "TableBlocks",
+    "Writing",
 ]

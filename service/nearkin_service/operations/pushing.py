@@ -1,4 +1,4 @@
-"""Opening pushes, storing rows, closing and dropping pushes."""
+"""Opening pushes, closing and dropping them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,10 @@ from nearkin_service.errors import (
 from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.composing import Composing, declare
 from nearkin_service.operations.core import Core
-from nearkin_service.operations.lending import Loan
 from nearkin_service.ranges import RowRange, RowSet
-from nearkin_service.store import Arrival
 from nearkin_service.values import PushSpec, PushState, PushView
 
 log = logging.getLogger("nearkin.push")
-
-_ANNOUNCE_SECONDS = 0.2
 
 
 class Pushing:
@@ -66,7 +62,7 @@ class Pushing:
                     f"epoch {spec.epoch} of run {run.name!r} is pushed already, and its {difference}"
                 )
             await self._join(push, declared, commit_when_complete=commit_when_complete)
-        await self._commit_if_complete(push)
+        await self.commit_if_complete(push)
         return push.view()
 
     def _require_limits(self, spec: PushSpec) -> None:
@@ -179,91 +175,6 @@ class Pushing:
                 f"{new.start} is not absent"
             )
 
-    # -------------------------------------------------------------------------------------------- writing
-
-    async def write(
-        self,
-        push_id: str,
-        row_start: int,
-        payload: memoryview,
-        crc: int | None,
-        loan: Loan | None = None,
-    ) -> PushView:
-        """Stores one message's rows, or compares them with what is stored; all of it or nothing.
-
-        DataLossError: not what was sent. InvalidArgumentError: not whole rows, not there, NaN or Inf.
-        AlreadyExistsError: a row is stored with other bytes. FailedPreconditionError: the push is over.
-        """
-        push = self._core.catalogue.push(push_id)
-        push.require_usable()
-        rows = push.spec.rows_of(row_start, payload.nbytes)
-        async with push.claim(rows, loan.rows if loan else None):
-            push.require_usable()
-            if push.state is PushState.PUBLISHED:
-                await self._compare(push, rows, payload, crc)
-            else:
-                await self._receive(push, rows, payload, crc)
-        return await self._stored(push, rows)
-
-    async def write_in_place(
-        self, push_id: str, row_start: int, count: int, crc: int | None, loan: Loan, *, sound: bool
-    ) -> PushView:
-        """Takes rows that lie where they belong: `loan`'s caller has written them. The errors of `write`.
-
-        Rows whose writer says that they are `sound` are taken unseen: the build reads them anyway, and takes
-        none that are not what `crc` says, or that have no direction.
-        """
-        push = self._core.catalogue.push(push_id)
-        push.require_usable()
-        most = self._core.config.limits.max_message_bytes
-        if not 0 < count * push.spec.row_bytes <= most:
-            raise InvalidArgumentError("shared_row_count", f"{count} rows are not 1 to {most:,} bytes")
-        if crc is None:
-            raise InvalidArgumentError("crc32c", "rows that were written in place need one")
-        rows = RowRange(row_start, row_start + count)
-        if not loan.rows.start <= rows.start <= rows.stop <= loan.rows.stop:
-            raise InvalidArgumentError("row_start", f"rows {rows.start}..{rows.stop - 1} are not lent")
-        async with push.claim(rows, loan.rows):
-            push.require_usable()
-            known = push.stored.within(rows.start, rows.stop)
-            if not push.is_lent(loan.rows) and len(known) < count:
-                raise InvalidArgumentError("loan", "it is over; send payloads")
-            if push.state is PushState.OPEN:
-                files, absent = self._core.files[push_id], push.absent
-                if sound and not len(known):
-                    zeros = await self._core.io(files.take_in_place, rows, crc)
-                else:
-                    zeros = await self._core.io(files.receive_in_place, rows, crc, known, absent)
-                push.arrived(rows, zeros)
-            elif await self._core.io(self._checksum, push, rows) != crc:
-                raise AlreadyExistsError(f"rows {rows.start}..{rows.stop - 1} are stored with other bytes")
-        return await self._stored(push, rows)
-
-    async def _receive(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
-        """Once the push is closed every row counts as known: one that never came is absent, and ignored."""
-        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
-        arrival = Arrival(rows, payload, crc, known.within(rows.start, rows.stop), push.absent)
-        zeros = await self._core.io(self._core.files[push.push_id].receive, arrival)
-        push.arrived(rows, zeros)
-
-    async def _compare(self, push: Push, rows: RowRange, payload: memoryview, crc: int | None) -> None:
-        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        await self._core.io(self._core.directory.compare, generation, rows.start, payload, crc)
-
-    async def _stored(self, push: Push, rows: RowRange) -> PushView:
-        self._core.metrics.push_bytes.inc(len(rows) * push.spec.row_bytes)
-        self._core.pacing.rows_arrived(len(rows) * push.spec.row_bytes)
-        self._announce(push)
-        await self._commit_if_complete(push)
-        return push.view()
-
-    def _announce(self, push: Push) -> None:
-        """Tells watchers of arriving rows, a few times a second."""
-        now = time.monotonic()
-        if now - push.announced >= _ANNOUNCE_SECONDS:
-            push.announced = now
-            self._core.catalogue.rows_arrived(push)
-
     # ------------------------------------------------------------------------------------------- closing
 
     async def commit(self, push_id: str, rows_crc: int | None) -> PushView:
@@ -281,9 +192,10 @@ class Pushing:
 
     async def resume(self, push: Push) -> None:
         """What an earlier service left: it may have died between the last row and its commit."""
-        await self._commit_if_complete(push)
+        await self.commit_if_complete(push)
 
-    async def _commit_if_complete(self, push: Push) -> None:
+    async def commit_if_complete(self, push: Push) -> None:
+        """Closes a push that is to be closed with its last row, if that is there. The errors of `commit`."""
         if push.state is PushState.OPEN and push.commit_when_complete and push.complete:
             await self._require_complete(push)
             await self._close(push)
@@ -314,9 +226,9 @@ class Pushing:
 
     def _checksum_of_all(self, push: Push) -> int:
         files = self._core.files.get(push.push_id)
-        return files.checksum() if files else self._checksum(push, RowRange(0, push.spec.num_classes))
+        return files.checksum() if files else self.checksum(push, RowRange(0, push.spec.num_classes))
 
-    def _checksum(self, push: Push, rows: RowRange) -> int:
+    def checksum(self, push: Push, rows: RowRange) -> int:
         """Of rows of a push that is closed, as they lie in its file."""
         files = self._core.files.get(push.push_id)
         if files is not None:

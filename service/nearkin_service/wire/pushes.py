@@ -15,7 +15,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.config import ServiceConfig
 from nearkin_service.errors import InvalidArgumentError
-from nearkin_service.operations import Core, Lending, Loan, Pushing
+from nearkin_service.operations import Core, Lending, Loan, Message, Pushing, Writing
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
@@ -33,9 +33,12 @@ _MANY_BYTES = 1 << 18
 class PushMethods:
     """The RPCs of a push."""
 
-    def __init__(self, core: Core, pushing: Pushing, lending: Lending, lane: BulkLane) -> None:
+    def __init__(
+        self, core: Core, pushing: Pushing, writing: Writing, lending: Lending, lane: BulkLane
+    ) -> None:
         self._core = core
         self._pushing = pushing
+        self._writing = writing
         self._lending = lending
         self._lane = lane
         self._config: ServiceConfig = core.config
@@ -93,7 +96,7 @@ class PushMethods:
         push_id, start, crc = message.push_id, message.row_start, message.crc32c
         try:
             if not message.shared_row_count:
-                return await self._pushing.write(push_id, start, message.payload, crc, loan)
+                return await self._writing.write(Message(push_id, start, message.payload, crc), loan)
             if message.payload.nbytes:
                 raise InvalidArgumentError(
                     "payload", "given although shared_row_count says where the rows are"
@@ -101,7 +104,7 @@ class PushMethods:
             if loan is None:
                 raise InvalidArgumentError("loan", "rows in place need the name of theirs")
             count = message.shared_row_count
-            return await self._pushing.write_in_place(push_id, start, count, crc, loan, sound=message.sound)
+            return await self._writing.write_in_place(push_id, start, count, crc, loan, sound=message.sound)
         finally:
             self._storing.release()
 

@@ -11,6 +11,7 @@ from nearkin_service.operations import (
     Pushing,
     Reading,
     Searching,
+    Writing,
 )
 from nearkin_service.wire.catalogue import CatalogueMethods
 from nearkin_service.wire.lane import BulkLane
@@ -21,12 +22,19 @@ from nearkin_service.wire.watch import WatchMethods
 
 
 def behaviours(
-    core: Core, builds: Builds, searching: Searching, *, pushing: Pushing, reading: Reading, lane: BulkLane
+    core: Core,
+    builds: Builds,
+    searching: Searching,
+    *,
+    pushing: Pushing,
+    writing: Writing,
+    reading: Reading,
+    lane: BulkLane,
 ) -> tuple[object, ...]:
     """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
     administering = Administering(core, builds, searching)
     return (
-        PushMethods(core, pushing, Lending(core.catalogue), lane),
+        PushMethods(core, pushing, writing, Lending(core.catalogue), lane),
         TableMethods(core, reading, lane),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),

@@ -17,7 +17,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service import listening
 from nearkin_service.errors import InvalidArgumentError, UnavailableError
-from nearkin_service.operations import Core, Pushing, Reading
+from nearkin_service.operations import Core, Pushing, Reading, Writing
 from nearkin_service.wire.lane.rows import RowsReceiver
 from nearkin_service.wire.lane.tables import TableSender
 from nearkin_service.wire.lane.tickets import Grant, RowsGrant, Ticket, Tickets
@@ -41,13 +41,18 @@ class BulkLane:
     """Made, opened and closed on the event loop."""
 
     def __init__(
-        self, core: Core, pushing: Pushing, reading: Reading, count_error: Callable[[str, str], None]
+        self,
+        core: Core,
+        pushing: Pushing,
+        writing: Writing,
+        reading: Reading,
+        count_error: Callable[[str, str], None],
     ) -> None:
         self._core = core
         self._count_error = count_error
         self._idle_seconds = core.config.limits.max_stream_idle_seconds
         most = core.config.limits.max_message_bytes
-        self._rows = RowsReceiver(pushing, asyncio.get_running_loop(), most)
+        self._rows = RowsReceiver(pushing, writing, asyncio.get_running_loop(), most)
         self._tables = TableSender(core, reading)
         self._tickets = Tickets()
         self._listeners: list[socket.socket] = []

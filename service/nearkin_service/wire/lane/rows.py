@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from concurrent.futures import Future
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 from nearkin.v1 import bulk, frames
@@ -13,34 +15,40 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.config import KIB
 from nearkin_service.errors import InvalidArgumentError, LimitExceededError
-from nearkin_service.operations import Pushing
-from nearkin_service.values import PushView
+from nearkin_service.operations import Message, Pushing, Writing
 from nearkin_service.wire import convert
 
 _ALIGNED = 64
 
+T = TypeVar("T")
+
 
 class RowsReceiver:
-    """Runs on a connection's own thread; storing happens where WriteRows does it."""
+    """Runs on a connection's own two threads; the event loop only hears of each message."""
 
-    def __init__(self, pushing: Pushing, loop: asyncio.AbstractEventLoop, max_message_bytes: int) -> None:
+    def __init__(
+        self, pushing: Pushing, writing: Writing, loop: asyncio.AbstractEventLoop, max_message_bytes: int
+    ) -> None:
         self._pushing = pushing
+        self._writing = writing
         self._loop = loop
         self._most = max_message_bytes
 
     def receive(self, connection: socket.socket, push_id: str) -> pb.WriteRowsResponse:
         """All rows that the caller sends. The errors are those of WriteRows."""
-        storing: Future[PushView] | None = None
-        for place in itertools.cycle((_Place(), _Place())):
-            message = self._message(connection, place, push_id)
-            if storing is not None:
-                storing.result()
-            if message is None:
-                return self._response(push_id)
-            storing = self._on_loop(message)
-        raise AssertionError
+        stored: Future[Future[None]] | None = None
+        with ThreadPoolExecutor(1, "nearkin-lane-store") as storing:
+            for place in itertools.cycle((_Place(), _Place())):
+                message = self._message(connection, place, push_id)
+                settled = stored.result() if stored else None
+                if message is None:
+                    break
+                stored = storing.submit(self._store, message, settled)
+        if settled is not None:
+            settled.result()
+        return self._on_loop(self._response(push_id)).result()
 
-    def _message(self, connection: socket.socket, place: _Place, push_id: str) -> bulk.WriteRows | None:
+    def _message(self, connection: socket.socket, place: _Place, push_id: str) -> Message | None:
         length = frames.receive_length(connection)
         if length is None:
             return None
@@ -56,17 +64,25 @@ class RowsReceiver:
             raise InvalidArgumentError("push_id", "the ticket is for another push")
         if message.shared_row_count:
             raise InvalidArgumentError("shared_row_count", "the bulk lane takes payloads only")
-        return message
+        return Message(push_id, message.row_start, message.payload, message.crc32c)
 
-    def _on_loop(self, message: bulk.WriteRows) -> Future[PushView]:
-        storing = self._pushing.write(message.push_id, message.row_start, message.payload, message.crc32c)
-        return asyncio.run_coroutine_threadsafe(storing, self._loop)
+    def _store(self, message: Message, before: Future[None] | None) -> Future[None]:
+        """Stores a message; what comes back is done once the loop knows. `before`: that of the last one."""
+        if before is not None:
+            before.result()
+        held = self._on_loop(self._writing.hold(message)).result()
+        try:
+            zeros = held.store()
+        except BaseException:
+            self._loop.call_soon_threadsafe(held.push.release, held.rows)
+            raise
+        return self._on_loop(self._writing.settle(held, zeros))
 
-    def _response(self, push_id: str) -> pb.WriteRowsResponse:
-        async def look() -> pb.WriteRowsResponse:
-            return convert.stored(self._pushing.get(push_id))
+    async def _response(self, push_id: str) -> pb.WriteRowsResponse:
+        return convert.stored(self._pushing.get(push_id))
 
-        return asyncio.run_coroutine_threadsafe(look(), self._loop).result()
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 class _Place:
