@@ -202,7 +202,11 @@ class Sender:
         wanted = shared_memory if rows.count else False
         self._lent = lent(begun, rows, row_start, wanted, wire.endpoint)
         self._next_pace = _through_a_stream(begun.chunk_bytes, rows)
-        self._pace = _in_place(begun.max_message_bytes, rows) if self._lent else self._next_pace
+        self._pace = (
+            _in_place(begun.lent_rows.max_bytes or begun.max_message_bytes, rows)
+            if self._lent
+            else self._next_pace
+        )
         self._lane = self._find_lane() if self._lent is None and rows.count else None
 
     def _find_lane(self) -> Lane | None:
@@ -358,10 +362,10 @@ def _through_a_stream(chunk_bytes: int, rows: Rows) -> _Pace:
     return _Pace(message, max(message, STREAM_BYTES // rows.row_bytes))
 
 
-def _in_place(max_message_bytes: int, rows: Rows) -> _Pace:
+def _in_place(most_bytes: int, rows: Rows) -> _Pace:
     """Nothing is sent twice. Larger messages are fewer, smaller ones let the service begin sooner."""
     share = rows.count * rows.row_bytes // IN_PLACE_SHARE
-    message = max(1, min(max_message_bytes, IN_PLACE_BYTES, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
+    message = max(1, min(most_bytes, IN_PLACE_BYTES, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
     return _Pace(message, rows.count)
 
 

@@ -344,19 +344,23 @@ class LentRows(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     LOAN_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """a caller who cannot open it sends payloads"""
     loan: _builtins.str
     """its name in WriteRowsRequest; empty: somebody writes some of them just now"""
+    max_bytes: _builtins.int
+    """of the rows that one message may speak of; 0: max_message_bytes"""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         loan: _builtins.str = ...,
+        max_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "max_bytes", b"max_bytes", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,7 +518,7 @@ class WriteRowsRequest(_message.Message):
     push_id: _builtins.str
     row_start: _builtins.int
     shared_row_count: _builtins.int
-    """Rows that were written in place, of max_message_bytes at most; 0 when `payload` carries them."""
+    """Rows that were written in place, of LentRows.max_bytes at most; 0 when `payload` carries them."""
     crc32c: _builtins.int
     """CRC32C of the payload, or of the rows in place. Without it a damaged message cannot be noticed."""
     loan: _builtins.str

@@ -20,6 +20,7 @@ from nearkin_service.store import Arrival
 from nearkin_service.values import Generation, PushState, PushView
 
 _ANNOUNCE_SECONDS = 0.2
+_MOST_BYTES_IN_PLACE = 64 << 20  # a look at them takes one of the threads for files a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ class Writing:
         self._core.directory.compare(generation, message.row_start, message.payload, message.crc)
         return RowSet.empty()
 
+    @property
+    def most_bytes_in_place(self) -> int:
+        """Of the rows that one message may speak of without bringing them."""
+        return max(_MOST_BYTES_IN_PLACE, self._core.config.limits.max_message_bytes)
+
     async def write_in_place(
         self, push_id: str, row_start: int, count: int, crc: int | None, loan: Loan, *, sound: bool
     ) -> PushView:
@@ -116,7 +122,7 @@ class Writing:
         """
         push = self._core.catalogue.push(push_id)
         push.require_usable()
-        most = self._core.config.limits.max_message_bytes
+        most = self.most_bytes_in_place
         if not 0 < count * push.spec.row_bytes <= most:
             raise InvalidArgumentError("shared_row_count", f"{count} rows are not 1 to {most:,} bytes")
         if crc is None:

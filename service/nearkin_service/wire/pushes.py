@@ -58,7 +58,10 @@ class PushMethods:
         if request.accept_shared_memory and request.row_count and local:
             loan = self._lending.offer(view.push_id, request.row_start, request.row_count)
             path = self._core.directory.rows_path(view.spec.run, view.push_id)
-            response.lent_rows.CopyFrom(pb.LentRows(path=str(path), loan=loan.name if loan else ""))
+            lent = pb.LentRows(
+                path=str(path), loan=loan.name if loan else "", max_bytes=self._writing.most_bytes_in_place
+            )
+            response.lent_rows.CopyFrom(lent)
         if request.accept_bulk_lane:
             grant = RowsGrant(view.push_id, tracing.here())
             if lane := self._lane.offer(grant, local=local):
