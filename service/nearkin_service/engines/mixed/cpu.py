@@ -1,4 +1,4 @@
-"""Engine `mixed` on the CPU: scan, rerank, and whatever is not proved goes to the float32 engine."""
+"""Engine `mixed` on the CPU: scan, rerank, and whatever is not proved is searched row by row."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nearkin_service.engines.auto import AT_ONCE
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
-from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
-from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.flat import spread
+from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
-from nearkin_service.engines.mixed.panels import nearest_in_panels
+from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.rerank import Reranking
 from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
@@ -41,11 +41,13 @@ def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
 def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     """The exact neighbour table of any number of classes: in panels, or by scanning."""
     began = time.monotonic()
-    index = filled_index(source, "cpu", monitor)
+    present = source.present()
+    keys_MD = np.empty((len(present), source.key_size), np.float32)
+    fill_keys(keys_MD, source, present, monitor)
     keyed = time.monotonic()
-    join = in_panels if short_enough(len(index.keys_MD), source.key_size, k) else mixed_self_join
-    ranks_Mk, redone, seconds = join(index, k, monitor)
-    ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
+    join = in_panels if short_enough(len(present), source.key_size, k) else mixed_self_join
+    ranks_Mk, redone, seconds = join(keys_MD, k, monitor)
+    ids, scores = spread(ranks_Mk, present, len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
     )
@@ -57,25 +59,24 @@ def short_enough(count: int, size: int, k: int) -> bool:
 
 
 def in_panels(
-    index: FlatIndex, k: int, monitor: BuildMonitor
+    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
     """Like `mixed_self_join`, for keys so short that sieves cost more than computing each product twice."""
-    began, count = time.monotonic(), len(index.keys_MD)
+    began, count = time.monotonic(), len(keys_MD)
     ranks_Mk, redone = np.full((count, k), EMPTY), 0
     pace = Pace(monitor, "search", count)
     for start in range(0, count, _PANELS_AT_A_TIME):
         own = np.arange(start, min(count, start + _PANELS_AT_A_TIME))
-        ranks_Mk[own], again = nearest_in_panels(index, Queries(index.keys_MD[own], own), k, monitor)
+        ranks_Mk[own], again = search_in_panels(keys_MD, Queries(keys_MD[own], own), k, monitor)
         redone += again
         pace.done(start + len(own))
     return ranks_Mk, redone, {"search": time.monotonic() - began}
 
 
 def mixed_self_join(
-    index: FlatIndex, k: int, monitor: BuildMonitor
+    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
     """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
-    keys_MD = index.keys_MD
     if not len(keys_MD):
         return np.full((0, k), EMPTY), 0, {}
     times = [time.monotonic()]
@@ -89,7 +90,7 @@ def mixed_self_join(
     for start in range(0, len(redo), _SECOND_BLOCK):
         monitor.check()
         own = redo[start : start + _SECOND_BLOCK]
-        ranks_Mk[own], _ = nearest(index, Queries(keys_MD[own], own), k, monitor)
+        ranks_Mk[own], _ = search_in_panels(keys_MD, Queries(keys_MD[own], own), k, monitor)
     times.append(time.monotonic())
     names = ("round", "scan", "rerank", "second path")
     return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))

@@ -31,7 +31,8 @@ _ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
 class Sieve(NamedTuple):
     """Per key: a limit, and the entries above it: bfloat16 bits as int16, and the other key's position.
 
-    `rooms` is how many entries a row may hold before it is pruned.
+    `rooms` is how many entries a row may hold before it is pruned. `fine` is the product that a value was
+    rounded from; it can be off by the row's error and a share `rounding` of itself.
     """
 
     limits: NDArray[np.int16]
@@ -40,10 +41,13 @@ class Sieve(NamedTuple):
     values: NDArray[np.int16]
     ids: NDArray[np.int32]
     errors: NDArray[np.float64]
+    fine: NDArray[np.float32]
+    rounding: float
 
     @staticmethod
-    def empty(rows: int, width: int, errors: NDArray[np.float64]) -> Sieve:
+    def empty(width: int, errors: NDArray[np.float64], rounding: float) -> Sieve:
         """Sieves that let every positive entry pass."""
+        rows = len(errors)
         return Sieve(
             np.zeros(rows, np.int16),
             np.zeros(rows, np.int32),
@@ -51,6 +55,8 @@ class Sieve(NamedTuple):
             np.empty((rows, width), np.int16),  # pages that no entry reaches are never touched
             np.empty((rows, width), np.int32),
             errors,
+            np.empty((rows, width), np.float32),
+            rounding,
         )
 
 
@@ -115,7 +121,7 @@ def limit_below(kth: Any, error: Any) -> Any:
 @compiled
 def prune(row: Any, k: Any, sieve: Any) -> None:
     """Drop from a row's sieve what can no longer be among its k best; close the row if too much remains."""
-    values, ids = sieve.values, sieve.ids
+    values, ids, fine = sieve.values, sieve.ids, sieve.fine
     width = values.shape[1]
     count = sieve.counts[row]
     if sieve.limits[row] == CLOSED or count < k:
@@ -127,6 +133,7 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
         if values[row, place] > limit:
             values[row, kept] = values[row, place]
             ids[row, kept] = ids[row, place]
+            fine[row, kept] = fine[row, place]
             kept += 1
     sieve.counts[row] = kept
     sieve.limits[row] = max(limit, sieve.limits[row])
@@ -136,13 +143,23 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
 
 
 @compiled
-def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
+def fine_value(fine_BC: Any, local: Any, column: Any, value: Any) -> Any:
+    """The product that was rounded to `value`, or that itself if `fine_BC` is empty."""
+    if fine_BC.shape[0] > 0:
+        return fine_BC[local, column]
+    return np.int32(np.int32(value) << np.int32(16)).view(np.float32)
+
+
+@compiled
+def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its rows. With `seed`, begin with a limit from this tile.
 
+    `tiles` is the tile in bfloat16 bits, and the products that it was rounded from or an empty array;
     `corner` is the position of the tile's first row and first column among the keys.
     """
+    tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, values, ids, errors = sieve
+    limits, counts, rooms, values, ids, errors, fine, _ = sieve
     columns = tile_BC.shape[1]
     for local in range(tile_BC.shape[0]):
         row = first_row + local
@@ -161,14 +178,16 @@ def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: 
                 if value > limits[row]:
                     values[row, counts[row]] = value
                     ids[row, counts[row]] = first_column + column
+                    fine[row, counts[row]] = fine_value(fine_BC, local, column, value)
                     counts[row] += 1
 
 
 @compiled
-def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
+def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its columns: the other half of a symmetric matrix."""
+    tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, values, ids, _ = sieve
+    limits, counts, rooms, values, ids, _, fine, _ = sieve
     columns = tile_BC.shape[1]
     limits_address = limits[first_column:].ctypes.data
     for local in range(tile_BC.shape[0]):
@@ -185,45 +204,57 @@ def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> 
                 if value > limits[row]:
                     values[row, counts[row]] = value
                     ids[row, counts[row]] = first_row + local
+                    fine[row, counts[row]] = fine_value(fine_BC, local, column, value)
                     counts[row] += 1
 
 
 @compiled
 def pack_rows(span: Any, k: Any, sieve: Any, kth: Any, packed_GW: Any) -> Any:
-    """Prune a range of sieves a last time, note each one's k-th value, and pack its entries, id first.
+    """Prune a range of sieves a last time, note each one's k-th product, and pack its entries, id first.
 
     What is left of `packed_GW` stays as it was. Returns the largest number of entries.
     """
-    values, ids, counts = sieve.values, sieve.ids, sieve.counts
-    most = 0
+    fine, ids, counts = sieve.fine, sieve.ids, sieve.counts
+    most, ordered = 0, np.empty(fine.shape[1], np.float32)
     for row in range(span[0], span[1]):
         prune(row, k, sieve)
-        kth[row] = kth_entry(row, k, sieve)
         count = counts[row]
         most = max(most, count)
+        ordered[:count] = fine[row, :count]
+        ordered[:count].sort()
+        kth[row] = ordered[count - k] if count >= k else 0
         packed_G = packed_GW[row - span[0]]
         for place in range(count):
-            packed_G[place] = np.int64(ids[row, place]) << 16 | np.int64(values[row, place])
+            packed_G[place] = np.int64(ids[row, place]) << 32 | np.int64(
+                np.float32(fine[row, place]).view(np.int32)
+            )
     return most
 
 
 @compiled
 def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
-    """The reverse, once the packed entries are sorted."""
+    """The reverse, once the packed entries are sorted. Values are cut now: none is above what it was."""
     for row in range(span[0], span[1]):
-        packed_G, ids, values = packed_GW[row - span[0]], sieve.ids[row], sieve.values[row]
+        packed_G, ids, values, fine = (
+            packed_GW[row - span[0]],
+            sieve.ids[row],
+            sieve.values[row],
+            sieve.fine[row],
+        )
         for place in range(sieve.counts[row]):
-            ids[place] = packed_G[place] >> 16
-            values[place] = np.int16(packed_G[place] & 0x7FFF)
+            bits = np.int32(packed_G[place] & 0x7FFFFFFF)
+            ids[place] = packed_G[place] >> 32
+            fine[place] = bits.view(np.float32)
+            values[place] = np.int16(bits >> 16)
 
 
 @compiled
 def list_pairs(span: Any, wanted: Any, sieve: Any, done_MW: Any) -> Any:
     """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
 
-    `wanted` is values [M, W] like the sieve's own, and per row the least that matters. A pair is listed if
-    its row wants it, it is not done, and the other row does not list it itself: that one does if it wants the
-    pair and its sieve cannot have dropped it.
+    `wanted` is values [M, W] like the sieve's fine ones, and per row the least that matters. A pair is listed
+    if its row wants it, it is not done, and the other row does not list it itself: that one does if it wants
+    the pair and its sieve cannot have dropped it.
     """
     values, least = wanted
     limits, ids, counts = sieve.limits, sieve.ids, sieve.counts
@@ -316,47 +347,39 @@ def pair_products(keys_MD: Any, queries_QD: Any, pairs: Any, products: Any) -> N
 
 
 @compiled
-def add_part_products(rows_MD: tuple[Any, Any], left: Any, pairs: Any, packed_BC: Any, products: Any) -> None:
-    """Add to each pair's float64 sum what the elements from `left` on give, as many as `packed_BC` is wide.
-
-    `rows_MD` is the keys and the queries; a query's listed keys ascend. Keys go through `packed_BC`, block by
-    block: it fits the cache, and its type is what products are computed in. Rows of a power of two or nearly
-    so would otherwise share cache sets, and each piece of a row would lie in a page of its own.
-    """
-    keys_MD, queries_QD = rows_MD
-    starts, others = pairs
-    block, width = packed_BC.shape
-    count = keys_MD.shape[0]
-    cursors = starts[:-1].copy()
-    query = np.empty(width, packed_BC.dtype)
-    for first_key in range(0, count, block):
-        here = min(block, count - first_key)
-        for key in range(here):
-            for column in range(width):
-                packed_BC[key, column] = keys_MD[first_key + key, left + column]
-        for row in range(cursors.shape[0]):
-            begin = cursors[row]
-            end, last = begin, starts[row + 1]
-            while end < last and others[end] < first_key + here:
-                end += 1
-            cursors[row] = end
-            if end > begin:
-                for column in range(width):
-                    query[column] = queries_QD[row, left + column]
-                add_products(query, packed_BC, others[begin:end], first_key, products[begin:end])
+def pack_part(keys_MD: Any, left: Any, packed_ME: Any) -> None:
+    """Copy some elements of each key, side by side: as they lie, each piece is in a page of its own."""
+    width = packed_ME.shape[1]
+    for key in range(keys_MD.shape[0]):
+        packed_ME[key, :] = keys_MD[key, left : left + width]
 
 
 @compiled
-def least_known(span: Any, k: Any, sieve: Any, exact_MW: Any, least: Any) -> None:
-    """The least of each row's exact scores in steps, so that k are as good; `UNKNOWN` if fewer are known."""
+def add_part_products(packed_ME: Any, first_row: Any, pairs: Any, query_E: Any, products: Any) -> None:
+    """Add to each pair's float64 sum what one part of the elements gives, computed in the type of `query_E`.
+
+    The queries are the keys from number `first_row` on.
+    """
+    starts, others = pairs
+    for row in range(starts.shape[0] - 1):
+        begin, end = starts[row], starts[row + 1]
+        if end > begin:
+            query_E[:] = packed_ME[first_row + row]
+            add_products(query_E, packed_ME, others[begin:end], 0, products[begin:end])
+
+
+@compiled
+def kth_known(span: Any, k: Any, sieve: Any, exact_MW: Any, kth: Any) -> None:
+    """The k-th best of each row's exact scores in steps; `UNKNOWN` if fewer are known."""
+    ordered = np.empty(exact_MW.shape[1], np.int32)
     for row in range(span[0], span[1]):
-        known, lowest = 0, -UNKNOWN
+        known = 0
         for place in range(sieve.counts[row]):
-            steps = exact_MW[row, place]
-            if steps != UNKNOWN:
+            if exact_MW[row, place] != UNKNOWN:
+                ordered[known] = exact_MW[row, place]
                 known += 1
-                lowest = min(lowest, steps)
-        least[row] = lowest if known >= k else UNKNOWN
+        ordered[:known].sort()
+        kth[row] = ordered[known - k] if known >= k else UNKNOWN
 
 
 @compiled

@@ -31,10 +31,17 @@ def product_error(size: int) -> float:
 def nearest_in_panels(
     index: FlatIndex, queries: Queries, k: int, monitor: BuildMonitor
 ) -> tuple[NDArray[np.int64], int]:
+    """`search_in_panels` over the keys of an index."""
+    return search_in_panels(index.keys_MD, queries, k, monitor)
+
+
+def search_in_panels(
+    keys_MD: NDArray[np.float32], queries: Queries, k: int, monitor: BuildMonitor
+) -> tuple[NDArray[np.int64], int]:
     """Exact ranks int64 [Q, k] of each query, and how many rows needed the second pass."""
     import torch
 
-    keys_MD, (count, size) = index.keys_MD, index.keys_MD.shape
+    count, size = keys_MD.shape
     ranks_Qk = np.full((len(queries.own), k), EMPTY)
     if not count:
         return ranks_Qk, 0

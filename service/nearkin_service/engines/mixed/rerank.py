@@ -1,10 +1,11 @@
 """From sieves to exact ranks: the k most promising pairs of a row, then whatever may still beat them.
 
-A pair that both of its rows want is scored once. The rivals of wide rows are scored in float32 first, part by
-part of the keys in cache; only those that float32 cannot tell from the k best are then scored exactly.
+A pair that both of its rows want is scored once. Wide rows are scored part by part, so that the parts of all
+keys stay in cache. Where tiles were bfloat16, rivals of wide rows are scored in float32 first, and exactly
+only if that cannot tell them from the k best.
 
 Dimension letters: M keys, P keys padded to whole blocks, W places in a sieve's row, G rows of a group,
-D elements of a key, k neighbours.
+D elements of a key, E of a part, k neighbours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.canonical import EMPTY, STEPS, best, settle_doubt, steps_of
+from nearkin_service.engines.canonical import EMPTY, STEPS, best, in_steps, settle_doubt, steps_of
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.kernels import (
     CLOSED,
@@ -27,17 +28,20 @@ from nearkin_service.engines.mixed.kernels import (
     add_part_products,
     deliver,
     known_ranks,
-    least_known,
+    kth_known,
     list_pairs,
+    pack_part,
     pack_rows,
     pair_products,
     unpack_rows,
 )
+from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _WIDE = 2048
-_PART_KEYS, _PART_ELEMENTS = 512, 512  # a MiB in float32: fits a core's own cache
+_PART_BYTES = 1 << 22  # of all keys: near enough to the size of a core's own cache
+_PART_ELEMENTS, _LEAST_PART = 512, 64
 _ERROR_32 = math.ceil(1.02 * (_PART_ELEMENTS + 2)) + 2
 """Steps by which a float32 score can be off: a part, summed in any order, by 2**-24 per element of its share
 of |a||b|, while parts are added in float64; and two, since this score and the k-th are rounded to steps."""
@@ -55,71 +59,97 @@ class Reranking:
         self._keys_MD, self._sieve, self._k, self._monitor = keys_MD, sieve, k, monitor
         self._best_Mk = np.full((len(keys_MD), k), EMPTY)
         self._exact_MW = np.empty((0, 0), np.int32)
+        self._errors = sieve.errors[: len(keys_MD)]
+        self._wide = keys_MD.shape[1] >= _WIDE
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ranks int64 [M, k], and which rows are proved to be the exact k best."""
-        likely = np.zeros(len(self._sieve.limits), np.int16)
+        likely = np.zeros(len(self._sieve.limits), np.float32)
         self._each_group(lambda first, last: self._put_in_order(first, last, likely))
         self._exact_MW = np.full((len(self._keys_MD), int(self._sieve.counts.max(initial=0))), UNKNOWN)
-        self._score((self._sieve.values, likely), "rerank the best")
-        kth = np.empty(len(self._keys_MD), np.int32)
-        self._each_group(
-            lambda first, last: least_known((first, last), self._k, self._sieve, self._exact_MW, kth)
-        )
-        rivals = self._sieve.values, self._least_rivals(kth)
-        if self._keys_MD.shape[1] >= _WIDE:
-            rivals = self._screened(rivals, kth)
-        self._score(rivals, "rerank rivals")
+        if self._wide and not self._sieve.rounding:  # each pass reads all keys: one is enough
+            at_least = np.floor((likely[: len(self._keys_MD)] - self._errors) * STEPS).astype(np.int32)
+            self._score((self._sieve.fine, self._least_rivals(at_least)), "rerank")
+        else:
+            self._score((self._sieve.fine, likely), "rerank the best")
+            self._score_rivals()
         self._each_group(self._gather)
         return self._best_Mk, self._certified()
 
-    def _put_in_order(self, first: int, last: int, likely: NDArray[np.int16]) -> None:
-        """A range of sieves by ascending id; `likely` becomes the k-th value of each."""
+    def _score_rivals(self) -> None:
+        """Exact scores of whatever may still beat the k best that were scored."""
+        kth = np.empty(len(self._keys_MD), np.int32)
+        self._each_group(
+            lambda first, last: kth_known((first, last), self._k, self._sieve, self._exact_MW, kth)
+        )
+        rivals = self._sieve.fine, self._least_rivals(kth)
+        self._score(self._screened(rivals, kth) if self._wide else rivals, "rerank rivals")
+
+    def _put_in_order(self, first: int, last: int, likely: NDArray[np.float32]) -> None:
+        """A range of sieves by ascending id; `likely` becomes the k-th product of each."""
         packed_GW = np.full((last - first, int(self._sieve.counts[first:last].max(initial=0))), EMPTY)
         most = pack_rows((first, last), self._k, self._sieve, likely, packed_GW)
         unpack_rows((first, last), np.sort(packed_GW[:, :most], axis=1), self._sieve)
 
     def _score(self, wanted: Wanted, stage: str) -> None:
         """Exact scores of the pairs that are wanted."""
+        if self._wide:
+            self._score_in_parts(wanted, self._exact_MW, np.dtype(np.float64), stage)
+            return
 
         def score_rows(first: int, last: int) -> None:
             queries_GD = self._keys_MD[first:last]
             starts, others = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
             products = np.empty(len(others))
             pair_products(self._keys_MD, queries_GD, (starts, others), products)
-            owners = np.repeat(np.arange(last - first), np.diff(starts))
-            terms = int(self._keys_MD.shape[1])
-            steps = settle_doubt(products, terms, (queries_GD, owners), (self._keys_MD, others))
+            steps = self._exact_steps(first, (starts, others), products)
             deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
 
         self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
 
+    def _exact_steps(self, first: int, pairs: Pairs, products: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The canonical steps of pairs of the rows from `first` on, from their products in float64."""
+        owners = np.repeat(np.arange(first, first + len(pairs[0]) - 1), np.diff(pairs[0]))
+        terms = int(self._keys_MD.shape[1])
+        return settle_doubt(products, terms, (self._keys_MD, owners), (self._keys_MD, pairs[1]))
+
     def _screened(self, rivals: Wanted, kth: NDArray[np.int32]) -> Wanted:
         """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
-        scores_MW, count = np.full_like(self._exact_MW, UNKNOWN), len(self._keys_MD)
-        pace = Pace(self._monitor, "screen rivals", count)
-        for first in range(0, count, _WIDE_GROUP_ROWS):
-            last = min(count, first + _WIDE_GROUP_ROWS)
-            pairs = list_pairs((first, last), rivals, self._sieve, self._exact_MW)
-            products = self._products_in_parts(self._keys_MD[first:last], pairs)
-            deliver(first, pairs, np.rint(products * STEPS).astype(np.int64), self._sieve, scores_MW)
-            pace.done(last)
+        scores_MW = np.full_like(self._exact_MW, UNKNOWN)
+        self._score_in_parts(rivals, scores_MW, np.dtype(np.float32), "screen rivals")
         least = np.maximum(kth.astype(np.int64) - _ERROR_32, UNKNOWN + 1)
         return scores_MW, least.astype(np.int32)
 
-    def _products_in_parts(self, queries_GD: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float64]:
-        """Inner products, part by part in float32; each thread takes some of the parts, for all pairs."""
-        size = self._keys_MD.shape[1]
+    def _score_in_parts(
+        self, wanted: Wanted, scores_MW: NDArray[np.int32], dtype: np.dtype[Any], stage: str
+    ) -> None:
+        """Scores in steps of pairs that are wanted and not exact yet; of float64 products, exact ones."""
+        count = len(self._keys_MD)
+        pace = Pace(self._monitor, stage, count)
+        for first in range(0, count, _WIDE_GROUP_ROWS):
+            last = min(count, first + _WIDE_GROUP_ROWS)
+            pairs = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
+            products = self._products_in_parts(first, pairs, dtype)
+            exact = dtype == np.float64
+            steps = self._exact_steps(first, pairs, products) if exact else in_steps(products)
+            deliver(first, pairs, steps, self._sieve, scores_MW)
+            pace.done(last)
+
+    def _products_in_parts(self, first: int, pairs: Pairs, dtype: np.dtype[Any]) -> NDArray[np.float64]:
+        """Inner products, part by part in a type; each thread takes some of the parts, for all pairs."""
+        count, size = self._keys_MD.shape
         sums, adding = np.zeros(len(pairs[1])), threading.Lock()
+        width = min(_PART_ELEMENTS, max(_LEAST_PART, _PART_BYTES // (4 * count) // WIDTH * WIDTH))
 
         def add(left: int) -> None:
-            packed = np.empty((_PART_KEYS, min(_PART_ELEMENTS, size - left)), np.float32)
-            products = np.zeros(len(sums))
-            add_part_products((self._keys_MD, queries_GD), left, pairs, packed, products)
+            packed_ME = np.empty((count, min(width, size - left)), np.float32)
+            pack_part(self._keys_MD, left, packed_ME)
+            products, query_E = np.zeros(len(sums)), np.empty(packed_ME.shape[1], dtype)
+            add_part_products(packed_ME, first, pairs, query_E, products)
             with adding:
                 np.add(sums, products, out=sums)
 
-        in_threads(add, range(0, size, _PART_ELEMENTS), lambda begun: self._monitor.check())
+        in_threads(add, range(0, size, width), lambda begun: self._monitor.check())
         return sums
 
     def _gather(self, first: int, last: int) -> None:
@@ -137,15 +167,16 @@ class Reranking:
             (lambda begun: pace.done(begun * step)) if pace else (lambda begun: self._monitor.check()),
         )
 
-    def _least_rivals(self, kth: NDArray[np.int32]) -> NDArray[np.int16]:
-        """Per row the least value that can stand for a score as good as one of so many steps."""
-        least = ((kth.astype(np.int64) - 1) / STEPS - self._sieve.errors[: len(kth)]) / (1 + ROUNDING)
-        return (np.maximum(least, 0).astype(np.float32).view(np.int32) >> 16).astype(np.int16)
+    def _least_rivals(self, kth: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Per row the least product that can stand for a score as good as one of so many steps."""
+        least = (kth.astype(np.int64) - 1) / STEPS - self._errors
+        below = np.maximum(least, 0) / (1 + self._sieve.rounding) * (1 - 2.0**-23)
+        return np.asarray(below, np.float32)
 
     def _certified(self) -> NDArray[np.bool_]:
         """What a sieve dropped was no greater than its limit: can any of that reach the k-th place?"""
         limits = self._sieve.limits[: len(self._keys_MD)]
-        reach = as_scores(limits) * (1 + ROUNDING) + self._sieve.errors[: len(self._keys_MD)]
+        reach = as_scores(limits) * (1 + ROUNDING) + self._errors
         kth = (steps_of(self._best_Mk[:, -1]) - 1) / STEPS  # less the step that rounding may have added
         sure: NDArray[np.bool_] = (limits != CLOSED) & (kth > reach)
         return sure

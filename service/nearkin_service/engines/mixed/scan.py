@@ -16,12 +16,20 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import BuildMonitor
-from nearkin_service.engines.mixed.kernels import VACANT, Sieve, round_rows, sieve_columns, sieve_rows
+from nearkin_service.engines.mixed.kernels import (
+    ROUNDING,
+    VACANT,
+    Sieve,
+    round_rows,
+    sieve_columns,
+    sieve_rows,
+)
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
@@ -33,6 +41,8 @@ _WORTH_ROUNDING = 1.2
 _TILE_PRODUCTS = 1 << 35  # at most a fraction of a second per tile and thread
 _TILE_ROWS = 512
 _TILE_ROWS_NARROW = 1024
+_SUMMED = 512  # elements that a float32 tile sums in the library's order; these sums are added up here
+_STRIP = 128  # rows of a tile on the diagonal, of which one half is copied from the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,13 @@ def tile_keys(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
     if fastest_products() == "bfloat16":
         return _rounded(keys_MD, monitor)
     block, padded = _blocks(*keys_MD.shape)
-    return TileKeys(keys_MD, _errors(np.zeros(padded), keys_MD.shape[1]), block)
+    return TileKeys(keys_MD, _errors(np.zeros(padded), summed_at_most(keys_MD.shape[1])), block)
+
+
+def summed_at_most(size: int) -> int:
+    """Roundings that a product of float32 keys sees in a tile: those of one part, and one per part."""
+    parts = math.ceil(size / _SUMMED)
+    return size if parts < 2 else _SUMMED + parts
 
 
 @cache
@@ -104,16 +120,18 @@ def _rounded(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
     return TileKeys(bits_ME, _errors(lost_P, size), block)
 
 
-def _errors(lost_P: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+def _errors(lost_P: NDArray[np.float64], roundings: int) -> NDArray[np.float64]:
     """What a product can be off by, from the norm of what rounding took away from each key.
 
     With a = â + r and b = b̂ + q: |a·b - â·b̂| <= |â||q| + |r||b̂| + |r||q| (Cauchy-Schwarz), and a float32
-    sum of D exact products, in any order, is off by at most D * 2**-24 * |â||b̂|.
+    sum whose terms see so many roundings each, in any order, is off by at most that * 2**-24 * |â||b̂|.
     """
     most = float(lost_P.max(initial=0.0))
     length = 1 + 2.0**-20 + lost_P  # a float32 key is this long at most, and so is its rounded form
     longest = 1 + 2.0**-20 + most
-    errors_P = length * most + lost_P * longest + lost_P * most + (size + 8) * 2.0**-24 * length * longest
+    errors_P = (
+        length * most + lost_P * longest + lost_P * most + (roundings + 8) * 2.0**-24 * length * longest
+    )
     return np.asarray(errors_P * 1.001)
 
 
@@ -139,36 +157,59 @@ class _Tiles:
 
         torch.set_num_threads(1)
         self._block = keys.block
-        self._product = torch.empty((0, 0))
+        self._product = self._part = torch.empty((0, 0))
         if keys.values.dtype == np.float32:
             self._values = torch.from_numpy(keys.values)
             self._product = torch.empty((keys.block, keys.block))
+            self._part = torch.empty_like(self._product)
         else:
             self._values = torch.from_numpy(keys.values.view(np.int16)).view(torch.bfloat16)
         self._tile = torch.empty((keys.block, keys.block), dtype=torch.bfloat16)
         self._bits: NDArray[np.int16] = self._tile.view(torch.int16).numpy()
 
-    def tile(self, upper: int, left: int) -> NDArray[np.int16]:
-        """The tile's rows as bfloat16 bits; columns beyond the last key are 0."""
+    def tile(self, upper: int, left: int) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+        """The tile's rows as bfloat16 bits, 0 beyond the last key, and the products, if they were float32."""
         import torch
 
         rows, columns = (self._values[at * self._block : (at + 1) * self._block] for at in (upper, left))
         used = self._tile[: len(rows), : len(columns)]
         if self._product.numel():
-            product = self._product[: len(rows), : len(columns)]
-            torch.mm(rows, columns.T, out=product)
+            product, part = (of[: len(rows), : len(columns)] for of in (self._product, self._part))
+            if upper == left:
+                self._multiply_by_strips(rows, product, part)
+            else:
+                self._multiply(rows, columns, product, part)
             used.copy_(product)
         else:
             torch.mm(rows, columns.T, out=used)
         self._bits[:, len(columns) :] = 0
-        return self._bits[: len(rows)]
+        return self._bits[: len(rows)], self._product.numpy()
+
+    def _multiply_by_strips(self, rows: Any, product: Any, part: Any) -> None:
+        """Products of rows with themselves: the lower half is the upper one's mirror image."""
+        for top in range(0, len(rows), _STRIP):
+            end = top + _STRIP
+            self._multiply(rows[top:end], rows[top:], product[top:, top:], part[top:, top:])
+            product[end:, top:end] = product[top:end, end:].T
+
+    @staticmethod
+    def _multiply(rows: Any, columns: Any, product: Any, part: Any) -> None:
+        """All pairs' products, part by part of the elements, into the upper rows of `product`."""
+        import torch
+
+        product, part = product[: len(rows)], part[: len(rows)]
+        torch.mm(rows[:, :_SUMMED], columns[:, :_SUMMED].T, out=product)
+        for start in range(_SUMMED, rows.shape[1], _SUMMED):
+            some = slice(start, start + _SUMMED)
+            product += torch.mm(rows[:, some], columns[:, some].T, out=part)
 
 
 def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
     """Sieves holding, for every row that is not closed, all keys that can be among its k best."""
     import torch
 
-    count, sieve = len(keys.values), Sieve.empty(len(keys.errors), width, keys.errors)
+    count, rounded = len(keys.values), keys.values.dtype != np.float32
+    sieve = Sieve.empty(width, keys.errors, ROUNDING if rounded else 0.0)
     blocks = len(keys.errors) // keys.block
     locks = [threading.Lock() for _ in range(blocks)]
     local = threading.local()
@@ -179,14 +220,14 @@ def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
         corner = upper * keys.block, left * keys.block
         if not hasattr(local, "tiles"):
             local.tiles = _Tiles(keys)
-        tile_BB = local.tiles.tile(upper, left)
+        tiles = local.tiles.tile(upper, left)
         if upper == left:
-            np.fill_diagonal(tile_BB, VACANT)
+            np.fill_diagonal(tiles[0], VACANT)
         with locks[upper]:
-            sieve_rows(tile_BB, corner, upper == left, k, sieve)
+            sieve_rows(tiles, corner, upper == left, k, sieve)
         if upper != left:
             with locks[left]:
-                sieve_columns(tile_BB, corner, k, sieve)
+                sieve_columns(tiles, corner, k, sieve)
 
     tiles = [(block, block + offset) for offset in range(blocks) for block in range(blocks - offset)]
     before = torch.get_num_threads()
