@@ -3,7 +3,8 @@
 All sides are given the same normalised float32 keys in memory and the same cores, and are warmed up alike.
 FAISS and ours take turns, and the ratio is of medians. "Ours" is a whole build: keys, products, certificate,
 order. The peak is what a plain square matrix product reaches here in the same minute; ours, which computes
-half of the products, is held against the bfloat16 peak, FAISS and the N x N matrix against float32.
+half of the products, is held against the bfloat16 peak, FAISS and the N x N matrix against float32. Where
+FAISS does not choose AVX-512 kernels by itself, it is measured with them too, in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from nearkin_service.engines.pacing import Silence
 from numpy.typing import NDArray
 
 from tests.bench import tables_peers as peers
+from tests.bench.faiss_peer import Peer, with_wide_kernels
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def rested(timed: Callable[[], float]) -> float:
+    """What it returns, once no thread of the one before is still waiting busily for more work."""
+    time.sleep(0.02)
+    return timed()
+
+
 def peak(dtype: torch.dtype, size: int = 2048) -> float:
     """Floating-point operations per second of a square matrix product, best of five."""
     matrix = torch.randn(size, size).to(dtype)
@@ -95,16 +103,21 @@ def warm_up(problem: Problem) -> None:
     ours(problem.keys()[: max(2100, 5 * problem.k)], problem.k)
 
 
-def measure(problem: Problem) -> list[dict[str, Any]]:
+def measure(problem: Problem, wide: Peer | None = None) -> list[dict[str, Any]]:
     keys = problem.keys()
     warm_up(problem)
     peers.faiss_flat(keys[:1000], problem.k)
     torch.set_num_threads(worker_count())
     peaks = {"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)}
     times: dict[str, list[float]] = {"FAISS flat": [], "nearkin auto": []}
+    if wide:
+        times["FAISS flat, AVX-512"] = []
+        wide.load(keys)
     for _ in range(problem.rounds):
         times["FAISS flat"].append(seconds(lambda: peers.faiss_flat(keys, problem.k)))
         times["nearkin auto"].append(seconds(lambda: ours(keys, problem.k)))
+        if wide:
+            times["FAISS flat, AVX-512"].append(wide.search(problem.k))
     if problem.matrix:
         times["N x N matrix + topk"] = [seconds(lambda: peers.matrix_topk(keys, problem.k))]
     table = ours(keys, problem.k)
@@ -122,35 +135,41 @@ def measure(problem: Problem) -> list[dict[str, Any]]:
     return rows
 
 
-def grid(most_classes: int) -> list[dict[str, Any]]:
-    """The rule of `auto` on the grid: median of five, or of one where FAISS takes long; prints as it goes."""
+def grid(most_classes: int, least_classes: int = 0) -> list[dict[str, Any]]:
+    """The rule of `auto` on the grid: medians of a few runs, or of one where FAISS takes long."""
     rows = []
-    print(f"{'N':>8}{'D':>6}{'k':>5}  {'engine':8}{'FAISS':>9}{'auto':>9}{'ratio':>7}")
-    for problem in GRID:
-        if problem.N > most_classes:  # noqa: SIM300 - N is no constant
-            continue
-        engine, faiss, auto = _taking_turns(problem)
-        print(
-            f"{problem.N:8,}{problem.D:6,}{problem.k:5}  {engine:8}{faiss:9.4f}{auto:9.4f}{faiss / auto:7.2f}"
-            f"{'' if auto <= 1.1 * faiss else '  slower'}",
-            flush=True,
-        )
-        rows.append({"problem": str(problem), "engine": engine, "faiss": faiss, "auto": auto})
+    print(f"{'N':>8}{'D':>6}{'k':>5}  {'engine':8}{'FAISS':>9}{'AVX-512':>9}{'auto':>9}{'ratios':>14}")
+    with with_wide_kernels() as wide:
+        for problem in GRID:
+            if not least_classes <= problem.N <= most_classes:
+                continue
+            engine, faiss, best, auto = _taking_turns(problem, wide)
+            print(
+                f"{problem.N:8,}{problem.D:6,}{problem.k:5}  {engine:8}{faiss:9.4f}{best:9.4f}{auto:9.4f}"
+                f"{faiss / auto:7.2f}{best / auto:7.2f}{'' if auto <= 1.1 * best else '  slower'}",
+                flush=True,
+            )
+            row = {"problem": str(problem), "engine": engine}
+            rows.append(row | {"faiss": faiss, "faiss_avx512": best, "auto": auto})
     return rows
 
 
-def _taking_turns(problem: Problem) -> tuple[str, float, float]:
-    """The engine that auto chose, and the median seconds of FAISS and of auto."""
+def _taking_turns(problem: Problem, wide: Peer | None) -> tuple[str, float, float, float]:
+    """The engine that auto chose, and median seconds: of FAISS, of FAISS with its best kernels, of auto."""
     keys = problem.keys()
     warm_up(problem)
     engine = ours(keys, problem.k).engine
+    if wide:
+        wide.load(keys)
+        wide.search(problem.k)
     first = seconds(lambda: peers.faiss_flat(keys, problem.k))
-    times = [
-        (seconds(lambda: peers.faiss_flat(keys, problem.k)), seconds(lambda: ours(keys, problem.k)))
-        for _ in range(5 if first < 2 else 1)
-    ]
-    faiss, auto = (statistics.median(side) for side in zip(*times, strict=True))
-    return engine, faiss, auto
+    times: list[tuple[float, float, float]] = []
+    for _ in range(31 if first < 0.1 else 3 if first < 4 else 1):
+        faiss = rested(lambda: seconds(lambda: peers.faiss_flat(keys, problem.k)))
+        best = rested(lambda: wide.search(problem.k)) if wide else faiss
+        times.append((faiss, best, rested(lambda: seconds(lambda: ours(keys, problem.k)))))
+    faiss, best, auto = (statistics.median(side) for side in zip(*times, strict=True))
+    return engine, faiss, best, auto
 
 
 def _row(
@@ -177,9 +196,14 @@ def recall(found: NDArray[Any], truth: NDArray[Any]) -> float:
 
 def run(quick: bool) -> list[dict[str, Any]]:
     """Measure, print a table, and return its rows."""
+    with with_wide_kernels() as wide:
+        return _run(QUICK if quick else PROBLEMS, wide)
+
+
+def _run(problems: Sequence[Problem], wide: Peer | None) -> list[dict[str, Any]]:
     rows = []
-    for problem in QUICK if quick else PROBLEMS:
-        measured = measure(problem)
+    for problem in problems:
+        measured = measure(problem, wide)
         print(f"\n{problem}   (peaks, GFLOP/s: {measured[0]['peak_gflops']})")
         print(f"  {'':24}{'seconds':>10}{'x FAISS':>9}{'of peak':>9}{'recall':>8}")
         for row in measured:
@@ -197,8 +221,9 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast is it")
     parser.add_argument("--grid", action="store_true", help="the rule of auto beside FAISS flat, all sizes")
     parser.add_argument("--most-classes", type=int, default=100_000, help="with --grid: leave out larger N")
+    parser.add_argument("--least-classes", type=int, default=0, help="with --grid: leave out smaller N")
     arguments = parser.parse_args()
     if arguments.grid:
-        grid(arguments.most_classes)
+        grid(arguments.most_classes, arguments.least_classes)
     else:
         run(quick=arguments.quick)
