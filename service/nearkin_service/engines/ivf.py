@@ -29,6 +29,7 @@ _SAMPLED_ROWS = 1000
 _TRAINED_PER_LIST = 40
 _ITERATIONS = 8
 _FIRST_SAMPLED = 1 << 32  # products in the first block of rows that are searched exactly
+_PROBES_APART = 16  # lists probed are found to a sixteenth
 _SEED = 20261124
 _Z95 = 1.959964
 
@@ -146,16 +147,23 @@ def _sample(index: FlatIndex, k: int, random: np.random.Generator, monitor: Buil
 
 
 def _tune(lists: Any, index: FlatIndex, sample: Sample, target: float, monitor: BuildMonitor) -> None:
-    """Probe twice as many lists until the sample's recall reaches the target."""
-    lists.nprobe = min(4, lists.nlist)
-    while True:
+    """Probe twice as many lists until the sample's recall reaches the target, then as few as still do."""
+
+    def reached(probed: int) -> bool:
+        lists.nprobe = probed
         pace = Pace(monitor, "tune", len(sample.positions))
         found = _search(lists, index.keys_MD, sample.positions, sample.truth.shape[1], pace)
         recall = measured_recall(found, sample.truth)
-        log.debug("ivf: %d of %d lists probed, recall %.4f", lists.nprobe, lists.nlist, recall.value)
-        if recall.low >= target or lists.nprobe >= lists.nlist:
-            return
-        lists.nprobe = min(lists.nlist, 2 * lists.nprobe)
+        log.debug("ivf: %d of %d lists probed, recall %.4f", probed, lists.nlist, recall.value)
+        return recall.low >= target
+
+    too_few, enough = 0, min(4, lists.nlist)
+    while not reached(enough) and enough < lists.nlist:
+        too_few, enough = enough, min(lists.nlist, 2 * enough)
+    while enough - too_few > max(1, enough // _PROBES_APART):
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if reached(middle) else (middle, enough)
+    lists.nprobe = enough
 
 
 def _search(
