@@ -21,7 +21,7 @@ from nearkin_service.engines.workers import in_threads
 
 _BLOCK_ELEMENTS = 1 << 16  # half a MiB in float64: stays in a core's own cache
 _SUMMED = 4096
-_ALONE = 1 << 18  # elements: so few are done before other threads are awake
+_ALONE = 1 << 22  # elements: so few are done before other threads are of help
 
 
 @dataclass(frozen=True, slots=True)
