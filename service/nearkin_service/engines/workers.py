@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import cache
 from typing import TypeVar
 
 from nearkin_service.engines.devices import load_faiss
@@ -13,8 +14,12 @@ Item = TypeVar("Item")
 _LISTEN_SECONDS = 0.2
 
 
+@cache
 def worker_count() -> int:
-    """Threads for one build: FAISS's own number, which follows OMP_NUM_THREADS and the cores at hand."""
+    """Threads for one build: FAISS's own number, which follows OMP_NUM_THREADS and the cores at hand.
+
+    Asked for once: it is per thread, and torch may share FAISS's OpenMP and change it.
+    """
     return max(1, int(load_faiss().omp_get_max_threads()))
 
 

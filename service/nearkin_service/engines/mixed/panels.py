@@ -17,6 +17,7 @@ from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.flat import FlatIndex
 from nearkin_service.engines.mixed.ranking import best_of_panel
+from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.workers import in_threads
 
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
@@ -52,7 +53,7 @@ def search_in_panels(
 
     def search(first: int) -> None:
         if not hasattr(local, "panel"):
-            torch.set_num_threads(1)
+            one_thread()
             local.panel = torch.empty((rows, count))
         some = slice(first, first + rows)
         queries_QD = np.ascontiguousarray(queries.keys[some])
@@ -60,11 +61,8 @@ def search_in_panels(
         asked = queries_QD, queries.own[some]
         best_of_panel(products.numpy(), asked, task, ranks_Qk[some], doubtful[some])
 
-    before = torch.get_num_threads()
-    try:
+    with torch_alone():
         in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
-    finally:
-        torch.set_num_threads(before)
     redo = np.flatnonzero(doubtful)
     if len(redo):
         ranks_Qk[redo] = exact_ranks(Queries(queries.keys[redo], queries.own[redo]), keys_MD, k, monitor)

@@ -31,6 +31,7 @@ from nearkin_service.engines.mixed.kernels import (
     sieve_rows,
 )
 from nearkin_service.engines.mixed.simd import WIDTH
+from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
@@ -94,12 +95,9 @@ def fastest_products() -> str:
             times.append(time.perf_counter() - began)
         return min(times)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_alone():
+        one_thread()
         ratio = seconds(torch.float32) / seconds(torch.bfloat16)
-    finally:
-        torch.set_num_threads(threads)
     chosen = "bfloat16" if ratio > _WORTH_ROUNDING else "float32"
     log.info("tiles are multiplied in %s: bfloat16 is %.1f times as fast as float32 here", chosen, ratio)
     return chosen
@@ -155,7 +153,7 @@ class _Tiles:
     def __init__(self, keys: TileKeys) -> None:
         import torch
 
-        torch.set_num_threads(1)
+        one_thread()
         self._block = keys.block
         self._product = self._part = torch.empty((0, 0))
         if keys.values.dtype == np.float32:
@@ -206,8 +204,6 @@ class _Tiles:
 
 def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
     """Sieves holding, for every row that is not closed, all keys that can be among its k best."""
-    import torch
-
     count, rounded = len(keys.values), keys.values.dtype != np.float32
     sieve = Sieve.empty(width, keys.errors, ROUNDING if rounded else 0.0)
     blocks = len(keys.errors) // keys.block
@@ -230,11 +226,8 @@ def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
                 sieve_columns(tiles, corner, k, sieve)
 
     tiles = [(block, block + offset) for offset in range(blocks) for block in range(blocks - offset)]
-    before = torch.get_num_threads()
-    try:
+    with torch_alone():
         in_threads(sieve_tile, tiles[:blocks], lambda begun: monitor.check())
         in_threads(sieve_tile, tiles[blocks:], lambda begun: pace.done(count * begun // len(tiles)))
-    finally:
-        torch.set_num_threads(before)
     pace.done(count)
     return sieve
