@@ -166,7 +166,8 @@ class Crowd(Ordeal):
         with self._client(address, run, shared=False) as client:
             while self.acknowledged(run):
                 table, story = client.table(epoch=0), self.stories[run]
-                asked = random.Random(table.generation).sample(range(len(table)), 3)
+                present = np.flatnonzero(table.ids[:, 0] >= 0).tolist()
+                asked = random.Random(table.generation).sample(present, 3)
                 with suppress(FailedPrecondition, NotFound):  # its embeddings may just have been dropped
                     found = client.nearest(classes=asked, generation=table.generation)
                     if not np.array_equal(found.ids, table.ids[asked]):
