@@ -11,6 +11,7 @@ import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
 from nearkin_client.errors import NotFound
+from nearkin_service.errors import FailedPreconditionError
 
 from tests.service.conftest import Caller, Service, brute_force, eventually, random_rows, refusal
 
@@ -55,6 +56,20 @@ def test_a_pinned_generation_stays_across_restarts_until_it_is_unpinned(start_se
     assert numbers(caller) == [3, 1]
     caller.push(ROWS + 3, 3, retention=keep)
     eventually(lambda: numbers(caller), lambda found: found == [4])
+
+
+def test_embeddings_that_retention_takes_away_are_not_called_lost(start_service: Start) -> None:
+    """Whoever looks them through just then finds files missing, which is no damage."""
+    service = start_service()
+    service.caller().push(ROWS, 0)
+    service.caller().table(min_epoch=0)
+    directory = service.server.core.directory
+    generation = service.server.core.catalogue.run("run").generation(1)
+    directory.drop_embeddings(generation)
+    with pytest.raises(FailedPreconditionError, match="just dropped"):
+        directory.verify_rows(generation)
+    service.stop()
+    assert start_service().caller().generation(1).embeddings == pb.EMBEDDINGS_STATE_DROPPED
 
 
 def test_what_is_being_read_is_read_to_its_end(caller: Caller) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
+from nearkin_service.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from nearkin_service.operations.core import Core
 from nearkin_service.store import IDS
 from nearkin_service.values import EmbeddingsState, Generation, check_run_name
@@ -88,7 +88,7 @@ class Comparing:
             return None
         try:
             now, then = (self._rows(generation) for generation in (later, earlier))
-        except (FailedPreconditionError, DataLossError):
+        except (FailedPreconditionError, NotFoundError, DataLossError):
             return None
         return _by_blocks(lambda ids: _moved(now[ids], then[ids]), classes, now.shape[1])
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
-from nearkin_service.errors import DataLossError, FailedPreconditionError
+from nearkin_service.errors import DataLossError, FailedPreconditionError, NotFoundError
 from nearkin_service.store.atomic import (
     fsync_directory,
     fsync_file,
@@ -252,9 +252,27 @@ def _read_embeddings_state(directory: Path) -> dict[str, Any]:
 
 
 def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
-    """Compares the embeddings with the checksums of their arrival; returns and records their state."""
-    wrong = damage(directory / ROWS, directory / JOURNAL, generation.spec)
-    return generation.embeddings if wrong is None else lose(directory, generation, wrong)
+    """Compares the embeddings with the checksums of their arrival; returns and records their state.
+
+    FailedPreconditionError: they were dropped meanwhile. NotFoundError: the generation was removed.
+    """
+    try:
+        wrong = damage(directory / ROWS, directory / JOURNAL, generation.spec)
+    except FileNotFoundError:
+        wrong = "rows.bin is missing"
+    if wrong is None:
+        return generation.embeddings
+    if not directory.exists():
+        raise NotFoundError(f"generation {generation.number} of run {generation.run!r} was just removed")
+    if _read_embeddings_state(directory)["state"] is EmbeddingsState.DROPPED:  # noted before any file goes
+        raise _just_dropped(generation)
+    return lose(directory, generation, wrong)
+
+
+def _just_dropped(generation: Generation) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"the embeddings of generation {generation.number} of run {generation.run!r} were just dropped"
+    )
 
 
 def lose(directory: Path, generation: Generation, why: str) -> EmbeddingsState:
@@ -312,9 +330,7 @@ def open_rows(directory: Path, generation: Generation) -> RowsFile:
     try:
         return RowsFile(directory / ROWS, generation.spec)
     except FileNotFoundError:
-        raise FailedPreconditionError(
-            f"the embeddings of generation {generation.number} of run {generation.run!r} were just dropped"
-        ) from None
+        raise _just_dropped(generation) from None
 
 
 def map_column(directory: Path, generation: Generation, name: str) -> NDArray[Any]:
