@@ -36,8 +36,10 @@ log = logging.getLogger("nearkin.client.push")
 STREAM_BYTES = 1 << 30
 """A stream is closed and acknowledged after this much, and the next one opened."""
 SMALLEST_MESSAGE = 256 << 10
-SMALLEST_SHARE = 256
+STREAM_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
+LANE_BYTES, LANE_SHARE = 8 << 20, 128
+"""The same on the bulk lane, where each message costs more than its memory."""
 IN_PLACE_BYTES, IN_PLACE_SHARE = 32 << 20, 32
 """The same for rows that are written in place."""
 MOST_ABSENT = 1 << 20
@@ -201,13 +203,14 @@ class Sender:
         self._digest = Digest(rows)
         wanted = shared_memory if rows.count else False
         self._lent = lent(begun, rows, row_start, wanted, wire.endpoint)
-        self._next_pace = _through_a_stream(begun.chunk_bytes, rows)
-        self._pace = (
-            _in_place(begun.lent_rows.max_bytes or begun.max_message_bytes, rows)
-            if self._lent
-            else self._next_pace
-        )
+        self._paces = _Paces.of(begun, rows)
         self._lane = self._find_lane() if self._lent is None and rows.count else None
+
+    @property
+    def _pace(self) -> _Pace:
+        if self._lent is not None:
+            return self._paces.in_place
+        return self._paces.stream if self._lane is None else self._paces.lane
 
     def _find_lane(self) -> Lane | None:
         """What the connection is, bulk lane or gRPC (None); says at INFO which and why."""
@@ -319,7 +322,7 @@ class Sender:
         log.info("%s: what is left goes through the connection (%s)", self._doing, why)
         if self._lent is not None:
             self._lent.close()
-        self._lent, self._pace, self._failure = None, self._next_pace, None
+        self._lent = self._failure = None
         self._lane = self._find_lane()
 
     def _arrived(self, sent: list[ranges.Range]) -> list[ranges.Range]:
@@ -355,18 +358,31 @@ class _Pace:
     rows_per_stream: int
 
 
-def _through_a_stream(chunk_bytes: int, rows: Rows) -> _Pace:
-    """Messages as large as suits the service. A cut loses about one, so a small push goes in smaller ones."""
-    share = rows.count * rows.row_bytes // SMALLEST_SHARE
-    message = max(1, min(chunk_bytes, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
-    return _Pace(message, max(message, STREAM_BYTES // rows.row_bytes))
+@dataclass(frozen=True, slots=True)
+class _Paces:
+    """By the way that rows take. A cut loses about a message, so a small push goes in smaller ones."""
 
+    in_place: _Pace
+    lane: _Pace
+    stream: _Pace
 
-def _in_place(most_bytes: int, rows: Rows) -> _Pace:
-    """Nothing is sent twice. Larger messages are fewer, smaller ones let the service begin sooner."""
-    share = rows.count * rows.row_bytes // IN_PLACE_SHARE
-    message = max(1, min(most_bytes, IN_PLACE_BYTES, max(SMALLEST_MESSAGE, share)) // rows.row_bytes)
-    return _Pace(message, rows.count)
+    @staticmethod
+    def of(begun: pb.BeginPushResponse, rows: Rows) -> _Paces:
+        total, most = rows.count * rows.row_bytes, begun.max_message_bytes
+
+        def per_message(most_bytes: int, share: int) -> int:
+            return max(1, min(most_bytes, max(SMALLEST_MESSAGE, total // share)) // rows.row_bytes)
+
+        def sent(rows_per_message: int) -> _Pace:
+            return _Pace(rows_per_message, max(rows_per_message, STREAM_BYTES // rows.row_bytes))
+
+        most_in_place = min(begun.lent_rows.max_bytes or most, IN_PLACE_BYTES)
+        return _Paces(
+            # Nothing is sent twice. Larger messages are fewer, smaller ones let the service begin sooner.
+            in_place=_Pace(per_message(most_in_place, IN_PLACE_SHARE), rows.count),
+            lane=sent(per_message(min(most, LANE_BYTES), LANE_SHARE)),
+            stream=sent(per_message(begun.chunk_bytes, STREAM_SHARE)),
+        )
 
 
 def _stored(push: pb.Push) -> list[ranges.Range]:
