@@ -23,7 +23,8 @@ from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 
-_SIEVE_PLACES = 1 << 25
+_SIEVE_PLACES = 1 << 23  # of all rows: more memory is slower, since the system has to clear it
+_ROUNDED = 4  # times as many where tiles are bfloat16, which tell fewer rivals apart
 _SECOND_BLOCK = 256
 _PANEL_ELEMENTS, _PANEL_CLASSES, _PANEL_NEIGHBOURS = 1 << 20, 8192, 64
 _PANELS_AT_A_TIME = 4096
@@ -82,7 +83,8 @@ def mixed_self_join(
     times = [time.monotonic()]
     keys = tile_keys(keys_MD, monitor)
     times.append(time.monotonic())
-    sieve = scan(keys, k, sieve_width(len(keys_MD), k), monitor)
+    width = sieve_width(len(keys_MD), k, rounded=keys.values.dtype != np.float32)
+    sieve = scan(keys, k, width, monitor)
     times.append(time.monotonic())
     ranks_Mk, certified = Reranking(keys_MD, sieve, k, monitor).run()
     times.append(time.monotonic())
@@ -96,7 +98,7 @@ def mixed_self_join(
     return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))
 
 
-def sieve_width(count: int, k: int) -> int:
+def sieve_width(count: int, k: int, *, rounded: bool) -> int:
     """Places of a row's sieve: room for the k best, and for those that rounding cannot tell from them."""
-    wanted = max(2 * k + 256, _SIEVE_PLACES // count)
+    wanted = max(2 * k + 256, _SIEVE_PLACES * (_ROUNDED if rounded else 1) // count)
     return math.ceil(min(count + WIDTH, wanted) / WIDTH) * WIDTH
