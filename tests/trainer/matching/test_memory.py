@@ -32,7 +32,8 @@ def test_few_blocks_lie_idle_and_none_serves_a_much_smaller_tensor() -> None:
     del small
     del large
     gc.collect()
-    assert blocks.empty(LARGE).data_ptr() != large_at
+    other = blocks.empty(LARGE)  # kept, or it would lie idle in the large one's stead
+    assert other.data_ptr() != large_at
     assert blocks.empty(8 * LARGE).data_ptr() == large_at
 
 
