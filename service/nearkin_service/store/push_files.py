@@ -124,17 +124,14 @@ class PushFiles:
             ]
         else:
             records = [Record(Kind.ROWS, rows.start, len(rows), crc)]
-        faults.point("write.rows_written")
-        self.note(records + journal.records_of(Kind.ZERO, zeros))
-        faults.point("write.noted")
+        self._note_stored(records, zeros)
         return zeros
 
     def take_in_place(self, rows: RowRange, crc: int) -> RowSet:
         """The same without a look at them, which `require_undamaged` is left to take."""
-        faults.point("write.rows_written")
-        self.note([Record(Kind.ROWS, rows.start, len(rows), crc)])
-        faults.point("write.noted")
-        return RowSet.empty()
+        zeros = RowSet.empty()
+        self._note_stored([Record(Kind.ROWS, rows.start, len(rows), crc)], zeros)
+        return zeros
 
     def compare(self, rows_nR: NDArray[Any], start: int, known: RowSet, absent: RowSet) -> None:
         """AlreadyExistsError: a known row came with other bytes. DataLossError: it is no longer what came."""
@@ -167,25 +164,29 @@ class PushFiles:
             self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start]), known_crc)
             for r in fresh
         ]
+        self._note_stored(records, zeros)
+
+    def _note_stored(self, records: list[Record], zeros: RowSet) -> None:
+        """One message's rows, which are in their place."""
         faults.point("write.rows_written")
         self.note(records + journal.records_of(Kind.ZERO, zeros))
         faults.point("write.noted")
 
     def note(self, records: list[Record], *, durable: bool = False) -> None:
         """Adds to the journal; `durable` waits until the disk has it."""
+        self._append(b"".join(record.packed() for record in records), durable=durable)
+
+    def _append(self, packed: bytes, *, durable: bool = False) -> None:
         try:
-            if records:
-                journal.append(self._journal, records)
+            if packed:
+                journal.append_packed(self._journal, packed)
             if durable:
                 os.fsync(self._journal)
         except OSError as error:
             raise disk_error(error) from error
 
     def note_absent(self, absent: RowSet) -> None:
-        try:
-            journal.append_packed(self._journal, journal.packed(Kind.ABSENT, absent))
-        except OSError as error:
-            raise disk_error(error) from error
+        self._append(journal.packed(Kind.ABSENT, absent))
         faults.point("write.absent_noted")
 
     def note_commit_when_complete(self) -> None:

@@ -20,7 +20,7 @@ from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.panels import product_error
-from nearkin_service.engines.mixed.ranking import best_of_products
+from nearkin_service.engines.mixed.ranking import STEP, best_of_products
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
@@ -88,7 +88,7 @@ def _settled(
     near = keys_MD @ keys_MD[row]
     near[row] = -4
     kth = np.partition(near, -min(k, len(near)))[-min(k, len(near))]
-    reach = 2 * product_error(keys_MD.shape[1]) + 2.0**-22
+    reach = 2 * product_error(keys_MD.shape[1]) + STEP
     places = np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))
     ranks = exact_ranks(Queries(keys_MD[row : row + 1], np.array([-1])), keys_MD[places], k, monitor)
     return unpack(ranks[0], present[places])

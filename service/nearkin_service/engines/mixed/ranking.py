@@ -14,7 +14,7 @@ from nearkin_service.engines.mixed.compiling import compiled
 from nearkin_service.engines.mixed.kernels import add_products
 from nearkin_service.engines.mixed.simd import WIDTH, count_bits, first_bit, reaching
 
-_STEP = 2.0**-22  # more than one step of a score, and than rounding it to float32
+STEP = 2.0**-22  # more than one step of a score, and than rounding it to float32
 
 
 @compiled
@@ -94,7 +94,7 @@ def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
     least = np.float32(-2)
     if k < count - (own >= 0):  # a step less, since scores tie once they are rounded and clipped
         guess[0] = threshold(values, k, guess[0])
-        least = np.float32(max(-2.0, min(guess[0], 1.0) - 2 * error - _STEP))
+        least = np.float32(max(-2.0, min(guess[0], 1.0) - 2 * error - STEP))
     found = collect(values, least, places)
     if error > 0:
         exact[:found] = 0.0
