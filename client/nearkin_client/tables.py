@@ -42,10 +42,12 @@ def read_table(
     FailedPrecondition: shared memory must be used and cannot be had.
     """
     persistence = Persistence(deadline, wire.patience.outage)
-    damaged = 0
+    exact = request.WhichOneof("which") == "generation"
+    damaged = removed = 0
     while True:
+        reading = _Reading(wire, request, deadline, must_share)
         try:
-            return _Reading(wire, request, deadline, must_share).finish()
+            return reading.finish()
         except _NotMapped as why:
             log.info("%s: read through the connection: %s", doing, why)
             request.accept_shared_memory = False
@@ -53,6 +55,14 @@ def read_table(
             log.info("%s: read through gRPC: %s", doing, why)
             request.accept_bulk_lane = False
         except grpc.RpcError as error:
+            if (
+                not exact
+                and reading.generation != removed
+                and status_of(error)[0] is grpc.StatusCode.NOT_FOUND
+            ):
+                removed = reading.generation
+                log.info("%s: generation %d was removed under way; looking for a later one", doing, removed)
+                continue
             if not interrupted(error):
                 raise _meaning(error, request, deadline, doing) from error
             persistence.pause_or_raise(error, doing)
@@ -79,7 +89,7 @@ class _NotMapped(Exception):  # noqa: N818 - nothing is wrong: the blocks are re
 
 
 class _Reading:
-    """One attempt. Once the header is there, `request` asks for that generation and no other."""
+    """One attempt."""
 
     def __init__(
         self, wire: Wire, request: pb.ReadTableRequest, deadline: Deadline, must_share: bool
@@ -88,13 +98,15 @@ class _Reading:
         self._request = request
         self._deadline = deadline
         self._must_share = must_share and not request.row_count
+        self.generation = 0
+        """Which one the service chose, once it has said so."""
 
     def finish(self) -> NeighbourTable:
         messages = self._wire.read_table(self._request, self._deadline.remaining)
         header = bulk.decode_table_message(next(messages))
         if not isinstance(header, pb.TableHeader):
             raise DataLoss("a neighbour table arrived without its header")
-        self._request.generation = header.generation.generation
+        self.generation = header.generation.generation
         if header.ids_path or self._must_share:
             return self._mapped(header)
         shape, memory = (header.row_count, header.k), self._wire.memory

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient
+from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient, NotFound
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 from nearkin_client.wire import Wire
@@ -281,3 +281,25 @@ def test_a_table_whose_files_cannot_be_opened_is_read_through_the_connection(
         pytest.raises(FailedPrecondition, match="shared_memory"),
     ):
         client.table(epoch=0)
+
+
+def test_whoever_asks_for_an_epoch_gets_a_later_table_if_its_own_is_removed_under_way(
+    service: LocalService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.client.table")
+    rows = generator.standard_normal((50, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="removed") as client:
+        client.push(rows, epoch=0, k=4)
+        first = client.table(epoch=0, timeout=60)
+
+        def removed(*_: object) -> Any:
+            monkeypatch.undo()
+            client.push(rows, epoch=1, k=4)
+            client.table(epoch=1, timeout=60)
+            client.delete_generation(first.generation)
+            raise FileNotFoundError(2, "No such file or directory")
+
+        monkeypatch.setattr("nearkin_client.tables.map_table", removed)
+        assert client.table(epoch=0, timeout=60).epoch == 1
+        with pytest.raises(NotFound):
+            client.table(generation=first.generation)

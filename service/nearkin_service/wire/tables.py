@@ -10,6 +10,7 @@ from nearkin import tracing
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
+from nearkin_service.errors import NotFoundError
 from nearkin_service.operations import Core, Places, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
 from nearkin_service.values import Generation
@@ -43,9 +44,10 @@ class TableMethods:
                 self._core.metrics.table_reads.inc()
             return
         async with self._places.of(request.run):
-            generation = await self._generation(request, context)  # of those that there are by now
-            async for message in self._streamed(generation, request):
-                yield message
+            generation, columns = await self._opened(request, context)  # of those that there are by now
+            yield bulk.encode_table_message(_header(generation, request))
+            async for block in self._blocks(generation, columns, request):
+                yield block
         self._core.metrics.table_reads.inc()
 
     def _elsewhere(
@@ -68,12 +70,24 @@ class TableMethods:
         header.bulk_lane.CopyFrom(lane)
         return header
 
-    async def _streamed(
-        self, generation: Generation, request: pb.ReadTableRequest
+    async def _opened(
+        self, request: pb.ReadTableRequest, context: Context
+    ) -> tuple[Generation, list[TableBlocks]]:
+        """Which generation is read, and its columns; whoever asked for the newest misses none that just went."""
+        removed = 0
+        while True:
+            generation = await self._generation(request, context)
+            try:
+                return generation, await self._reading.columns(generation, scores=request.with_scores)
+            except NotFoundError:
+                if generation.number in (request.generation, removed):
+                    raise
+                removed = generation.number
+
+    async def _blocks(
+        self, generation: Generation, columns: list[TableBlocks], request: pb.ReadTableRequest
     ) -> AsyncGenerator[bytes, None]:
         rows = generation.rows_of(request.row_start, request.row_count)
-        columns = await self._reading.columns(generation, scores=request.with_scores)
-        yield bulk.encode_table_message(_header(generation, request))
         for column, blocks in zip(convert.COLUMNS, columns, strict=False):
             for piece in blocks.cut(rows):
                 await self._core.pacing.turn(len(piece) * generation.spec.k * 4)
