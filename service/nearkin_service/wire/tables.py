@@ -73,7 +73,7 @@ class TableMethods:
     async def _opened(
         self, request: pb.ReadTableRequest, context: Context
     ) -> tuple[Generation, list[TableBlocks]]:
-        """Which generation is read, and its columns; whoever asked for the newest misses none that just went."""
+        """What is read; for who asks for the newest, a later one than a generation that just went."""
         removed = 0
         while True:
             generation = await self._generation(request, context)
