@@ -17,9 +17,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from nearkin_service.engines.contract import AT_ONCE
+
 ENGINES = ("auto", "flat", "mixed", "ivf")
-AT_ONCE = 2048
-"""Classes up to which `mixed` computes all products at once."""
 _PACKAGES = ("torch", "numba")
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.auto import AT_ONCE, ENGINES, Job, choose, mixed_lacks
+from nearkin_service.engines.auto import ENGINES, Job, choose, mixed_lacks
 from nearkin_service.engines.contract import (
+    AT_ONCE,
     BuildMonitor,
     BuildRequest,
     BuiltTable,
     EngineDescription,
     KeyName,
     LocationOptions,
+    Neighbours,
     Parent,
     Searcher,
+    reserve_places,
 )
 from nearkin_service.engines.devices import faiss_version, resolve_device
-from nearkin_service.engines.flat import FlatSearcher, build_flat, nearest
-from nearkin_service.engines.incremental import Means, fits, update
+from nearkin_service.engines.flat import FlatSearcher, build_flat
+from nearkin_service.engines.incremental import Depth, Means, fits, update
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.loading import ready
@@ -34,11 +38,11 @@ from nearkin_service.engines.qaconv import (
     best_by_location,
     candidates_for,
 )
+from nearkin_service.engines.reindexed import ByIndex
 
 log = logging.getLogger("nearkin.engines")
 
 _KEYS = ("flat", "pooled", "qaconv")
-_SCAN = {"float32": 0.55, "bfloat16": 0.2}  # a full build of `mixed`, over a search of all rows one by one
 _DEFAULTS = LocationOptions()
 
 
@@ -60,14 +64,29 @@ def build_table(rows_NR: NDArray[Any], request: BuildRequest, monitor: BuildMoni
 def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:
     job = Job(len(source.rows), source.key_size, request.k)
     engine, why = _engine(request, job, device)
+    spare = _spare(source, job, engine, device)
     log.info("%d x %d, key %s, k %d: engine %s; %s", *source.rows.shape, source.key, request.k, engine, why)
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed
 
-        return build_mixed(source, request.k, monitor)
+        return _split(build_mixed(source, request.k, monitor, spare), request.k)
     if engine == "ivf":
         return build_ivf(source, request.k, request.target_recall, monitor)
-    return build_flat(source, request.k, device, monitor)
+    return _split(build_flat(source, request.k, device, monitor, spare), request.k)
+
+
+def _spare(source: KeyedRows, job: Job, engine: str, device: str) -> int:
+    """Places that a build holds in reserve: where an update from its table can pay."""
+    exact = engine in ("flat", "mixed") and device == "cpu" and source.key != "qaconv"
+    return reserve_places(job.classes, job.k) if exact else 0
+
+
+def _split(table: BuiltTable, k: int) -> BuiltTable:
+    """The k best, and apart from them what came after."""
+    if table.ids.shape[1] == k:
+        return table
+    reserve = Neighbours(table.ids[:, k:].copy(), table.scores[:, k:].copy())
+    return replace(table, ids=table.ids[:, :k].copy(), scores=table.scores[:, :k].copy(), reserve=reserve)
 
 
 def update_table(
@@ -86,11 +105,12 @@ def update_table(
     if engine == "ivf" or device != "cpu" or not fits(source, request.k, parent):
         log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
-    table = update(source, request.k, parent, _means(engine, job), monitor)
+    depth = Depth(request.k, _spare(source, job, engine, device))
+    table = update(source, depth, parent, _means(engine, job), monitor)
     if table is None:
         log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
-    return replace(table, engine=engine)
+    return replace(_split(table, request.k), engine=engine)
 
 
 def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
@@ -104,11 +124,11 @@ def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
 def _means(engine: str, job: Job) -> Means:
     """How an update by this engine goes about it; few classes are not worth importing torch for."""
     if engine != "mixed" or job.classes <= AT_ONCE:
-        return Means(nearest, 1.0 if engine == "flat" else 0.3)
-    from nearkin_service.engines.mixed.panels import nearest_in_panels
-    from nearkin_service.engines.mixed.scan import fastest_products
+        full_build = 1.0 if engine == "flat" else 0.3
+        return Means(partial(ByIndex, full_build), full_build / 2)
+    from nearkin_service.engines.mixed.updating import ByTiles
 
-    return Means(nearest_in_panels, _SCAN[fastest_products()])
+    return Means(ByTiles, 0.5)
 
 
 def _build_qaconv(source: KeyedRows, request: BuildRequest, device: str, monitor: BuildMonitor) -> BuiltTable:

@@ -15,6 +15,19 @@ from numpy.typing import NDArray
 KeyName = Literal["flat", "pooled", "qaconv"]
 NO_NEIGHBOUR = -1
 """The id where a class has no neighbour; its score is -inf."""
+AT_ONCE = 2048
+"""Classes up to which `mixed` computes all products at once."""
+_MOST_IN_RESERVE = 16
+
+
+def reserve_places(num_classes: int, k: int) -> int:
+    """Neighbours after the k-th that an exact build notes for the update that may follow it.
+
+    None of few classes: a full build takes a moment.
+    """
+    if num_classes <= AT_ONCE:
+        return 0
+    return max(0, min(-(-k // 4), _MOST_IN_RESERVE, num_classes - 1 - k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,7 @@ class BuiltTable:
         stage_seconds: wall seconds by stage.
         versions: packages that took part.
         recall: approximate engines only.
+        reserve: what follows the k-th place, [N, m], for a later update; -1 where that is not known.
     """
 
     ids: NDArray[np.int32]
@@ -90,6 +104,7 @@ class BuiltTable:
     stage_seconds: Mapping[str, float]
     versions: Mapping[str, str]
     recall: MeasuredRecall | None = None
+    reserve: Neighbours | None = None
 
 
 class BuildMonitor(Protocol):
@@ -104,12 +119,16 @@ class BuildMonitor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The generation before: its rows as pushed [N, R], its exact table [N, k], and its absent classes."""
+    """The generation before: its rows as pushed [N, R], its exact table [N, k], and its absent classes.
+
+    `reserve` is what its build noted beyond the k-th places, if that is to be had.
+    """
 
     rows: NDArray[Any]
     ids: NDArray[np.int32]
     scores: NDArray[np.float32]
     absent: NDArray[np.int64]
+    reserve: Neighbours | None = None
 
 
 class BuildCancelled(Exception):  # noqa: N818 - not an error: somebody asked for it

@@ -86,41 +86,47 @@ def filled_index(source: KeyedRows, device: str, monitor: BuildMonitor) -> FlatI
     return index
 
 
-def self_join(index: FlatIndex, k: int, monitor: BuildMonitor) -> tuple[NDArray[np.int64], int]:
-    """Ranks int64 [M, k] of every key's nearest other keys, and how many rows needed the second pass."""
+def self_join(
+    index: FlatIndex, k: int, monitor: BuildMonitor, spare: int = 0
+) -> tuple[NDArray[np.int64], int]:
+    """Ranks int64 [M, k + spare] of every key's nearest others, and how many rows needed the second pass."""
     count = len(index.keys_MD)
-    ranks_Mk = np.full((count, k), EMPTY)
+    ranks_Mk = np.full((count, k + spare), EMPTY)
     redone = 0
     pace = Pace(monitor, "search", count)
     first = _FIRST_BLOCK_PRODUCTS["cpu" if index.device == "cpu" else "cuda"]
     size = BlockSize(max(_LEAST_BLOCK_ROWS, first // max(1, index.keys_MD.size)), _MOST_BLOCK_ROWS)
     for some in blocks(count, size, pace):
         queries = Queries(index.keys_MD[some], np.arange(some.start, some.stop))
-        ranks_Mk[some], again = nearest(index, queries, k, monitor)
+        ranks_Mk[some], again = nearest(index, queries, k, monitor, spare)
         redone += again
     return ranks_Mk, redone
 
 
 def nearest(
-    index: FlatIndex, queries: Queries, k: int, monitor: BuildMonitor
+    index: FlatIndex, queries: Queries, k: int, monitor: BuildMonitor, spare: int = 0
 ) -> tuple[NDArray[np.int64], int]:
-    """Exact ranks int64 [Q, k] of each query, and how many rows needed the second pass."""
-    count = min(k + 1 + SLACK, len(index.keys_MD))
+    """Exact ranks int64 [Q, k + spare] of each query, and how many rows needed the second pass.
+
+    Of the spare places, those that the first pass did not settle are `EMPTY`.
+    """
+    every = k + spare
+    count = min(every + 1 + SLACK, len(index.keys_MD))
     if not count:
-        return np.full((len(queries.own), k), EMPTY), 0
+        return np.full((len(queries.own), every), EMPTY), 0
     if len(index.keys_MD) <= max(_SMALL, _LARGE_SHARE * count):
-        return exact_ranks(queries, index.keys_MD, k, monitor), 0
+        return exact_ranks(queries, index.keys_MD, every, monitor), 0
     if count > index.most_candidates:
-        return exact_ranks(queries, index.keys_MD, k, monitor), len(queries.own)
-    return complete(queries, index.keys_MD, index.search(queries.keys, count), k, monitor)
+        return exact_ranks(queries, index.keys_MD, every, monitor), len(queries.own)
+    return complete(queries, index.keys_MD, index.search(queries.keys, count), k, monitor, spare=spare)
 
 
-def build_flat(source: KeyedRows, k: int, device: str, monitor: BuildMonitor) -> BuiltTable:
-    """The exact neighbour table for keys `flat` and `pooled`; `device` is "cpu" or "cuda"."""
+def build_flat(source: KeyedRows, k: int, device: str, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
+    """The exact neighbour table [N, k + spare] for keys `flat` and `pooled`; on "cpu" or "cuda"."""
     began = time.monotonic()
     index = filled_index(source, device, monitor)
     keyed = time.monotonic()
-    ranks_Mk, redone = self_join(index, k, monitor)
+    ranks_Mk, redone = self_join(index, k, monitor, spare)
     ids, scores = spread(ranks_Mk, source.present(), len(source.rows))
     seconds = {"keys": keyed - began, "search": time.monotonic() - keyed}
     versions = {"faiss": faiss_version(), "numpy": np.__version__}

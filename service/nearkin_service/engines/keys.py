@@ -96,10 +96,10 @@ def _squared_lengths(values_BD: NDArray[np.float64]) -> NDArray[np.float64]:
 def fill_keys(
     keys_MD: NDArray[np.float32], source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
 ) -> None:
-    """Write the keys of the present classes into `keys_MD`, block by block."""
+    """Write the keys of the present classes, in the order given, into `keys_MD`, block by block."""
     pace = Pace(monitor, "keys", len(present))
     step = max(1, _BLOCK_ELEMENTS // max(1, source.rows.shape[1]))
-    whole = len(present) == len(source.rows)
+    whole = np.array_equal(present, np.arange(len(source.rows)))
 
     def fill(start: int) -> None:
         ids = present[start : start + step]

@@ -12,7 +12,8 @@ import threading
 
 import numpy as np
 
-from nearkin_service.engines.auto import AT_ONCE, Job
+from nearkin_service.engines.auto import Job
+from nearkin_service.engines.contract import AT_ONCE
 from nearkin_service.engines.pacing import Silence
 
 log = logging.getLogger("nearkin.engines")

@@ -8,16 +8,15 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.auto import AT_ONCE
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
-from nearkin_service.engines.contract import BuildMonitor, BuiltTable
+from nearkin_service.engines.contract import AT_ONCE, BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
 from nearkin_service.engines.mixed.panels import search_in_panels
-from nearkin_service.engines.mixed.rerank import Reranking
+from nearkin_service.engines.mixed.rerank import Reranking, cut_at
 from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.versions import versions
@@ -25,21 +24,27 @@ from nearkin_service.engines.pacing import Pace
 
 _SIEVE_PLACES = 1 << 23  # of all rows: more memory is slower, since the system has to clear it
 _ROUNDED = 4  # times as many where tiles are bfloat16, which tell fewer rivals apart
-_SECOND_BLOCK = 256
+_SECOND_BLOCK, _SECOND_ELEMENTS = 256, 1 << 24
 _PANEL_ELEMENTS, _PANEL_CLASSES, _PANEL_NEIGHBOURS = 1 << 20, 8192, 64
 _PANELS_AT_A_TIME = 4096
 
 
-def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
-    """The exact neighbour table: of few classes at once, of more by a certified pass that is quick."""
+def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
+    """The exact neighbour table [N, k + spare], whose spare places may be empty for want of proof.
+
+    Few classes are computed at once, more by a certified pass that is quick.
+    """
     count = len(source.rows)
-    table = (build_direct if count <= AT_ONCE else scanned)(source, k, monitor)
+    if count <= AT_ONCE:
+        table = build_direct(source, k + spare, monitor)
+    else:
+        table = scanned(source, k, monitor, spare)
     if count <= AT_ONCE or not short_enough(count, source.key_size, k):
         loaded(count)
     return table
 
 
-def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
+def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
     """The exact neighbour table of any number of classes: in panels, or by scanning."""
     began = time.monotonic()
     present = source.present()
@@ -47,7 +52,7 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
     fill_keys(keys_MD, source, present, monitor)
     keyed = time.monotonic()
     join = in_panels if short_enough(len(present), source.key_size, k) else mixed_self_join
-    ranks_Mk, redone, seconds = join(keys_MD, k, monitor)
+    ranks_Mk, redone, seconds = join(keys_MD, k, monitor, spare)
     ids, scores = spread(ranks_Mk, present, len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
@@ -60,42 +65,59 @@ def short_enough(count: int, size: int, k: int) -> bool:
 
 
 def in_panels(
-    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
+    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor, spare: int = 0
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
     """Like `mixed_self_join`, for keys so short that sieves cost more than computing each product twice."""
     began, count = time.monotonic(), len(keys_MD)
-    ranks_Mk, redone = np.full((count, k), EMPTY), 0
+    ranks_Mk, redone = np.full((count, k + spare), EMPTY), 0
     pace = Pace(monitor, "search", count)
     for start in range(0, count, _PANELS_AT_A_TIME):
         own = np.arange(start, min(count, start + _PANELS_AT_A_TIME))
-        ranks_Mk[own], again = search_in_panels(keys_MD, Queries(keys_MD[own], own), k, monitor)
+        queries = Queries(keys_MD[own], own)
+        ranks_Mk[own], again = search_in_panels(keys_MD, queries, k + spare, monitor)
         redone += again
         pace.done(start + len(own))
     return ranks_Mk, redone, {"search": time.monotonic() - began}
 
 
 def mixed_self_join(
-    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor
+    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor, spare: int = 0
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
-    """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
+    """Ranks int64 [M, k + spare], how many rows needed the second path, and seconds by stage."""
+    every = k + spare
     if not len(keys_MD):
-        return np.full((0, k), EMPTY), 0, {}
+        return np.full((0, every), EMPTY), 0, {}
     times = [time.monotonic()]
     keys = tile_keys(keys_MD, monitor)
     times.append(time.monotonic())
-    width = sieve_width(len(keys_MD), k, rounded=keys.values.dtype != np.float32)
-    sieve = scan(keys, k, width, monitor)
+    width = sieve_width(len(keys_MD), every, rounded=keys.values.dtype != np.float32)
+    sieve = scan(keys, every, width, monitor)
     times.append(time.monotonic())
-    ranks_Mk, certified = Reranking(keys_MD, sieve, k, monitor).run()
+    found_Mk, reach_M = Reranking(keys_MD, sieve, every, monitor).run()
+    ranks_Mk = cut_at(reach_M, found_Mk)
     times.append(time.monotonic())
-    redo = np.flatnonzero(~certified)
-    for start in range(0, len(redo), _SECOND_BLOCK):
-        monitor.check()
-        own = redo[start : start + _SECOND_BLOCK]
-        ranks_Mk[own], _ = search_in_panels(keys_MD, Queries(keys_MD[own], own), k, monitor)
+    redo = np.flatnonzero(ranks_Mk[:, k - 1] == EMPTY)
+    search_again(redo, keys_MD, ranks_Mk, monitor)
     times.append(time.monotonic())
     names = ("round", "scan", "rerank", "second path")
     return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))
+
+
+def search_again(
+    redo: NDArray[np.int64],
+    keys_MD: NDArray[np.float32],
+    ranks_Mk: NDArray[np.int64],
+    monitor: BuildMonitor,
+    names_M: NDArray[np.int64] | None = None,
+) -> None:
+    """Put the ranks of some keys in their place, each found among all keys."""
+    pace = Pace(monitor, "second path", len(redo))
+    step = max(_SECOND_BLOCK, min(_PANELS_AT_A_TIME, _SECOND_ELEMENTS // max(1, keys_MD.shape[1])))
+    for start in range(0, len(redo), step):
+        pace.done(start)
+        own = redo[start : start + step]
+        queries = Queries(keys_MD[own], own)
+        ranks_Mk[own], _ = search_in_panels(keys_MD, queries, ranks_Mk.shape[1], monitor, names_M)
 
 
 def sieve_width(count: int, k: int, *, rounded: bool) -> int:

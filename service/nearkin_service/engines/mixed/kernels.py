@@ -165,7 +165,7 @@ def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: An
         row = first_row + local
         address = tile_BC[local].ctypes.data
         if seed:
-            limits[row] = limit_below(kth_largest(address, columns, k), errors[row])
+            limits[row] = max(limits[row], limit_below(kth_largest(address, columns, k), errors[row]))
             rooms[row] = min(values.shape[1], 3 * k + 2 * WIDTH)
         for start in range(0, columns, WIDTH):
             mask = above(address + 2 * start, limits[row])
@@ -383,11 +383,11 @@ def kth_known(span: Any, k: Any, sieve: Any, exact_MW: Any, kth: Any) -> None:
 
 
 @compiled
-def known_ranks(span: Any, sieve: Any, exact_MW: Any, ranks_GW: Any) -> None:
+def known_ranks(span: Any, sieve: Any, exact_MW: Any, names_M: Any, ranks_GW: Any) -> None:
     """Each row's ranks of the pairs with an exact score; what is left of `ranks_GW` stays as it was."""
     for row in range(span[0], span[1]):
         known, ids, exact, ranks = 0, sieve.ids[row], exact_MW[row], ranks_GW[row - span[0]]
         for place in range(sieve.counts[row]):
             if exact[place] != UNKNOWN:
-                ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(ids[place])
+                ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(names_M[ids[place]])
                 known += 1

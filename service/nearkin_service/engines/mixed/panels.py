@@ -1,12 +1,13 @@
 """Some rows against all: products of a few queries at a time with every key, and the k best of each.
 
-For updates, where few rows need a search: twice the products that a scan computes per pair.
+For short keys, and where few rows need a search: twice the products that a scan computes per pair.
 
 Dimension letters: Q queries, M keys, D elements of a key, k neighbours.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -15,10 +16,9 @@ from numpy.typing import NDArray
 from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
-from nearkin_service.engines.flat import FlatIndex
 from nearkin_service.engines.mixed.ranking import best_of_panel
 from nearkin_service.engines.mixed.threads import one_thread, torch_alone
-from nearkin_service.engines.workers import in_threads
+from nearkin_service.engines.workers import in_threads, worker_count
 
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
 _PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
@@ -29,17 +29,17 @@ def product_error(size: int) -> float:
     return 1.01 * (size + 8) * 2.0**-24
 
 
-def nearest_in_panels(
-    index: FlatIndex, queries: Queries, k: int, monitor: BuildMonitor
-) -> tuple[NDArray[np.int64], int]:
-    """`search_in_panels` over the keys of an index."""
-    return search_in_panels(index.keys_MD, queries, k, monitor)
-
-
 def search_in_panels(
-    keys_MD: NDArray[np.float32], queries: Queries, k: int, monitor: BuildMonitor
+    keys_MD: NDArray[np.float32],
+    queries: Queries,
+    k: int,
+    monitor: BuildMonitor,
+    names_M: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], int]:
-    """Exact ranks int64 [Q, k] of each query, and how many rows needed the second pass."""
+    """Exact ranks int64 [Q, k] of each query, and how many rows needed the second pass.
+
+    Ranks hold the keys' positions, or their names where those are given: then ties go to the lower name.
+    """
     import torch
 
     count, size = keys_MD.shape
@@ -48,8 +48,10 @@ def search_in_panels(
         return ranks_Qk, 0
     doubtful = np.zeros(len(queries.own), np.bool_)
     keys, local = torch.from_numpy(keys_MD), threading.local()
-    rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size))
-    task = keys_MD, product_error(size), 0.5 - doubtful_distance(size)
+    shared = math.ceil(len(queries.own) / worker_count())
+    rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size, shared))
+    names_M = np.arange(count) if names_M is None else names_M
+    task = keys_MD, names_M, product_error(size), 0.5 - doubtful_distance(size)
 
     def search(first: int) -> None:
         if not hasattr(local, "panel"):
@@ -65,5 +67,6 @@ def search_in_panels(
         in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
     redo = np.flatnonzero(doubtful)
     if len(redo):
-        ranks_Qk[redo] = exact_ranks(Queries(queries.keys[redo], queries.own[redo]), keys_MD, k, monitor)
+        remaining = Queries(queries.keys[redo], queries.own[redo])
+        ranks_Qk[redo] = exact_ranks(remaining, keys_MD, k, monitor, names_M)
     return ranks_Qk, len(redo)

@@ -64,14 +64,17 @@ def collect(values: Any, least: Any, places: Any) -> Any:
 
 
 @compiled
-def rank_in_order(exact: Any, places: Any, sure: Any, ranks: Any) -> Any:
-    """Ranks of some scores, ascending; returns whether all are less than `sure` from a whole step."""
+def rank_in_order(exact: Any, places: Any, names: Any, sure: Any, ranks: Any) -> Any:
+    """Ranks of some scores, ascending, which hold the names of their places.
+
+    Returns whether all scores are less than `sure` from a whole step.
+    """
     certain = True
     for candidate in range(places.shape[0]):
         in_steps = min(1.0, max(-1.0, exact[candidate])) * 16777216.0
         steps = np.rint(in_steps)
         certain = certain and abs(in_steps - steps) <= sure
-        ranks[candidate] = (-np.int64(steps) << 32) | np.int64(places[candidate])
+        ranks[candidate] = (-np.int64(steps) << 32) | np.int64(names[places[candidate]])
     ranks[: places.shape[0]].sort()
     return certain
 
@@ -80,11 +83,11 @@ def rank_in_order(exact: Any, places: Any, sure: Any, ranks: Any) -> Any:
 def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
     """Ranks of a query's best keys, ascending, into the scratch, from its products with all keys.
 
-    `own` is the place of the query's own key, or -1. `task` is the query, the keys, k, by how much products
-    can be off (0: they are float64, and scores themselves), and how far from a whole step a score can be
-    rounded safely. Returns how many ranks, and whether all could be rounded.
+    `own` is the place of the query's own key, or -1. `task` is the query, the keys, what ranks call each key,
+    k, by how much products can be off (0: they are float64, and scores themselves), and how far from a whole
+    step a score can be rounded safely. Returns how many ranks, and whether all could be rounded.
     """
-    query, keys_MD, k, error, sure = task
+    query, keys_MD, names, k, error, sure = task
     values, guess, places, exact, ranks = scratch
     count = products.shape[0]
     for place in range(count):
@@ -102,7 +105,7 @@ def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
     else:
         for candidate in range(found):
             exact[candidate] = products[places[candidate]]
-    return found, rank_in_order(exact, places[:found], sure, ranks)
+    return found, rank_in_order(exact, places[:found], names, sure, ranks)
 
 
 @compiled
@@ -122,12 +125,13 @@ def best_of_products(span: Any, from_products: Any, keys_MD: Any, table: Any, do
     """
     products_MM, error, sure = from_products
     present, ids, scores = table
-    k, query = ids.shape[1], np.empty(keys_MD.shape[1])
+    k, query, names = ids.shape[1], np.empty(keys_MD.shape[1]), np.arange(keys_MD.shape[0])
     scratch = scratch_for(products_MM.shape[0])
     for row in range(span[0], span[1]):
         if error > 0:
             query[:] = keys_MD[row]
-        found, certain = rank_products(products_MM[row], row, (query, keys_MD, k, error, sure), scratch)
+        task = query, keys_MD, names, k, error, sure
+        found, certain = rank_products(products_MM[row], row, task, scratch)
         doubtful[row] = not certain
         ranks, own = scratch[4], present[row]
         for place in range(min(k, found)):
@@ -139,16 +143,16 @@ def best_of_products(span: Any, from_products: Any, keys_MD: Any, table: Any, do
 def best_of_panel(products_QM: Any, queries: Any, task: Any, ranks_Qk: Any, doubtful: Any) -> None:
     """The k best ranks of each query from its float32 products with all keys.
 
-    `queries` is their keys and own places; `task` is the keys and the last two of `rank_products`' task.
+    `queries` is their keys and own places; `task` is `rank_products`' but for the query and k.
     """
     queries_QD, own_Q = queries
-    keys_MD, error, sure = task
+    keys_MD, names, error, sure = task
     k, query = ranks_Qk.shape[1], np.empty(keys_MD.shape[1])
     scratch = scratch_for(keys_MD.shape[0])
     for row in range(queries_QD.shape[0]):
         query[:] = queries_QD[row]
         found, certain = rank_products(
-            products_QM[row], own_Q[row], (query, keys_MD, k, error, sure), scratch
+            products_QM[row], own_Q[row], (query, keys_MD, names, k, error, sure), scratch
         )
         doubtful[row] = not certain
         kept = min(k, found)

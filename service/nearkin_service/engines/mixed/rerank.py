@@ -55,15 +55,23 @@ Wanted = tuple[NDArray[Any], NDArray[Any]]
 class Reranking:
     """Exact scores of the sieves' pairs, as far as they are needed."""
 
-    def __init__(self, keys_MD: NDArray[np.float32], sieve: Sieve, k: int, monitor: BuildMonitor) -> None:
+    def __init__(
+        self,
+        keys_MD: NDArray[np.float32],
+        sieve: Sieve,
+        k: int,
+        monitor: BuildMonitor,
+        names_M: NDArray[np.int64] | None = None,
+    ) -> None:
         self._keys_MD, self._sieve, self._k, self._monitor = keys_MD, sieve, k, monitor
+        self._names_M = np.arange(len(keys_MD)) if names_M is None else names_M
         self._best_Mk = np.full((len(keys_MD), k), EMPTY)
         self._exact_MW = np.empty((0, 0), np.int32)
         self._errors = sieve.errors[: len(keys_MD)]
         self._wide = keys_MD.shape[1] >= _WIDE
 
-    def run(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Ranks int64 [M, k], and which rows are proved to be the exact k best."""
+    def run(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Ranks int64 [M, k], which hold positions or names, and per row what `cut_at` cuts at."""
         likely = np.zeros(len(self._sieve.limits), np.float32)
         self._each_group(lambda first, last: self._put_in_order(first, last, likely))
         self._exact_MW = np.full((len(self._keys_MD), int(self._sieve.counts.max(initial=0))), UNKNOWN)
@@ -74,7 +82,7 @@ class Reranking:
             self._score((self._sieve.fine, likely), "rerank the best")
             self._score_rivals()
         self._each_group(self._gather)
-        return self._best_Mk, self._certified()
+        return self._best_Mk, self._reach()
 
     def _score_rivals(self) -> None:
         """Exact scores of whatever may still beat the k best that were scored."""
@@ -155,7 +163,7 @@ class Reranking:
     def _gather(self, first: int, last: int) -> None:
         """The k best of the pairs that were scored, in order."""
         ranks_GW = np.full((last - first, max(self._k, self._exact_MW.shape[1])), EMPTY)
-        known_ranks((first, last), self._sieve, self._exact_MW, ranks_GW)
+        known_ranks((first, last), self._sieve, self._exact_MW, self._names_M, ranks_GW)
         self._best_Mk[first:last] = best(ranks_GW, self._k)
 
     def _each_group(self, work: Callable[[int, int], None], pace: Pace | None = None) -> None:
@@ -173,13 +181,23 @@ class Reranking:
         below = np.maximum(least, 0) / (1 + self._sieve.rounding) * (1 - 2.0**-23)
         return np.asarray(below, np.float32)
 
-    def _certified(self) -> NDArray[np.bool_]:
-        """What a sieve dropped was no greater than its limit: can any of that reach the k-th place?"""
+    def _reach(self) -> NDArray[np.float64]:
+        """The greatest score of what a sieve may have dropped: its limit's, or any if it was closed."""
         limits = self._sieve.limits[: len(self._keys_MD)]
-        reach = as_scores(limits) * (1 + ROUNDING) + self._errors
-        kth = (steps_of(self._best_Mk[:, -1]) - 1) / STEPS  # less the step that rounding may have added
-        sure: NDArray[np.bool_] = (limits != CLOSED) & (kth > reach)
-        return sure
+        return np.where(limits == CLOSED, np.inf, as_scores(limits) * (1 + ROUNDING) + self._errors)
+
+
+def cut_at(reach_M: NDArray[np.float64], ranks_Mk: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranks int64 [M, k] without those that something of a score within reach could precede."""
+    scores_Mk = (steps_of(ranks_Mk) - 1) / STEPS  # less the step that rounding may have added
+    return np.where(scores_Mk > reach_M[:, None], ranks_Mk, EMPTY)
+
+
+def limits_below(least: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.int16]:
+    """Limits under which nothing is that scores `least` or more, given what products can be off by."""
+    values = ((least - errors) / (1 + ROUNDING)).astype(np.float32)
+    bits = (np.maximum(values, 0).view(np.int32) >> 16) - 1
+    return np.asarray(np.maximum(bits, 0), np.int16)
 
 
 def as_scores(values: NDArray[np.int16]) -> NDArray[np.float64]:

@@ -202,11 +202,28 @@ class _Tiles:
             product += torch.mm(rows[:, some], columns[:, some].T, out=part)
 
 
-def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a scan need not find out.
+
+    Attributes:
+        limits: int16 [P], per row a limit to begin with.
+        blocks: only pairs of which one key lies in the first so many blocks are multiplied.
+    """
+
+    limits: NDArray[np.int16]
+    blocks: int
+
+
+def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor, start: Start | None = None) -> Sieve:
     """Sieves holding, for every row that is not closed, all keys that can be among its k best."""
     count, rounded = len(keys.values), keys.values.dtype != np.float32
     sieve = Sieve.empty(width, keys.errors, ROUNDING if rounded else 0.0)
     blocks = len(keys.errors) // keys.block
+    upper_blocks = blocks
+    if start is not None:
+        sieve.limits[:] = start.limits
+        upper_blocks = start.blocks
     locks = [threading.Lock() for _ in range(blocks)]
     local = threading.local()
     pace = Pace(monitor, "search", count)
@@ -225,9 +242,15 @@ def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor) -> Sieve:
             with locks[left]:
                 sieve_columns(tiles, corner, k, sieve)
 
-    tiles = [(block, block + offset) for offset in range(blocks) for block in range(blocks - offset)]
+    tiles = [
+        (block, block + offset)
+        for offset in range(blocks)
+        for block in range(min(upper_blocks, blocks - offset))
+    ]
     with torch_alone():
-        in_threads(sieve_tile, tiles[:blocks], lambda begun: monitor.check())
-        in_threads(sieve_tile, tiles[blocks:], lambda begun: pace.done(count * begun // len(tiles)))
+        in_threads(sieve_tile, tiles[:upper_blocks], lambda begun: monitor.check())
+        in_threads(
+            sieve_tile, tiles[upper_blocks:], lambda begun: pace.done(count * begun // max(1, len(tiles)))
+        )
     pace.done(count)
     return sieve
