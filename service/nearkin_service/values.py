@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nearkin_service.engines.contract import KeyName, LocationOptions, MeasuredRecall
+from nearkin_service.engines.contract import KeyName, LocationOptions, MeasuredRecall, reserve_places
 from nearkin_service.errors import FailedPreconditionError, InvalidArgumentError
 from nearkin_service.ranges import RowRange, RowSet
 
@@ -133,12 +133,22 @@ class PushSpec:
         elements = self.row_elements if self.key == "flat" else self.row_shape[0]
         if self.key == "qaconv":
             elements += self.row_elements
-        return self.num_classes * elements * 4 + self.tables_bytes
+        return self.num_classes * elements * 4 + self.tables_bytes + self.reserve_bytes
 
     @property
     def tables_bytes(self) -> int:
         """Bytes of ids and scores together."""
         return self.num_classes * self.k * 8
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes of what a build may note beside the embeddings for a later update, at most."""
+        return self.num_classes * reserve_places(self.num_classes, self.k) * 8
+
+    @property
+    def expected_bytes(self) -> int:
+        """Disk space that a push of this will take, once its table is there."""
+        return self.rows_bytes + self.tables_bytes + self.reserve_bytes
 
     def rows_of(self, row_start: int, payload_bytes: int) -> RowRange:
         """The rows that a payload is. InvalidArgumentError: a partial row, or rows that there are not."""
@@ -220,6 +230,14 @@ class FileChecksums:
 
 
 @dataclass(frozen=True, slots=True)
+class ReserveFile:
+    """What `reserve.bin` holds: neighbours per class after the k-th, and the CRC32C of the file."""
+
+    places: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One published, immutable pair of embeddings and table. Times are seconds since 1970."""
 
@@ -239,6 +257,7 @@ class Generation:
     scores: FileChecksums
     absent_crc32c: int
     recall: MeasuredRecall | None = None
+    reserve: ReserveFile | None = None
     embeddings: EmbeddingsState = EmbeddingsState.FLUSHING
     pinned: bool = False
 
@@ -256,7 +275,12 @@ class Generation:
 
     @property
     def bytes_on_disk(self) -> int:
-        return self.spec.tables_bytes + (self.spec.rows_bytes if self.has_embeddings else 0)
+        return self.spec.tables_bytes + (self.spec.rows_bytes + self.reserve_bytes) * self.has_embeddings
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Size of `reserve.bin`, which goes with the embeddings."""
+        return self.spec.num_classes * self.reserve.places * 8 if self.reserve else 0
 
     def rows_of(self, row_start: int, row_count: int) -> RowRange:
         """The rows asked for; a count of 0 goes up to the last. InvalidArgumentError: there are none such."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_service.engines import contract
 
 from tests.service.conftest import Service, brute_force, random_rows
 
@@ -68,6 +69,44 @@ def test_a_flipped_bit_is_found(left: Path, name: str, said: str) -> None:
     (damaged,) = [each for each in map(json.loads, done.stdout.splitlines()) if each["state"] == "damaged"]
     assert name.startswith(damaged["path"])
     assert said in damaged["what"]
+
+
+@pytest.fixture
+def left_with_reserve(start_service: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(contract, "AT_ONCE", 0)
+    service = start_service()
+    service.caller().push(ROWS, 0)
+    service.stop()
+    return tmp_path / "data"
+
+
+def test_a_reserve_is_looked_at_and_missed_by_nobody(left_with_reserve: Path) -> None:
+    path = left_with_reserve / "runs/run/generations/1/reserve.bin"
+    data = bytearray(path.read_bytes())
+    assert command("check", left_with_reserve).stdout == "1 sound, 0 note, 0 damaged\n"
+    data[5] ^= 1
+    path.write_bytes(data)
+    done = command("check", left_with_reserve)
+    assert done.returncode == 0
+    assert "reserve.bin does not match its checksum; updates" in done.stdout
+    path.unlink()
+    assert command("check", left_with_reserve).stdout == "1 sound, 0 note, 0 damaged\n"
+
+
+def test_a_snapshot_leaves_the_reserve_behind(
+    left_with_reserve: Path, start_service: Start, tmp_path: Path
+) -> None:
+    file, elsewhere = tmp_path / "run.tar", tmp_path / "elsewhere"
+    assert command("snapshot", "save", file, "--run", "run", "--data-dir", left_with_reserve).returncode == 0
+    assert command("snapshot", "restore", file, "--data-dir", elsewhere).returncode == 0
+    assert not (elsewhere / "runs/run/generations/1/reserve.bin").exists()
+    assert command("check", elsewhere).returncode == 0
+    caller = start_service(data_dir=elsewhere).caller()
+    rows = ROWS.copy()
+    rows[3] = -rows[3]
+    caller.push(rows, 1)
+    np.testing.assert_array_equal(caller.table(min_epoch=1).ids, brute_force(rows, 5))
+    assert (elsewhere / "runs/run/generations/2/reserve.bin").exists()
 
 
 def test_what_cannot_be_checked_is_said(start_service: Start, tmp_path: Path) -> None:

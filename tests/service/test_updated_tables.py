@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_service.engines import contract
+from nearkin_service.store.atomic import read_document, write_document
 from numpy.typing import NDArray
 
-from tests.service.conftest import Caller, Service, Table, random_rows
+from tests.service.conftest import Caller, Service, Table, eventually, random_rows
 
 ROWS = random_rows(600, 24)
+FIRST = "data/runs/run/generations/1"
 
 
 def with_changes(rows: NDArray[Any], *changed: int, seed: int = 1) -> NDArray[Any]:
@@ -109,3 +112,76 @@ def test_damage_to_the_parent_does_not_reach_its_child(
     after = with_changes(ROWS, 11)
     caller.push(after, 1)
     assert_same(caller.table(min_epoch=1), built_in_full(caller, after))
+
+
+@pytest.fixture
+def with_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tables hold a reserve too."""
+    monkeypatch.setattr(contract, "AT_ONCE", 0)
+
+
+def leave(path: Path) -> None:
+    pass
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def forget(path: Path) -> None:
+    """As a version left it that held no reserves."""
+    path.unlink()
+    manifest = path.with_name("manifest.json")
+    body = read_document(manifest)
+    del body["reserve"]
+    write_document(manifest, body)
+
+
+@pytest.mark.usefixtures("with_reserves")
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("do", [leave, flip, cut, Path.unlink, forget])
+def test_a_reserve_may_be_gone_or_damaged(
+    start_service: Callable[..., Service],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    do: Callable[[Path], None],
+    restarted: bool,
+) -> None:
+    service = start_service()
+    caller = service.caller()
+    caller.push(ROWS, 0, k=16, engine="flat")
+    path = tmp_path / FIRST / "reserve.bin"
+    assert path.stat().st_size == 600 * 4 * 8
+    assert "reserve" not in read_document(path.with_name("manifest.json"))["generation"]
+    if restarted:
+        service.stop()
+    do(path)
+    caller = start_service().caller() if restarted else caller
+    rows = ROWS
+    for epoch in (1, 2):
+        rows = with_changes(rows, *range(epoch, 600, 60), seed=epoch)
+        caller.push(rows, epoch, k=16, engine="flat")
+        updated = caller.table(min_epoch=epoch)
+        assert "update" in updated.generation.stage_seconds
+        if epoch == 1:
+            assert (updated.generation.recomputed_rows < 40) == (do is leave)
+    warned = "updated without its reserve" in caplog.text
+    assert warned == (do in (flip, cut, Path.unlink) or (do is forget and not restarted))
+    assert_same(updated, built_in_full(caller, rows, k=16, engine="flat"))
+
+
+@pytest.mark.usefixtures("with_reserves")
+def test_a_reserve_goes_with_the_embeddings(caller: Caller, tmp_path: Path) -> None:
+    for epoch in range(3):
+        caller.push(with_changes(ROWS, epoch), epoch, k=16)
+    path = tmp_path / FIRST
+    eventually((path / "reserve.bin").exists, lambda there: not there)
+    assert not (path / "rows.bin").exists()
+    assert (path.with_name("2") / "reserve.bin").exists()
+    assert caller.table(generation=1).ids.shape == (600, 16)

@@ -41,7 +41,12 @@ def opened(directory: DataDirectory, generation: Generation) -> Iterator[Parent 
         try:
             rows = directory.open_rows(generation)
             held.callback(rows.close)
-            parent = Parent(rows.map(), *directory.verified_table(generation), directory.absent(generation))
+            parent = Parent(
+                rows.map(),
+                *directory.verified_table(generation),
+                directory.absent(generation),
+                directory.reserve(generation),
+            )
         except (NearkinError, OSError) as trouble:
             log.warning(
                 "run %s: not built from generation %d: %s", generation.run, generation.number, trouble

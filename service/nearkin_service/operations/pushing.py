@@ -113,8 +113,8 @@ class Pushing:
         """No run may fill the disk on its own."""
         limit = self._core.config.limits.max_run_bytes
         published = sum(g.bytes_on_disk for g in run.generations.values())
-        expected = sum(push.spec.rows_bytes + push.spec.tables_bytes for push in run.live_pushes)
-        needed = published + expected + spec.rows_bytes + spec.tables_bytes
+        expected = sum(push.spec.expected_bytes for push in run.live_pushes)
+        needed = published + expected + spec.expected_bytes
         if needed > limit:
             raise LimitExceededError(
                 "max_run_bytes",
@@ -129,8 +129,7 @@ class Pushing:
             self._composing.base(spec)
         core = self._core
         promised = sum(
-            p.spec.rows_bytes + p.spec.tables_bytes - len(p.stored) * p.spec.row_bytes
-            for p in core.catalogue.open_pushes
+            p.spec.expected_bytes - len(p.stored) * p.spec.row_bytes for p in core.catalogue.open_pushes
         )
         await core.io(core.directory.require_space, spec, promised, core.config.limits.min_free_disk_bytes)
         created = time.time()

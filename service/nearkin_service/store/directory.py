@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service import faults
+from nearkin_service.engines.contract import Neighbours
 from nearkin_service.errors import DataLossError, LimitExceededError, NotFoundError
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
@@ -20,6 +21,7 @@ from nearkin_service.store.atomic import fsync_directory, read_document, write_d
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
+from nearkin_service.store.reserve import verified_reserve
 from nearkin_service.store.rows import RowsFile, as_rows, examine
 from nearkin_service.store.spares import Spares
 from nearkin_service.values import (
@@ -166,7 +168,7 @@ class DataDirectory:
 
     def require_space(self, spec: PushSpec, promised_bytes: int, min_free_bytes: int) -> None:
         """LimitExceededError: rows and tables would not leave the disk its reserve."""
-        needed = spec.rows_bytes + spec.tables_bytes + promised_bytes
+        needed = spec.expected_bytes + promised_bytes
         if self.free_bytes() - needed < min_free_bytes:
             self._spares.clear()
         free = self.free_bytes()
@@ -264,6 +266,23 @@ class DataDirectory:
     def verified_table(self, generation: Generation) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids and scores as they were published. DataLossError: they are damaged or gone."""
         return gens.verified_table(self._layout.generation(generation.run, generation.number), generation)
+
+    def reserve(self, generation: Generation) -> Neighbours | None:
+        """What its build noted beyond the k-th places; None, and the log says why, if that is not to be had.
+
+        It only saves time, so whatever became of it is nobody's trouble.
+        """
+        path = self._layout.generation(generation.run, generation.number)
+        try:
+            return verified_reserve(path, generation)
+        except (DataLossError, OSError) as trouble:
+            log.warning(
+                "run %s generation %d: updated without its reserve: %s",
+                generation.run,
+                generation.number,
+                trouble,
+            )
+            return None
 
     def column_path(self, generation: Generation, name: str) -> Path:
         """The absolute path of `ids.bin` or `scores.bin`."""

@@ -1,7 +1,7 @@
 """The files of one generation.
 
 `manifest.json`, `ids.bin`, `scores.bin`, `absent.bin`; and the embeddings: `rows.bin`, its `journal` (the
-checksums) and `embeddings.json` (whether they are safe, dropped or lost).
+checksums) and `embeddings.json` (whether they are safe, dropped or lost), with `reserve.bin` beside them.
 
 A generation is written aside, flushed, and put in its place by one rename: it is there whole, or not at
 all.
@@ -37,9 +37,10 @@ from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
+from nearkin_service.store.reserve import RESERVE, write_reserve
 from nearkin_service.store.rows import RowsFile, as_bytes, mapped
 from nearkin_service.store.spares import Spares
-from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec
+from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec, ReserveFile
 
 log = logging.getLogger("nearkin.store")
 
@@ -51,6 +52,7 @@ MANIFEST, IDS, SCORES, ABSENT, EMBEDDINGS = (
     "embeddings.json",
 )
 PINNED = "pinned"
+_APART = ("embeddings", "reserve")  # in the manifest
 _BLOCK_BYTES = 2 << 20
 
 
@@ -114,6 +116,7 @@ def _write_tables(directory: Path, finished: Finished) -> Generation:
         ids=_write_column(directory / IDS, np.ascontiguousarray(table.ids, "<i4")),
         scores=_write_column(directory / SCORES, np.ascontiguousarray(table.scores, "<f4")),
         absent_crc32c=crc32c.crc32c(as_bytes(absent)),
+        reserve=write_reserve(directory, table.reserve),
     )
 
 
@@ -142,13 +145,16 @@ def _checksums(column_Nk: NDArray[Any]) -> FileChecksums:
 
 
 def _to_manifest(generation: Generation) -> dict[str, Any]:
-    body = {f.name: getattr(generation, f.name) for f in fields(generation) if f.name != "embeddings"}
+    body = {f.name: getattr(generation, f.name) for f in fields(generation) if f.name not in _APART}
     body["spec"] = generation.spec.to_document()
     for name in ("ids", "scores", "recall"):
         body[name] = asdict(body[name]) if body[name] is not None else None
     body["ids"]["blocks"] = list(generation.ids.blocks)
     body["scores"]["blocks"] = list(generation.scores.blocks)
-    return {"format": FORMAT_VERSION, "generation": body}
+    manifest: dict[str, Any] = {"format": FORMAT_VERSION, "generation": body}
+    if generation.reserve is not None:  # apart: versions that do not know it refuse what they do not know
+        manifest["reserve"] = asdict(generation.reserve)
+    return manifest
 
 
 def _from_manifest(body: Mapping[str, Any]) -> Generation:
@@ -158,6 +164,8 @@ def _from_manifest(body: Mapping[str, Any]) -> Generation:
         for name in ("ids", "scores"):
             found[name] = FileChecksums(**found[name] | {"blocks": tuple(found[name]["blocks"])})
         found["recall"] = None if found["recall"] is None else MeasuredRecall(**found["recall"])
+        if "reserve" in body:
+            found["reserve"] = ReserveFile(**body["reserve"])
         generation = Generation(**found)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataLossError(f"{MANIFEST} cannot be read: {str(error)[:200]}") from error
@@ -300,7 +308,7 @@ def drop_embeddings(directory: Path, spares: Spares) -> EmbeddingsState:
     _write_embeddings_state(directory, EmbeddingsState.DROPPED)
     faults.point("retention.state_written")
     spares.keep(directory / ROWS)
-    for name in (ROWS, JOURNAL):
+    for name in (ROWS, JOURNAL, RESERVE):
         (directory / name).unlink(missing_ok=True)
     faults.point("retention.rows_gone")
     return EmbeddingsState.DROPPED

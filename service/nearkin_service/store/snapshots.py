@@ -1,4 +1,8 @@
-"""A run as one tar file, to be taken to another data directory: its generations, tables and embeddings."""
+"""A run as one tar file, to be taken to another data directory: its generations, tables and embeddings.
+
+What a build held in reserve stays behind: versions that do not know it can restore the run then, and all it
+costs is that the first update is a full build.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from nearkin_service.store import generation_files as gens
 from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document
 from nearkin_service.store.layout import FORMAT_VERSION, Layout
 from nearkin_service.store.push_files import JOURNAL, ROWS
+from nearkin_service.store.reserve import RESERVE
 
 _ABOUT = "snapshot.json"
 _FILES = (gens.MANIFEST, gens.IDS, gens.SCORES, gens.ABSENT, gens.EMBEDDINGS, gens.PINNED, ROWS, JOURNAL)
@@ -39,7 +44,8 @@ def save(root: Path, run: str, file: Path) -> int:
         for number in numbers:
             gens.read_tables(source / "generations" / str(number), run, number)
             for path in sorted((source / "generations" / str(number)).iterdir()):
-                archive.add(path, f"generations/{number}/{path.name}")
+                if path.name != RESERVE:
+                    archive.add(path, f"generations/{number}/{path.name}")
     fsync_file(file)
     return len(numbers)
 

@@ -14,6 +14,7 @@ from nearkin_service.store.atomic import read_document
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind
 from nearkin_service.store.layout import FORMAT_VERSION
+from nearkin_service.store.reserve import verified_reserve
 from nearkin_service.values import EmbeddingsState, Generation, PushSpec
 
 SOUND, NOTE, DAMAGED = "sound", "note", "damaged"
@@ -66,6 +67,13 @@ def _generation(path: Path, run: str) -> tuple[str, str]:
         return DAMAGED, str(error)
     if state is EmbeddingsState.LOST:
         return DAMAGED, "the table is sound; the embeddings were lost before"
+    if state is not EmbeddingsState.DROPPED:
+        try:
+            verified_reserve(path, generation)
+        except FileNotFoundError:
+            pass  # as after a snapshot, which does not carry it
+        except (DataLossError, OSError) as error:
+            return NOTE, f"{error}; updates from this generation take longer, nothing else does"
     return SOUND, f"epoch {generation.epoch}, {generation.spec.num_classes} classes, embeddings {state}"
 
 
