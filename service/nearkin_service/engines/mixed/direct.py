@@ -19,8 +19,8 @@ from nearkin_service.engines.canonical import doubtful_distance, unpack
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.mixed.panels import product_error
-from nearkin_service.engines.mixed.ranking import STEP, best_of_products
+from nearkin_service.engines.mixed.panels import ONE_BY_ONE, product_error, settled
+from nearkin_service.engines.mixed.ranking import best_of_products
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
@@ -28,7 +28,6 @@ from nearkin_service.engines.workers import in_threads, worker_count
 _PART = 8192  # elements of a key between two looks at the monitor
 _FEW = 1 / 16  # of all classes: for fewer neighbours it pays to score them again
 _SHARED = 1 << 17  # products: sharing the work of fewer among threads costs more than it saves
-_ONE_BY_ONE = 32
 
 Floats = TypeVar("Floats", np.float32, np.float64)
 
@@ -71,27 +70,15 @@ def _self_join(
 
     in_threads(choose, range(0, count, max(1, step)), lambda begun: pace.done(begun * step))
     redo = np.flatnonzero(doubtful)
-    if len(redo) <= _ONE_BY_ONE:
+    if len(redo) <= ONE_BY_ONE:
         for row in redo:
-            ids[present[row]], scores[present[row]] = _settled(keys_MD, int(row), present, k, monitor)
+            ranks_k = settled(Queries(keys_MD[[row]], np.array([row])), keys_MD, k, monitor)
+            ids[present[row]], scores[present[row]] = unpack(ranks_k, present)
     else:
         ranks = exact_ranks(Queries(keys_MD[redo], redo), keys_MD, k, monitor)
         ids[present[redo]], scores[present[redo]] = unpack(ranks, present)
     pace.done(count)
     return len(redo)
-
-
-def _settled(
-    keys_MD: NDArray[np.float32], row: int, present: NDArray[np.int64], k: int, monitor: BuildMonitor
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """One row, its scores rounded without error; only what can be among its k best is looked at."""
-    near = keys_MD @ keys_MD[row]
-    near[row] = -4
-    kth = np.partition(near, -min(k, len(near)))[-min(k, len(near))]
-    reach = 2 * product_error(keys_MD.shape[1]) + STEP
-    places = np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))
-    ranks = exact_ranks(Queries(keys_MD[row : row + 1], np.array([-1])), keys_MD[places], k, monitor)
-    return unpack(ranks[0], present[places])
 
 
 def _products(keys_MD: NDArray[Floats], monitor: BuildMonitor) -> NDArray[Floats]:

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
-from nearkin_service.engines.mixed.ranking import best_of_panel
+from nearkin_service.engines.mixed.ranking import STEP, best_of_panel
+from nearkin_service.engines.mixed.scan import multiply, summed_at_most
 from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.workers import in_threads, worker_count
 
+ONE_BY_ONE = 32
+"""So few rows are better settled one after the other than against all keys."""
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
 _PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
 
@@ -51,22 +54,48 @@ def search_in_panels(
     shared = math.ceil(len(queries.own) / worker_count())
     rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size, shared))
     names_M = np.arange(count) if names_M is None else names_M
-    task = keys_MD, names_M, product_error(size), 0.5 - doubtful_distance(size)
+    task = keys_MD, names_M, product_error(summed_at_most(size)), 0.5 - doubtful_distance(size)
 
     def search(first: int) -> None:
         if not hasattr(local, "panel"):
             one_thread()
-            local.panel = torch.empty((rows, count))
+            local.panel, local.part = torch.empty((rows, count)), torch.empty((rows, count))
         some = slice(first, first + rows)
         queries_QD = np.ascontiguousarray(queries.keys[some])
-        products = torch.mm(torch.from_numpy(queries_QD), keys.T, out=local.panel[: len(queries_QD)])
+        multiply(torch.from_numpy(queries_QD), keys, local.panel, local.part)
         asked = queries_QD, queries.own[some]
-        best_of_panel(products.numpy(), asked, task, ranks_Qk[some], doubtful[some])
+        products_QM = local.panel[: len(queries_QD)].numpy()
+        best_of_panel(products_QM, asked, task, ranks_Qk[some], doubtful[some])
 
     with torch_alone():
         in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
     redo = np.flatnonzero(doubtful)
-    if len(redo):
+    if len(redo) > ONE_BY_ONE:
         remaining = Queries(queries.keys[redo], queries.own[redo])
         ranks_Qk[redo] = exact_ranks(remaining, keys_MD, k, monitor, names_M)
+    else:
+        for query in redo:
+            one = Queries(queries.keys[query][None], queries.own[query][None])
+            ranks_Qk[query] = settled(one, keys_MD, k, monitor, names_M)
     return ranks_Qk, len(redo)
+
+
+def settled(
+    query: Queries,
+    keys_MD: NDArray[np.float32],
+    k: int,
+    monitor: BuildMonitor,
+    names_M: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """Ranks int64 [k] of one query, rounded without error; only what can be among its k best is looked at."""
+    own = query.own[0]
+    near = keys_MD @ query.keys[0]
+    if own >= 0:
+        near[own] = -4
+    kth = np.partition(near, -min(k, len(near)))[-min(k, len(near))]
+    reach = 2 * product_error(keys_MD.shape[1]) + STEP
+    places = np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))
+    names = places if names_M is None else names_M[places]
+    one = Queries(query.keys, np.array([-1]))
+    ranks_1k = exact_ranks(one, keys_MD[places], k, monitor, names)
+    return np.asarray(ranks_1k[0])

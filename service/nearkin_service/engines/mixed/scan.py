@@ -176,7 +176,7 @@ class _Tiles:
             if upper == left:
                 self._multiply_by_strips(rows, product, part)
             else:
-                self._multiply(rows, columns, product, part)
+                multiply(rows, columns, product, part)
             used.copy_(product)
         else:
             torch.mm(rows, columns.T, out=used)
@@ -187,19 +187,22 @@ class _Tiles:
         """Products of rows with themselves: the lower half is the upper one's mirror image."""
         for top in range(0, len(rows), _STRIP):
             end = top + _STRIP
-            self._multiply(rows[top:end], rows[top:], product[top:, top:], part[top:, top:])
+            multiply(rows[top:end], rows[top:], product[top:, top:], part[top:, top:])
             product[end:, top:end] = product[top:end, end:].T
 
-    @staticmethod
-    def _multiply(rows: Any, columns: Any, product: Any, part: Any) -> None:
-        """All pairs' products, part by part of the elements, into the upper rows of `product`."""
-        import torch
 
-        product, part = product[: len(rows)], part[: len(rows)]
-        torch.mm(rows[:, :_SUMMED], columns[:, :_SUMMED].T, out=product)
-        for start in range(_SUMMED, rows.shape[1], _SUMMED):
-            some = slice(start, start + _SUMMED)
-            product += torch.mm(rows[:, some], columns[:, some].T, out=part)
+def multiply(rows: Any, columns: Any, product: Any, part: Any) -> None:
+    """All pairs' products, part by part of the elements, into the upper rows of `product`.
+
+    Each sees at most `summed_at_most` roundings; `part` is room for another product like this one.
+    """
+    import torch
+
+    product, part = product[: len(rows)], part[: len(rows)]
+    torch.mm(rows[:, :_SUMMED], columns[:, :_SUMMED].T, out=product)
+    for start in range(_SUMMED, rows.shape[1], _SUMMED):
+        some = slice(start, start + _SUMMED)
+        product += torch.mm(rows[:, some], columns[:, some].T, out=part)
 
 
 @dataclass(frozen=True, slots=True)
