@@ -16,6 +16,7 @@ from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
 from nearkin_service.engines.mixed.panels import search_in_panels
+from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at
 from nearkin_service.engines.mixed.scan import scan, tile_keys
 from nearkin_service.engines.mixed.simd import WIDTH
@@ -48,7 +49,7 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) ->
     """The exact neighbour table of any number of classes: in panels, or by scanning."""
     began = time.monotonic()
     present = source.present()
-    keys_MD = np.empty((len(present), source.key_size), np.float32)
+    keys_MD = aligned((len(present), source.key_size), np.float32)
     fill_keys(keys_MD, source, present, monitor)
     keyed = time.monotonic()
     join = in_panels if short_enough(len(present), source.key_size, k) else mixed_self_join

@@ -11,7 +11,7 @@ import numpy as np
 from numba import uint32
 
 from nearkin_service.engines.mixed.compiling import compiled
-from nearkin_service.engines.mixed.kernels import add_products
+from nearkin_service.engines.mixed.products import add_products
 from nearkin_service.engines.mixed.simd import WIDTH, count_bits, first_bit, reaching
 
 STEP = 2.0**-22  # more than one step of a score, and than rounding it to float32
@@ -101,7 +101,7 @@ def rank_products(products: Any, own: Any, task: Any, scratch: Any) -> Any:
     found = collect(values, least, places)
     if error > 0:
         exact[:found] = 0.0
-        add_products(query, keys_MD, places[:found], 0, exact[:found])
+        add_products(query, keys_MD.reshape(-1), places, (0, found), exact)
     else:
         for candidate in range(found):
             exact[candidate] = products[places[candidate]]

@@ -25,22 +25,21 @@ from nearkin_service.engines.mixed.kernels import (
     ROUNDING,
     UNKNOWN,
     Sieve,
-    add_part_products,
     deliver,
     known_ranks,
     kth_known,
     list_pairs,
-    pack_part,
     pack_rows,
-    pair_products,
     unpack_rows,
 )
+from nearkin_service.engines.mixed.products import add_pair_products, aligned, pack_part
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _WIDE = 2048
-_PART_BYTES = 1 << 22  # of all keys: near enough to the size of a core's own cache
+_PART_BYTES = 1 << 23  # of all keys: what a core's share of the cache holds
+_FEW_PAIRS = 4
 _PART_ELEMENTS, _LEAST_PART = 512, 64
 _ERROR_32 = math.ceil(1.02 * (_PART_ELEMENTS + 2)) + 2
 """Steps by which a float32 score can be off: a part, summed in any order, by 2**-24 per element of its share
@@ -106,14 +105,18 @@ class Reranking:
             return
 
         def score_rows(first: int, last: int) -> None:
-            queries_GD = self._keys_MD[first:last]
-            starts, others = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
-            products = np.empty(len(others))
-            pair_products(self._keys_MD, queries_GD, (starts, others), products)
-            steps = self._exact_steps(first, (starts, others), products)
-            deliver(first, (starts, others), steps, self._sieve, self._exact_MW)
+            pairs = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
+            steps = self._exact_steps(first, pairs, self._products(first, pairs))
+            deliver(first, pairs, steps, self._sieve, self._exact_MW)
 
         self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
+
+    def _products(self, first: int, pairs: Pairs) -> NDArray[np.float64]:
+        """Inner products, one whole key after the other."""
+        products = np.zeros(len(pairs[1]))
+        query_D = aligned((self._keys_MD.shape[1],), np.float64)
+        add_pair_products(self._keys_MD, first, pairs, query_D, products)
+        return products
 
     def _exact_steps(self, first: int, pairs: Pairs, products: NDArray[np.float64]) -> NDArray[np.int64]:
         """The canonical steps of pairs of the rows from `first` on, from their products in float64."""
@@ -137,7 +140,8 @@ class Reranking:
         for first in range(0, count, _WIDE_GROUP_ROWS):
             last = min(count, first + _WIDE_GROUP_ROWS)
             pairs = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
-            products = self._products_in_parts(first, pairs, dtype)
+            few = _FEW_PAIRS * len(pairs[1]) < count  # not worth reading all keys for
+            products = self._products(first, pairs) if few else self._products_in_parts(first, pairs, dtype)
             exact = dtype == np.float64
             steps = self._exact_steps(first, pairs, products) if exact else in_steps(products)
             deliver(first, pairs, steps, self._sieve, scores_MW)
@@ -150,10 +154,10 @@ class Reranking:
         width = min(_PART_ELEMENTS, max(_LEAST_PART, _PART_BYTES // (4 * count) // WIDTH * WIDTH))
 
         def add(left: int) -> None:
-            packed_ME = np.empty((count, min(width, size - left)), np.float32)
+            packed_ME = aligned((count, min(width, size - left)), np.float32)
             pack_part(self._keys_MD, left, packed_ME)
-            products, query_E = np.zeros(len(sums)), np.empty(packed_ME.shape[1], dtype)
-            add_part_products(packed_ME, first, pairs, query_E, products)
+            products, query_E = np.zeros(len(sums)), aligned((packed_ME.shape[1],), dtype)
+            add_pair_products(packed_ME, first, pairs, query_E, products)
             with adding:
                 np.add(sums, products, out=sums)
 
