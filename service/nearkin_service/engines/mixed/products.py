@@ -22,7 +22,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return np.asarray(memory[start : start + size].view(dtype).reshape(shape))
 
 
 @compiled_loosely
