@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
-from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, HAS_BF16, LANES, PROCESSOR
+from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, LANES, PROCESSOR
 from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare, prepare_bf16
 from nearkin_trainer.matching.cpu.maxima import Found, forward, forward_bf16
 from nearkin_trainer.matching.cpu.memory import blocks
@@ -31,8 +31,8 @@ from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
-# Intel's vector units multiply bfloat16 at half the rate of float32, AMD's (Zen 4 and later) at twice.
-BFLOAT16 = HAS_BF16 and PROCESSOR.startswith("znver")
+# Nowhere yet was a step faster with bfloat16 products, also where the products alone are: see MATCHING.md.
+BFLOAT16: bool = False
 DETAIL = f", products in {'bfloat16, then float32' if BFLOAT16 else 'float32'} ({PROCESSOR})"
 
 
