@@ -153,6 +153,7 @@ class Builds:
         monitor = _Monitor(self._core, push)
         self._running[push.push_id] = monitor
         parent = parent_of(self._core.catalogue.run(push.spec.run), push.spec)
+        self._core.spawn(self._flush_ahead(push))
         try:
             table = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._build_table, push, parent, monitor
@@ -286,6 +287,11 @@ class Builds:
     async def _tidy(self, run: Run, generation: Generation) -> None:
         await self.sweep(run, generation)
         await self.flush(generation)
+
+    async def _flush_ahead(self, push: Push) -> None:
+        """Has the disk write the rows while the table is built, not while those of the next epoch come."""
+        with suppress(OSError):  # the push has ended
+            await self._core.background(self._core.directory.flush_rows, push.spec.run, push.push_id)
 
     async def flush(self, generation: Generation) -> None:
         """Waits for the disk to have the embeddings, and says so."""

@@ -17,7 +17,7 @@ from nearkin_service.errors import DataLossError, LimitExceededError, NotFoundEr
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import push_files
-from nearkin_service.store.atomic import fsync_directory, read_document, write_document
+from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
@@ -190,6 +190,10 @@ class DataDirectory:
 
     def open_push(self, spec: PushSpec, push_id: str) -> PushFiles:
         return PushFiles(self._layout.push(spec.run, push_id), spec)
+
+    def flush_rows(self, run: str, push_id: str) -> None:
+        """Waits until the disk has the rows that a push has so far. FileNotFoundError: it has ended."""
+        fsync_file(self.rows_path(run, push_id))
 
     def finish_push(self, run: str, push_id: str, state: PushState, error: str) -> None:
         push_files.finish(self._layout.push(run, push_id), state, error, self._spares)

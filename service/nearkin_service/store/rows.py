@@ -196,9 +196,6 @@ class RowsFile:
         shape = (self._spec.num_classes, self._spec.row_elements)
         return mapped(self.path, self._spec.numpy_dtype, shape)
 
-    def flush(self) -> None:
-        os.fsync(self._descriptor)
-
     def close(self) -> None:
         self._seen = None
         os.close(self._descriptor)
