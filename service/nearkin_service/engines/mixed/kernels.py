@@ -209,22 +209,18 @@ def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> No
 
 
 @compiled
-def pack_rows(span: Any, k: Any, sieve: Any, kth: Any, packed_GW: Any) -> Any:
-    """Prune a range of sieves a last time, note each one's k-th product, and pack its entries, id first.
+def pack_rows(span: Any, k: Any, sieve: Any, packed_GW: Any) -> Any:
+    """Prune a range of sieves a last time, and pack their entries, id first.
 
     What is left of `packed_GW` stays as it was. Returns the largest number of entries.
     """
     fine, ids, counts = sieve.fine, sieve.ids, sieve.counts
-    most, ordered = 0, np.empty(fine.shape[1], np.float32)
+    most = 0
     for row in range(span[0], span[1]):
         prune(row, k, sieve)
-        count = counts[row]
-        most = max(most, count)
-        ordered[:count] = fine[row, :count]
-        ordered[:count].sort()
-        kth[row] = ordered[count - k] if count >= k else 0
+        most = max(most, counts[row])
         packed_G = packed_GW[row - span[0]]
-        for place in range(count):
+        for place in range(counts[row]):
             packed_G[place] = np.int64(ids[row, place]) << 32 | np.int64(
                 np.float32(fine[row, place]).view(np.int32)
             )
@@ -301,20 +297,6 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) ->
             cursors[other] = low
             if low < counts[other] and ids[other, low] == row:
                 done_MW[other, low] = steps[pair]
-
-
-@compiled
-def kth_known(span: Any, k: Any, sieve: Any, exact_MW: Any, kth: Any) -> None:
-    """The k-th best of each row's exact scores in steps; `UNKNOWN` if fewer are known."""
-    ordered = np.empty(exact_MW.shape[1], np.int32)
-    for row in range(span[0], span[1]):
-        known = 0
-        for place in range(sieve.counts[row]):
-            if exact_MW[row, place] != UNKNOWN:
-                ordered[known] = exact_MW[row, place]
-                known += 1
-        ordered[:known].sort()
-        kth[row] = ordered[known - k] if known >= k else UNKNOWN
 
 
 @compiled

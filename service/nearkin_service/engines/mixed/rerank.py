@@ -27,7 +27,6 @@ from nearkin_service.engines.mixed.kernels import (
     Sieve,
     deliver,
     known_ranks,
-    kth_known,
     list_pairs,
     pack_rows,
     unpack_rows,
@@ -86,17 +85,22 @@ class Reranking:
     def _score_rivals(self) -> None:
         """Exact scores of whatever may still beat the k best that were scored."""
         kth = np.empty(len(self._keys_MD), np.int32)
-        self._each_group(
-            lambda first, last: kth_known((first, last), self._k, self._sieve, self._exact_MW, kth)
-        )
+
+        def find(first: int, last: int) -> None:
+            kth[first:last] = _kth_largest(self._exact_MW[first:last], self._k, UNKNOWN)
+
+        self._each_group(find)
         rivals = self._sieve.fine, self._least_rivals(kth)
         self._score(self._screened(rivals, kth) if self._wide else rivals, "rerank rivals")
 
     def _put_in_order(self, first: int, last: int, likely: NDArray[np.float32]) -> None:
         """A range of sieves by ascending id; `likely` becomes the k-th product of each."""
         packed_GW = np.full((last - first, int(self._sieve.counts[first:last].max(initial=0))), EMPTY)
-        most = pack_rows((first, last), self._k, self._sieve, likely, packed_GW)
-        unpack_rows((first, last), np.sort(packed_GW[:, :most], axis=1), self._sieve)
+        most = pack_rows((first, last), self._k, self._sieve, packed_GW)
+        packed_GW = packed_GW[:, :most]
+        bits_GW = packed_GW.astype(np.int32)  # of the products, which are positive; -1 where there is none
+        likely[first:last] = np.maximum(_kth_largest(bits_GW, self._k, np.int32(-1)), 0).view(np.float32)
+        unpack_rows((first, last), np.sort(packed_GW, axis=1), self._sieve)
 
     def _score(self, wanted: Wanted, stage: str) -> None:
         """Exact scores of the pairs that are wanted."""
@@ -189,6 +193,14 @@ class Reranking:
         """The greatest score of what a sieve may have dropped: its limit's, or any if it was closed."""
         limits = self._sieve.limits[: len(self._keys_MD)]
         return np.where(limits == CLOSED, np.inf, as_scores(limits) * (1 + ROUNDING) + self._errors)
+
+
+def _kth_largest(values_GW: NDArray[np.int32], k: int, none: np.int32) -> NDArray[np.int32]:
+    """Of each row; `none` if there are fewer."""
+    rows, width = values_GW.shape
+    if width < k:
+        return np.full(rows, none, np.int32)
+    return np.partition(values_GW, width - k, axis=1)[:, width - k]
 
 
 def cut_at(reach_M: NDArray[np.float64], ranks_Mk: NDArray[np.int64]) -> NDArray[np.int64]:
