@@ -35,17 +35,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the CPU backend multiplies in, whichever this processor is faster at."""
-    from nearkin_trainer.matching.cpu import backend, instructions
-
-    if request.param == "bfloat16" and not instructions.HAS_BF16:
-        pytest.skip("this processor does not multiply bfloat16")
-    monkeypatch.setattr(backend, "BFLOAT16", request.param == "bfloat16")
-    return str(request.param)
-
-
 def answer(case: Case, backend: str, **options: bool) -> Answer:
     inputs = {name: value.detach().clone().requires_grad_() for name, value in case.inputs().items()}
     maxima = location_maxima(candidates=case.candidates, backend=backend, **inputs, **options)  # type: ignore[arg-type]
@@ -88,20 +77,6 @@ def test_a_gradient_that_cancels_altogether(backend: str) -> None:
     # A map of one channel has no direction but its sign: all that many maxima add up is taken off again.
     case = random_case((1, 24, 8), (11, 9), (5, 5, 2), visible=True, seed=5280)
     assert_as_good_as_plain(case, backend)
-
-
-@pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("visible", [False, True], ids=["all visible", "visibility"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_either_product_measures_in_float32(shape: str, visible: bool) -> None:
-    assert_as_good_as_plain(random_case(*SHAPES[shape], visible=visible, seed=1), "cpu")
-
-
-@pytest.mark.usefixtures("products")
-def test_either_product_takes_the_first_of_equal_locations_and_lets_nan_win() -> None:
-    test_equal_locations_have_equal_sims_wherever_they_lie("cpu", (7, 7))
-    test_nan_spreads_to_what_it_touches_and_no_further("cpu", torch.nan)
-    test_maxima_that_bfloat16_cannot_tell_apart("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -271,18 +246,16 @@ def test_plain_gradients_by_finite_differences() -> None:
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
     from nearkin_trainer.matching import operation
-    from nearkin_trainer.matching.cpu.backend import BFLOAT16
     from nearkin_trainer.matching.cpu.instructions import PROCESSOR
 
     operation._log_once.cache_clear()
-    products = "bfloat16, then float32" if BFLOAT16 else "float32"
     case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
     with caplog.at_level(logging.INFO, logger="nearkin"):
         location_maxima(case.probes, case.classes, case.candidates)
         location_maxima(case.probes.double(), case.classes.double(), case.candidates)
         location_maxima(case.probes, case.classes, case.candidates)
     assert [record.getMessage() for record in caplog.records] == [
-        f"location_maxima: backend cpu (tensors are on cpu, products in {products} ({PROCESSOR}))",
+        f"location_maxima: backend cpu (tensors are on cpu, products in float32 ({PROCESSOR}))",
         "location_maxima: backend plain ('cpu' computes in float32, not in float64)",
     ]
 

@@ -23,21 +23,19 @@ from torch.autograd.function import once_differentiable
 
 from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
 from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, LANES, PROCESSOR
-from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare, prepare_bf16
-from nearkin_trainer.matching.cpu.maxima import Found, forward, forward_bf16
+from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare
+from nearkin_trainer.matching.cpu.maxima import Found, forward
 from nearkin_trainer.matching.cpu.memory import blocks
 from nearkin_trainer.matching.request import Request
 from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
-# Nowhere yet was a step faster with bfloat16 products, also where the products alone are: see MATCHING.md.
-BFLOAT16: bool = False
-DETAIL = f", products in {'bfloat16, then float32' if BFLOAT16 else 'float32'} ({PROCESSOR})"
+DETAIL = f", products in float32 ({PROCESSOR})"
 
 
 def location_maxima_cpu(request: Request) -> Tensor:
-    """Maxima [B, M, P + Q] float32, of float32 products whatever the processor multiplies in."""
+    """Maxima [B, M, P + Q] float32, of float32 products."""
     reason = unsupported(request)
     if reason:
         raise ValueError(f"backend 'cpu' {reason}; use backend 'plain'")
@@ -155,19 +153,17 @@ def _prepare(plan: Plan, maps: Table, class_locations: int) -> Probes:
     columns = -(-locations // LANES) * LANES
     rest = locations % LANES
     # A few locations cost less by themselves, along the class's locations, than in one more vector.
-    if not BFLOAT16 and 0 < rest <= FEW_ROWS and min(locations, class_locations) >= LANES:
+    if 0 < rest <= FEW_ROWS and min(locations, class_locations) >= LANES:
         columns = locations - rest
-    steps, dtype = (-(-channels // 2), np.uint32) if BFLOAT16 else (channels, np.float32)
     laid_out = Probes(
-        _lines(count, steps, columns).view(dtype),
-        np.empty((count, steps, max(locations - columns, 0)), np.float32),
+        _lines(count, channels, columns),
+        np.empty((count, channels, max(locations - columns, 0)), np.float32),
         _lines(-(-channels // BLOCK), count, locations, BLOCK),
         np.empty((count, locations), np.float32),
         np.empty((count, locations), np.float32),
         np.empty(count, np.float32),
     )
-    loop = prepare_bf16 if BFLOAT16 else prepare
-    plan.probes(lambda _, first, last: loop(first, last, maps, laid_out))
+    plan.probes(lambda _, first, last: prepare(first, last, maps, laid_out))
     return laid_out
 
 
@@ -182,8 +178,7 @@ def _forward(plan: Plan, table: Table, probes: Probes) -> Found:
         np.empty((len(plan.pairs.ids), locations), np.float32),
     )
     found.maxima[:] = 0  # which those of masked candidates stay
-    loop = forward_bf16 if BFLOAT16 else forward
-    plan.classes(lambda _, first, last: loop(first, last, table, plan.pairs, probes, found))
+    plan.classes(lambda _, first, last: forward(first, last, table, plan.pairs, probes, found))
     return found
 
 

@@ -7,7 +7,6 @@ All take addresses in bytes. Lanes are 16 float32 wide; LLVM splits them where r
 product_tile      products of a few rows with a few vectors of columns, accumulated in registers
 square_sums       the squared lengths of up to 64 columns
 row_maximum       the maximum of a row of sims and its place, while those of the columns are kept up
-hits              which of 16 approximate sims may be the true maximum of their row or column
 exchange          the gradient of one sim, to both its locations
 take_16, give_16  a 16 × 16 block of float32, transposed, on its way into and out of those gradients
 stream            write a line that nobody will read soon
@@ -31,25 +30,9 @@ F32, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntTy
 F32x16, I32x16 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no class for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-BF16x32 = ir.VectorType(_BFloat(), 2 * LANES)
-
 # What Numba compiles for, which is also what its cache is keyed by.
 _, PROCESSOR, _features = cpu_target.target_context.codegen().magic_tuple()
 _FEATURES = _features.split(",")
-HAS_BF16 = "+avx512bf16" in _FEATURES
 HAS_AVX512 = "+avx512f" in _FEATURES
 # Accumulators must fit the registers: 32 of 16 lanes with AVX-512, else 16 of 8 lanes.
 ROWS = 8 if HAS_AVX512 else 6
@@ -78,15 +61,9 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
-def _multiply_add(builder: Any, left: Any, right: Any, total: Any, bf16: bool) -> Any:
-    """Total + left · right; in bfloat16 each lane holds a pair of channels."""
-    if bf16:
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        operands = [total, builder.bitcast(left, BF16x32), builder.bitcast(right, BF16x32)]
-    else:
-        name, operands = "llvm.fma.v16f32", [left, right, total]
-    function = _declared(builder, name, F32x16, [operand.type for operand in operands])
-    return builder.call(function, operands)
+def _multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    function = _declared(builder, "llvm.fma.v16f32", F32x16, [F32x16] * 3)
+    return builder.call(function, [left, right, total])
 
 
 def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -134,9 +111,9 @@ class _Columns:
             _store(self._builder, value, self._builder.add(address, offset), 0)
 
 
-def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
+def _tile_function(module: Any, rows: int, vectors: int) -> Any:
     """void(a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace)."""
-    name = f"nearkin_tile_{'bf16' if bf16 else 'f32'}_{rows}x{vectors}"
+    name = f"nearkin_tile_{rows}x{vectors}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), name)
@@ -144,7 +121,6 @@ def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
     function.attributes.add("noinline")
     a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace = function.args
     entry, loop, end = (function.append_basic_block(part) for part in ("entry", "loop", "end"))
-    lane, vector = (I32, I32x16) if bf16 else (F32, F32x16)
     ir.IRBuilder(entry).branch(loop)
 
     builder = ir.IRBuilder(loop)
@@ -156,12 +132,12 @@ def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
         value.add_incoming(start, entry)
         value.add_incoming(builder.add(value, stride), loop)
     _fetch(builder, next_line)
-    values = columns.load(b_row, vector)
+    values = columns.load(b_row, F32x16)
     for row, row_sums in enumerate(sums):
-        one = _splat(builder, _load(builder, a_row, 4 * row, lane), vector)
+        one = _splat(builder, _load(builder, a_row, 4 * row, F32), F32x16)
         for total, value in zip(row_sums, values, strict=True):
             total.add_incoming(ir.Constant(F32x16, [0.0] * LANES), entry)
-            total.add_incoming(_multiply_add(builder, one, value, total, bf16), loop)
+            total.add_incoming(_multiply_add(builder, one, value, total), loop)
     builder.cbranch(builder.icmp_signed("<", step.incomings[1][0], steps), loop, end)
 
     builder.position_at_end(end)
@@ -172,45 +148,40 @@ def _tile_function(module: Any, rows: int, vectors: int, bf16: bool) -> Any:
     return function
 
 
-def _product_tile(bf16: bool) -> Any:
-    def product_tile(
-        typing: Any,
-        rows: Any,
-        vectors: Any,
-        a: Any,
-        a_stride: Any,
-        b: Any,
-        b_stride: Any,
-        last: Any,
-        steps: Any,
-        out: Any,
-        out_stride: Any,
-        ahead: Any,
-        pace: Any,
-    ) -> Any:
-        def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            rows, vectors, *rest = values
-            chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
-            functions = {
-                8 * r + v: _tile_function(builder.module, r, v, bf16)
-                for r in range(1, ROWS + 1)
-                for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1)
-            }
-            return _call_one(builder, chosen, functions, rest)
-
-        return types.int64(*[types.int64] * 12), codegen
-
-    product_tile.__doc__ = """out[r, column] = sum over steps of a[step, r] · b[step, column].
+@intrinsic
+def product_tile(
+    typing: Any,
+    rows: Any,
+    vectors: Any,
+    a: Any,
+    a_stride: Any,
+    b: Any,
+    b_stride: Any,
+    last: Any,
+    steps: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+    pace: Any,
+) -> Any:
+    """out[r, column] = sum over steps of a[step, r] · b[step, column].
 
     rows ≤ ROWS and vectors ≤ MOST_VECTORS, or rows ≤ FEW_ROWS and vectors ≤ FEW_VECTORS. The last vector
-    lies `last` bytes from the first. A step is a float32, or two bfloat16. Each sum runs through the steps
-    in order, so that equal locations have equal sims. From `ahead` on, memory is fetched that will be read
-    soon, `pace` bytes at each step.
+    lies `last` bytes from the first. Each sum runs through the steps in order, so that equal locations have
+    equal sims. From `ahead` on, memory is fetched that will be read soon, `pace` bytes at each step.
     """
-    return intrinsic(product_tile)
 
+    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        rows, vectors, *rest = values
+        chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
+        functions = {
+            8 * r + v: _tile_function(builder.module, r, v)
+            for r in range(1, ROWS + 1)
+            for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1)
+        }
+        return _call_one(builder, chosen, functions, rest)
 
-product_tile, product_tile_bf16 = _product_tile(False), _product_tile(True)
+    return types.int64(*[types.int64] * 12), codegen
 
 
 @intrinsic
@@ -242,7 +213,7 @@ def _squares_function(module: Any, vectors: int) -> Any:
     def add(step: Any, sums: list[Any]) -> None:
         address = builder.add(a, builder.mul(step, stride))
         for value, total in zip(columns.load(address, F32x16), sums, strict=True):
-            builder.store(_multiply_add(builder, value, value, builder.load(total), False), total)
+            builder.store(_multiply_add(builder, value, value, builder.load(total)), total)
 
     with cgutils.for_range(builder, builder.lshr(steps, ir.Constant(I64, 1))) as loop:
         even = builder.shl(loop.index, ir.Constant(I64, 1))
@@ -331,20 +302,6 @@ def row_maximum(
 
 
 @intrinsic
-def hits(typing: Any, sims: Any, scale: Any, column_bounds: Any, row_bound: Any) -> Any:
-    """Bits of the lanes where scale · sims ≥ row_bound or scale · sims ≥ column_bounds."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        sims, scale, column_bounds, row_bound = values
-        found = builder.fmul(_load(builder, sims, 0, F32x16), _splat(builder, scale, F32x16))
-        over_column = builder.fcmp_ordered(">=", found, _load(builder, column_bounds, 0, F32x16))
-        over_row = builder.fcmp_ordered(">=", found, _splat(builder, row_bound, F32x16))
-        return builder.zext(builder.bitcast(builder.or_(over_column, over_row), I16), I64)
-
-    return types.int64(types.int64, types.float32, types.int64, types.float32), codegen
-
-
-@intrinsic
 def exchange(typing: Any, weight: Any, a: Any, b: Any, a_gradient: Any, b_gradient: Any) -> Any:
     """b_gradient += weight · a and a_gradient += weight · b, each of BLOCK float32."""
 
@@ -355,7 +312,7 @@ def exchange(typing: Any, weight: Any, a: Any, b: Any, a_gradient: Any, b_gradie
             for source, target in ((a, b_gradient), (b, a_gradient)):
                 value = _load(builder, source, offset, F32x16)
                 total = _load(builder, target, offset, F32x16)
-                _store(builder, _multiply_add(builder, weights, value, total, False), target, offset)
+                _store(builder, _multiply_add(builder, weights, value, total), target, offset)
         return ir.Constant(I64, 0)
 
     return types.int64(types.float32, *[types.int64] * 4), codegen
@@ -383,26 +340,6 @@ def fetch(typing: Any, address: Any) -> Any:
         return ir.Constant(I64, 0)
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic
-def lowest_bit(typing: Any, bits: Any) -> Any:
-    """Position of the lowest set bit; `bits` must not be 0."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def float_bits(typing: Any, value: Any) -> Any:
-    """The 32 bits of a float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], I32)
-
-    return types.uint32(types.float32), codegen
 
 
 @intrinsic
@@ -445,7 +382,7 @@ def give_16(
             scale = _splat(builder, _load(builder, scales, 4 * row, F32), F32x16)
             parallel = _splat(builder, builder.fneg(_load(builder, parallels, 4 * row, F32)), F32x16)
             across = builder.fmul(scale, _load(builder, gradient, 0, F32x16))
-            rows.append(_multiply_add(builder, parallel, _load(builder, location, 0, F32x16), across, False))
+            rows.append(_multiply_add(builder, parallel, _load(builder, location, 0, F32x16), across))
         _store_transposed(builder, rows, target, target_stride)
         return ir.Constant(I64, 0)
 

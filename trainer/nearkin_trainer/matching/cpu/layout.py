@@ -18,11 +18,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, float_bits, square_sums, take_16
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, square_sums, take_16
 
 EPSILON = np.float32(1e-12)
 Floats = NDArray[np.float32]
-Bits = NDArray[np.uint32]
 Places = NDArray[np.int16]
 Ids = NDArray[np.int64]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -66,13 +65,13 @@ class Table(NamedTuple):
 class Probes(NamedTuple):
     """Every probe, laid out by `prepare`. A unit is a location times its scale.
 
-    panels: [B, C, columns] float32, or [B, C / 2, columns] pairs of bfloat16; whole vectors of columns.
+    panels: [B, C, columns], whole vectors of columns.
     rest: [B, C, P − columns], the few locations that would leave most of another vector empty.
     units: [K, B, P, 32]. scales: [B, P], visibility / length. lengths: [B, P].
     tops: [B], the top |visibility|, or NaN where something is not finite.
     """
 
-    panels: NDArray[Any]
+    panels: Floats
     rest: Floats
     units: Floats
     scales: Floats
@@ -142,18 +141,6 @@ def measure(row: Floats, visibility: Floats, scales: Floats, lengths: Floats) ->
 
 
 @compiled
-def rounded(value: np.float32) -> np.uint32:
-    """The bits of a float32 after rounding it to bfloat16, ties to even, in the upper half."""
-    bits: np.uint32 = float_bits(value)
-    return bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-
-
-@compiled
-def pair_of_bfloat16(even: np.float32, odd: np.float32) -> np.uint32:
-    return (rounded(even) >> np.uint32(16)) | (rounded(odd) & np.uint32(0xFFFF0000))
-
-
-@compiled
 def block_of(row: Floats, block: int, scales: Floats, target: Floats) -> None:
     """target[Q, 32] = scales · 32 channels of a map [C, Q], zeros beyond the last channel."""
     first, locations = block * BLOCK, row.shape[1]
@@ -187,7 +174,7 @@ def whole_tiles(channels: int, locations: int) -> int:
 
 @compiled
 def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
-    """Lay out the probes first to last, whose maps and visibilities `table` holds, for float32 products."""
+    """Lay out the probes first to last, whose maps and visibilities `table` holds."""
     columns = probes.panels.shape[2]
     for b in range(first, last):
         row, scales = table.maps[b], probes.scales[b]
@@ -199,21 +186,5 @@ def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
             probes.panels[b, c, whole:] = 0
             for p in range(columns, row.shape[1]):
                 probes.rest[b, c, p - columns] = row[c, p] * scales[p]
-        for block in range(probes.units.shape[0]):
-            block_of(row, block, scales, probes.units[block, b])
-
-
-@compiled
-def prepare_bf16(first: int, last: int, table: Table, probes: Probes) -> None:
-    """As `prepare`, for bfloat16 products."""
-    for b in range(first, last):
-        row, scales, panel = table.maps[b], probes.scales[b], probes.panels[b]
-        probes.tops[b] = measure(row, of(table.visibility, b), scales, probes.lengths[b])
-        for step in range(panel.shape[0]):
-            c = 2 * step
-            for p in range(row.shape[1]):
-                odd = row[c + 1, p] * scales[p] if c + 1 < row.shape[0] else np.float32(0)
-                panel[step, p] = pair_of_bfloat16(row[c, p] * scales[p], odd)
-            panel[step, row.shape[1] :] = 0
         for block in range(probes.units.shape[0]):
             block_of(row, block, scales, probes.units[block, b])

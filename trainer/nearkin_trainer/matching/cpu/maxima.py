@@ -4,10 +4,6 @@
 For each class: read its row once, for the lengths of its locations; for each probe that wants it, sims
 [Q, P] by tiles, and both maxima while the sims are in cache. The lengths multiply the sims, not the row.
 
-Where bfloat16 tiles are used, they serve to *find* the maxima. Rounding moves a sim by at most `BOUND` of its
-largest possible value, so whatever lies within twice that of the best is measured again in float32, and the
-best of these wins: values and places are those of float32 products.
-
 P probe locations, Q class locations, C channels, K blocks of 32 channels.
 """
 
@@ -26,30 +22,21 @@ from nearkin_trainer.matching.cpu.instructions import (
     LINE,
     MOST_VECTORS,
     ROWS,
-    hits,
-    lowest_bit,
     product_tile,
-    product_tile_bf16,
     row_maximum,
 )
 from nearkin_trainer.matching.cpu.layout import (
-    Bits,
     Floats,
     Pairs,
     Places,
     Probes,
     Table,
-    block_of,
     compiled,
     lines,
     measure,
     of,
-    pair_of_bfloat16,
     strict,
 )
-
-# Two factors rounded to 8 bits move a product by at most 2^-8 of |a||b|; float32 sums by far less than 2^-12.
-BOUND = np.float32(2.0**-8 * 1.06)
 
 
 class Found(NamedTuple):
@@ -241,7 +228,7 @@ def _strictly(
 
 @compiled
 def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
-    """Find the maxima for the classes visits[first:last], by float32 products."""
+    """Find the maxima for the classes visits[first:last]."""
     probe_locations, locations = probes.units.shape[2], table.maps.shape[2]
     columns = probes.panels.shape[2]
     room = _room(locations, columns, max(probe_locations - columns, 0))
@@ -261,130 +248,5 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
                     _rest_products(row, probes.rest[b], room.rest)
                     _highest_of_rest(room, scales)
                 _write(room, maxima, where, dots)
-            else:
-                _strictly(row, probes.units[:, b], scales, maxima, where, dots)
-
-
-@compiled
-def _narrow(row: Floats, narrow: Bits) -> None:
-    """A class [C, Q] as pairs of bfloat16 channels [C / 2, Q]."""
-    channels, locations = row.shape
-    for step in range(narrow.shape[0]):
-        c = 2 * step
-        if c + 1 < channels:
-            for q in range(locations):
-                narrow[step, q] = pair_of_bfloat16(row[c, q], row[c + 1, q])
-        else:
-            for q in range(locations):
-                narrow[step, q] = pair_of_bfloat16(row[c, q], np.float32(0))
-
-
-@compiled
-def _products_bf16(narrow: Bits, panel: Bits, sims: Floats, ahead: int) -> None:
-    steps, locations = narrow.shape
-    vectors = panel.shape[1] // LANES
-    height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
-    pace = _pace(8 * narrow.size, steps * _parts(locations, height) * _parts(vectors, width))
-    for first in range(0, vectors, width):
-        some = min(width, vectors - first)
-        for q in range(0, locations, height):
-            product_tile_bf16(
-                min(height, locations - q),
-                some,
-                narrow.ctypes.data + 4 * q,
-                narrow.strides[0],
-                panel.ctypes.data + first * LINE,
-                panel.strides[0],
-                (some - 1) * LINE,
-                steps,
-                sims.ctypes.data + q * sims.strides[0] + first * LINE,
-                sims.strides[0],
-                ahead,
-                pace,
-            )
-            ahead += pace * steps
-
-
-@compiled
-def _dot(a: Floats, b: Floats) -> np.float32:
-    """Of two locations [K, 32]."""
-    total = np.float32(0)
-    for block in range(a.shape[0]):
-        for c in range(BLOCK):
-            total += a[block, c] * b[block, c]
-    return total
-
-
-@compiled
-def _measured(
-    room: Sims,
-    units: Floats,
-    tall: Floats,
-    scales: Floats,
-    slack: np.float32,
-    valid: int,
-    maxima: Floats,
-    where: Places,
-    dots: Floats,
-) -> None:
-    """Exact maxima, of float32 products of what may be one; units, tall: [K, ·, 32]."""
-    probe_locations = units.shape[1]
-    sims, bounds = room.sims, room.column_maxima
-    bounds -= slack
-    maxima[:] = -np.inf
-    where[:] = 0
-    dots[:] = 0
-    for q in range(sims.shape[0]):
-        row_place = probe_locations + q
-        for block in range(0, sims.shape[1], LANES):
-            candidates = hits(
-                sims.ctypes.data + q * sims.strides[0] + block * 4,
-                scales[q],
-                bounds.ctypes.data + block * 4,
-                room.row_maxima[q] - slack,
-            )
-            if block + LANES == sims.shape[1]:
-                candidates &= valid
-            while candidates != 0:
-                p = block + lowest_bit(candidates)
-                candidates &= candidates - 1
-                dot = _dot(units[:, p], tall[:, q])
-                sim = dot * scales[q]
-                if sim > maxima[p]:
-                    maxima[p] = sim
-                    where[p] = q
-                    dots[p] = dot
-                if sim > maxima[row_place]:
-                    maxima[row_place] = sim
-                    where[row_place] = p
-                    dots[row_place] = dot
-
-
-@compiled
-def forward_bf16(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
-    """As `forward`: bfloat16 products find the maxima, float32 measures them."""
-    channels, locations = table.maps.shape[1:]
-    probe_locations, columns = probes.units.shape[2], probes.panels.shape[2]
-    room = _room(locations, columns, 0)
-    valid = _valid(probe_locations, columns)
-    narrow = np.empty(((channels + 1) // 2, locations), np.uint32)
-    tall = np.empty((probes.units.shape[0], locations, BLOCK), np.float32)
-    ones = np.ones(locations, np.float32)
-    for visit in range(first, last):
-        u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
-        row, scales = table.maps[pairs.ids[u]], found.scales[u]
-        ahead = table.maps[pairs.ids[following]].ctypes.data
-        top = measure(row, of(table.visibility, u), scales, found.lengths[u])
-        _narrow(row, narrow)
-        for block in range(tall.shape[0]):
-            block_of(row, block, ones, tall[block])
-        for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
-            b = pair // pairs.candidates
-            maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
-            if np.isfinite(top) and np.isfinite(probes.tops[b]):
-                _products_bf16(narrow, probes.panels[b], room.sims, ahead)
-                _highest(room, scales, valid)
-                slack = np.float32(2) * BOUND * top * probes.tops[b]
-                _measured(room, probes.units[:, b], tall, scales, slack, valid, maxima, where, dots)
             else:
                 _strictly(row, probes.units[:, b], scales, maxima, where, dots)
