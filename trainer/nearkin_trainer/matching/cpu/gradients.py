@@ -61,6 +61,21 @@ class Links(NamedTuple):
     counts: NDArray[np.int32]
 
 
+class Lines(NamedTuple):
+    """Lines of memory to fetch."""
+
+    start: int
+    length: int
+
+
+class Copy(NamedTuple):
+    """Lines of memory to copy."""
+
+    source: int
+    target: int
+    length: int
+
+
 @compiled
 def _along(pairs: Ids, given: Given, lengths: Floats, visibility: Floats) -> None:
     """The gradient of each location's visibility, which is also what it has along the location."""
@@ -111,15 +126,34 @@ def _link(weights: Floats, where: Places, locations: int, links: Links, slot: in
 
 @compiled
 def _exchanged(
-    slot: int, links: Links, units: Floats, unit_gradients: Floats, tall: Floats, gradients: Floats
+    slot: int,
+    links: Links,
+    units: Floats,
+    unit_gradients: Floats,
+    tall: Floats,
+    gradients: Floats,
+    ahead: Lines,
+    behind: Copy,
 ) -> None:
-    """Add the gradients of a pair's links, in 32 channels: units [P, 32], tall and gradients [Q, 32]."""
+    """Add the gradients of a pair's links, in 32 channels: units [P, 32], tall and gradients [Q, 32].
+
+    Meanwhile it fetches what comes next and writes what was done before: memory is idle while this adds, and
+    this would wait if memory had it all at once.
+    """
     ps, qs, weights = links.ps[slot], links.qs[slot], links.weights[slot]
     unit, unit_gradient = units.ctypes.data, unit_gradients.ctypes.data
     location, gradient = tall.ctypes.data, gradients.ctypes.data
-    for link in range(links.counts[slot]):
+    count = links.counts[slot]
+    for link in range(count):
         p, q = ps[link] * 4 * BLOCK, qs[link] * 4 * BLOCK
         exchange(weights[link], unit + p, location + q, unit_gradient + p, gradient + q)
+        if link < ahead.length:
+            fetch(ahead.start + link * LINE)
+        if link < behind.length:
+            stream(behind.source + link * LINE, behind.target + link * LINE)
+    for line in range(count, ahead.length):
+        fetch(ahead.start + line * LINE)
+    _finish_copy(behind, count)
 
 
 @compiled
@@ -168,23 +202,38 @@ def _through_length(
 
 
 @compiled
-def _copied(source: Floats, target: Floats) -> None:
-    """Copy a few rows to a gradient, past the caches: it is large, and not read before the next step."""
+def _begin_copy(source: Floats, target: Floats) -> Copy:
+    """Copy the ends of a few rows to a gradient; between them are whole lines, to be written past the caches.
+
+    The gradient is large, and not read before the next step.
+    """
     size, start = 4 * target.size, target.ctypes.data
     head = min(-start % LINE, size)
     whole = (size - head) // LINE * LINE
     from_1d, to_1d = source.reshape(-1), target.reshape(-1)
     to_1d[: head // 4] = from_1d[: head // 4]
-    for line in range(head, head + whole, LINE):
-        stream(source.ctypes.data + line, start + line)
     to_1d[(head + whole) // 4 :] = from_1d[(head + whole) // 4 : target.size]
+    return Copy(source.ctypes.data + head, start + head, whole // LINE)
 
 
 @compiled
-def _fetch_block(row: Floats, block: int) -> None:
-    first = row.ctypes.data + block * BLOCK * row.strides[0]
-    for line in range(0, BLOCK * row.strides[0], LINE):
-        fetch(first + line)
+def _finish_copy(copy: Copy, first: int) -> None:
+    for line in range(first, copy.length):
+        stream(copy.source + line * LINE, copy.target + line * LINE)
+
+
+@compiled
+def _part(copy: Copy, index: int, parts: int) -> Copy:
+    first, last = copy.length * index // parts, copy.length * (index + 1) // parts
+    return Copy(copy.source + first * LINE, copy.target + first * LINE, last - first)
+
+
+@compiled
+def _part_ahead(row: Floats, block: int, index: int, parts: int) -> Lines:
+    """A part of the lines of a block of a class."""
+    start, count = row.ctypes.data + block * BLOCK * row.strides[0], BLOCK * row.strides[0] // LINE
+    first, last = count * index // parts, count * (index + 1) // parts
+    return Lines(start + first * LINE, last - first)
 
 
 @compiled
@@ -201,7 +250,10 @@ def backward(
     channels, locations = table.maps.shape[1:]
     count, batch, probe_locations = probes.units.shape[:3]
     tall, gradients = lines(locations, BLOCK), lines(locations, BLOCK)
-    parallels, done = np.empty(locations, np.float32), lines(BLOCK, locations)
+    parallels = np.empty(locations, np.float32)
+    # One is filled while the other is written.
+    done = lines(BLOCK, locations), lines(BLOCK, locations)
+    turn, behind = 0, Copy(0, 0, 0)
     links = _room(pairs, first, last, given.where.shape[1])
     rows = wanted.rows.shape[0] > 0
     span = max(CACHED // (2 * 4 * BLOCK * batch * probe_locations), 1)
@@ -218,19 +270,29 @@ def backward(
                     _along(mine, given, given.lengths[u], wanted.visibility[u])
                 _parallels(wanted.visibility[u], given.lengths[u], parallels)
             for block in range(start, min(start + span, count)):
-                _fetch_block(table.maps[pairs.ids[following]], block)
                 block_of(row, block, scales, tall)
                 gradients[:] = 0
                 for slot in range(mine.shape[0]):
                     b = mine[slot] // pairs.candidates
-                    _exchanged(slot, links, probes.units[block, b], wanted.units[block, b], tall, gradients)
+                    _exchanged(
+                        slot,
+                        links,
+                        probes.units[block, b],
+                        wanted.units[block, b],
+                        tall,
+                        gradients,
+                        _part_ahead(table.maps[pairs.ids[following]], block, slot, mine.shape[0]),
+                        _part(behind, slot, mine.shape[0]),
+                    )
                 if rows:
                     if count == 1:
                         _parallels_in(gradients, tall, scales, given.lengths[u], parallels)
                     c = block * BLOCK
-                    some = done[: min(BLOCK, channels - c)]
+                    some = done[turn][: min(BLOCK, channels - c)]
+                    turn = 1 - turn
                     _through_length(gradients, tall, scales, parallels, some)
-                    _copied(some, wanted.rows[u, c : c + some.shape[0]])
+                    behind = _begin_copy(some, wanted.rows[u, c : c + some.shape[0]])
+    _finish_copy(behind, 0)
 
 
 @compiled
