@@ -4,7 +4,7 @@ Forward and backward, class gradient included; medians; both sides in this proce
 Memory is how far the resident set rises above the inputs in the first step of a process of its own, so that
 neither side finds memory that an earlier step left it; *working* leaves out what the step returns, which is
 mostly the gradient of the classes. *forward*: the forward products as a share of what this machine's faster
-matrix product (float32 or bfloat16) would do in the time of the forward pass; *step*: those of the whole
+float32 matrix product would do in the time of the forward pass; *step*: those of the whole
 step, backward as products too, in the time of the step.
 """
 
@@ -212,7 +212,7 @@ def run(quick: bool, only: int | None = None, against: str | None = None) -> lis
                 continue
             ours, theirs = side_by_side(work["ours"], work[peer], inputs, count)
             targets = TARGETS[peer]
-            row = _row(shape, ours, peer, theirs, max(rates.values()))
+            row = _row(shape, ours, peer, theirs, rates[torch.float32])
             row["target_ratio"] = None if quick else targets[min(number, len(targets) - 1)]
             rows.append(row | _memory_row(memory_of(shape, "ours"), memory_of(shape, peer)))
             _print(rows[-1], first=len(rows) == 1)
