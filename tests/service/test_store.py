@@ -144,3 +144,14 @@ def test_what_is_no_run_is_set_aside_or_left_alone(tmp_path: Path) -> None:
     assert directory.recover() == []
     assert directory.quarantined == 1
     directory.close()
+
+
+def test_the_checksum_of_all_rows_is_to_be_had_while_they_are_published(tmp_path: Path) -> None:
+    """A commit may meet the publication of a push that closed by itself, which moves the journal."""
+    rows = np.arange(1, 37, dtype=np.float32).reshape(12, 3)
+    files = PushFiles.create(tmp_path / "push", "push", SPEC, 1.0)
+    files.receive(Arrival(RowRange(0, 12), as_bytes(rows), None, RowSet.empty(), RowSet.empty()))
+    expected = files.checksum()
+    (tmp_path / "push" / "journal").unlink()
+    assert files.checksum() == expected
+    files.close()

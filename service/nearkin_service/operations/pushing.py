@@ -216,7 +216,8 @@ class Pushing:
 
     async def _require_checksum(self, push: Push, expected: int) -> None:
         await self._blank(push)
-        found = await self._core.io(self._checksum_of_all, push)
+        async with push.claim(RowRange(0, push.spec.num_classes)):  # its files stay open meanwhile
+            found = await self._core.io(self._checksum_of_all, push)
         if found != expected:
             raise DataLossError(
                 f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the "
