@@ -55,11 +55,8 @@ def read_table(
             log.info("%s: read through gRPC: %s", doing, why)
             request.accept_bulk_lane = False
         except grpc.RpcError as error:
-            if (
-                not exact
-                and reading.generation != removed
-                and status_of(error)[0] is grpc.StatusCode.NOT_FOUND
-            ):
+            gone = status_of(error)[0] is grpc.StatusCode.NOT_FOUND
+            if gone and not exact and reading.generation not in (0, removed):
                 removed = reading.generation
                 log.info("%s: generation %d was removed under way; looking for a later one", doing, removed)
                 continue

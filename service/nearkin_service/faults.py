@@ -30,6 +30,7 @@ POINTS = (
     "write.absent_noted",
     "commit.noted",
     "build.begun",
+    "build.flushing_rows",
     "build.done",
     "publish.tables_written",
     "publish.rows_linked",

@@ -3,9 +3,9 @@
 Forward and backward, class gradient included; medians; both sides in this process, on the same cores.
 Memory is how far the resident set rises above the inputs in the first step of a process of its own, so that
 neither side finds memory that an earlier step left it; *working* leaves out what the step returns, which is
-mostly the gradient of the classes. *forward*: the forward products as a share of what this machine's faster
-float32 matrix product would do in the time of the forward pass; *step*: those of the whole
-step, backward as products too, in the time of the step.
+mostly the gradient of the classes. *forward*: the forward products as a share of what this machine's float32
+matrix product would do in the time of the forward pass; *step*: those of the whole step, backward as products
+too, in the time of the step.
 """
 
 from __future__ import annotations

@@ -193,6 +193,9 @@ class DataDirectory:
 
     def flush_rows(self, run: str, push_id: str) -> None:
         """Waits until the disk has the rows that a push has so far. FileNotFoundError: it has ended."""
+        faults.point(
+            "build.flushing_rows"
+        )  # beforehand, as a small table may be there before the disk is done
         fsync_file(self.rows_path(run, push_id))
 
     def finish_push(self, run: str, push_id: str, state: PushState, error: str) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import doubtful_distance, unpack
-from nearkin_service.engines.complete import Queries, exact_ranks
+from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.mixed.panels import ONE_BY_ONE, product_error, settled
+from nearkin_service.engines.mixed.panels import product_error, settled
 from nearkin_service.engines.mixed.ranking import best_of_products
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
@@ -70,12 +70,8 @@ def _self_join(
 
     in_threads(choose, range(0, count, max(1, step)), lambda begun: pace.done(begun * step))
     redo = np.flatnonzero(doubtful)
-    if len(redo) <= ONE_BY_ONE:
-        for row in redo:
-            ranks_k = settled(Queries(keys_MD[[row]], np.array([row])), keys_MD, k, monitor)
-            ids[present[row]], scores[present[row]] = unpack(ranks_k, present)
-    else:
-        ranks = exact_ranks(Queries(keys_MD[redo], redo), keys_MD, k, monitor)
+    if len(redo):
+        ranks = settled(Queries(keys_MD[redo], redo), keys_MD, k, monitor, np.arange(count))
         ids[present[redo]], scores[present[redo]] = unpack(ranks, present)
     pace.done(count)
     return len(redo)

@@ -21,8 +21,7 @@ from nearkin_service.engines.mixed.scan import multiply, summed_at_most
 from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.workers import in_threads, worker_count
 
-ONE_BY_ONE = 32
-"""So few rows are better settled one after the other than against all keys."""
+_ONE_BY_ONE = 32  # so few rows are better settled one after the other than against all keys
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
 _PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
 
@@ -70,32 +69,30 @@ def search_in_panels(
     with torch_alone():
         in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
     redo = np.flatnonzero(doubtful)
-    if len(redo) > ONE_BY_ONE:
-        remaining = Queries(queries.keys[redo], queries.own[redo])
-        ranks_Qk[redo] = exact_ranks(remaining, keys_MD, k, monitor, names_M)
-    else:
-        for query in redo:
-            one = Queries(queries.keys[query][None], queries.own[query][None])
-            ranks_Qk[query] = settled(one, keys_MD, k, monitor, names_M)
+    remaining = Queries(queries.keys[redo], queries.own[redo])
+    ranks_Qk[redo] = settled(remaining, keys_MD, k, monitor, names_M)
     return ranks_Qk, len(redo)
 
 
 def settled(
-    query: Queries,
-    keys_MD: NDArray[np.float32],
-    k: int,
-    monitor: BuildMonitor,
-    names_M: NDArray[np.int64] | None = None,
+    queries: Queries, keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor, names_M: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Ranks int64 [k] of one query, rounded without error; only what can be among its k best is looked at."""
-    own = query.own[0]
-    near = keys_MD @ query.keys[0]
+    """Ranks int64 [Q, k] of queries whose scores are to be rounded without error."""
+    if len(queries.own) > _ONE_BY_ONE:
+        return exact_ranks(queries, keys_MD, k, monitor, names_M)
+    ranks_Qk = np.full((len(queries.own), k), EMPTY)
+    for query in range(len(ranks_Qk)):
+        near = _near(queries.keys[query], int(queries.own[query]), keys_MD, k)
+        one = Queries(queries.keys[query : query + 1], np.array([-1]))
+        ranks_Qk[query] = exact_ranks(one, keys_MD[near], k, monitor, names_M[near])[0]
+    return ranks_Qk
+
+
+def _near(query_D: NDArray[np.float32], own: int, keys_MD: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Places of the keys that can be among the k best of one query."""
+    near = keys_MD @ query_D
     if own >= 0:
         near[own] = -4
     kth = np.partition(near, -min(k, len(near)))[-min(k, len(near))]
     reach = 2 * product_error(keys_MD.shape[1]) + STEP
-    places = np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))
-    names = places if names_M is None else names_M[places]
-    one = Queries(query.keys, np.array([-1]))
-    ranks_1k = exact_ranks(one, keys_MD[places], k, monitor, names)
-    return np.asarray(ranks_1k[0])
+    return np.flatnonzero(near >= max(-3.0, min(float(kth), 1.0) - reach))

@@ -24,6 +24,7 @@ from nearkin_service.engines.incremental import Change, Depth
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.cpu import search_again, sieve_width
 from nearkin_service.engines.mixed.panels import search_in_panels
+from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at, limits_below
 from nearkin_service.engines.mixed.scan import Start, fastest_products, scan, tile_keys
 
@@ -38,7 +39,7 @@ class ByTiles:
         self._change, self._depth, self._monitor = change, depth, monitor
         self._names_M = np.concatenate([change.moved, change.kept])
         self._changed = len(change.moved)
-        self._keys_MD = np.empty((len(self._names_M), source.key_size), np.float32)
+        self._keys_MD = aligned((len(self._names_M), source.key_size), np.float32)
         fill_keys(self._keys_MD, source, change.present[self._names_M], monitor)
 
     def expected_cost(self) -> float:
