@@ -56,10 +56,11 @@ def main() -> None:
     unknown = set(arguments.names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
-    results = {
-        name: importlib.import_module(f"tests.bench.{name}").run(quick=arguments.quick)
-        for name in arguments.names or BENCHMARKS
-    }
+    names = arguments.names or BENCHMARKS
+    modules = {
+        name: importlib.import_module(f"tests.bench.{name}") for name in names
+    }  # all, before the first runs
+    results = {name: module.run(quick=arguments.quick) for name, module in modules.items()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

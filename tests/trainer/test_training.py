@@ -207,9 +207,13 @@ def test_two_processes_with_their_own_service(data: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["world_size"] == 2
-    assert len(metrics["refresh_stall_seconds_per_rank"]) == 2
     assert metrics["generation"] == 3
     assert [entry["table_epoch"] for entry in metrics["history"]] == [0, 0]
+    waited = np.array([entry["refresh_stall_seconds_per_rank"] for entry in metrics["history"]])
+    assert waited.shape == (2, 2)
+    assert waited.sum(0) == pytest.approx(metrics["refresh_stall_seconds_per_rank"])
+    assert waited.max(1) == pytest.approx([entry["refresh_stall_seconds"] for entry in metrics["history"]])
+    assert metrics["refresh_stall_seconds"] == max(metrics["refresh_stall_seconds_per_rank"])
     assert (tmp_path / "service").is_dir()
     assert "epoch 2/2" in done.stdout
     assert done.stdout.count("epoch 2/2") == 1

@@ -56,7 +56,7 @@ class Progress:
     images: int = 0
     train_seconds: float = 0.0
     stall_seconds: list[float] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     baselines: dict[str, float] = field(default_factory=dict)
 
 
@@ -171,7 +171,7 @@ class Job:
         self.neighbours.settle()  # a job that continues from the checkpoint needs what was pushed
         average_buffers(self.world, self.model)
         seconds = time.perf_counter() - start
-        self._note(epoch, seconds, self.neighbours.stall_seconds - stalled, losses)
+        self._note(epoch, seconds, self._of_all(self.neighbours.stall_seconds - stalled), losses)
         every = self.config.evaluate.every
         if every and (epoch + 1) % every == 0 and epoch + 1 < self.epochs:
             self._judge(epoch)
@@ -205,15 +205,17 @@ class Job:
         labels = self.labels[numbers]
         return Question(labels, torch.from_numpy(table[labels.numpy()]))
 
-    def _note(self, epoch: int, seconds: float, stalled: float, losses: dict[str, float]) -> None:
+    def _note(self, epoch: int, seconds: float, stalls: list[float], losses: dict[str, float]) -> None:
         images = self.sampler.steps * self.sampler.batch_size * self.world.size
         generation, table_epoch = self.neighbours.generation, self.neighbours.table_epoch
         assert table_epoch is not None
+        stalled = max(stalls)
         numbers = {"seconds": seconds, "refresh_stall_seconds": stalled, **losses}
         self.progress.epoch = epoch + 1
         self.progress.images += images
         self.progress.train_seconds += seconds
-        self.progress.history.append({"epoch": epoch, "table_epoch": table_epoch, **numbers})
+        of_ranks = {"refresh_stall_seconds_per_rank": stalls}
+        self.progress.history.append({"epoch": epoch, "table_epoch": table_epoch, **numbers, **of_ranks})
         curves = {f"train/{name}": value for name, value in numbers.items()}
         self.report.numbers(epoch + 1, {**curves, "train/images_per_second": images / seconds})
         lag = epoch - table_epoch
@@ -237,7 +239,7 @@ class Job:
 
     def _finish(self) -> dict[str, Any]:
         """Publishes the finished rows as one more generation, judges, and writes the metrics."""
-        stalls = self._stalls()
+        stalls = self._of_all(self.neighbours.stall_seconds)
         self.neighbours.publish(self.progress.epoch, self.model.classes)
         metrics = self._metrics(self._judge(self.progress.epoch - 1), stalls)
         if self.world.leads:
@@ -277,7 +279,7 @@ class Job:
     # ------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        stalls = self._stalls()
+        stalls = self._of_all(self.neighbours.stall_seconds)
         tree = {
             "job": self._identity(),
             "model": dict(self.model.state_dict()),
@@ -316,8 +318,9 @@ class Job:
             "embedding.optimiser": self.config.embedding.optimiser,
         }
 
-    def _stalls(self) -> list[float]:
-        mine = torch.tensor([self.neighbours.stall_seconds], dtype=torch.float64)
+    def _of_all(self, seconds: float) -> list[float]:
+        """Every process's number, in the order of ranks."""
+        mine = torch.tensor([seconds], dtype=torch.float64)
         return [float(part[0]) for part in gather_rows(self.world, mine)]
 
 
