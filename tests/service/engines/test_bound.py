@@ -30,6 +30,7 @@ def test_products_are_within_the_bound(
     size: int, kind: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nearkin_service.engines.mixed import scan
+    from nearkin_service.engines.mixed.rerank import as_scores
 
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
     monkeypatch.setattr(scan, "_TILE_ROWS", 64)  # 150 rows are three blocks: tiles on the diagonal and off it
@@ -38,10 +39,12 @@ def test_products_are_within_the_bound(
     rows = _rows(kind, size)
     true = rows.astype(np.float64) @ rows.T.astype(np.float64)
     keys = scan.tile_keys(rows, Silence())
-    sieve = scan.scan(keys, 149, 192, Silence())
+    sieve = scan.scan(keys, 149, (192, 0), Silence())
     for row in range(150):
-        held = sieve.ids[row, : sieve.counts[row]]
-        fine = sieve.fine[row, : sieve.counts[row]].astype(np.float64)
+        places = slice(sieve.starts[row], sieve.starts[row] + sieve.counts[row])
+        held = sieve.ids[places]
+        stored = sieve.fine[places] if len(sieve.fine) else as_scores(sieve.values[places])
+        fine = stored.astype(np.float64)
         assert (np.abs(true[row, held] - fine) <= keys.errors[row] + sieve.rounding * fine).all()
         assert set(np.flatnonzero(true[row] > 2 * keys.errors[row])) - {row} <= set(held.tolist())
 

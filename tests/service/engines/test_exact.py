@@ -32,8 +32,8 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
 @pytest.mark.parametrize(
     ("products", "places", "direct", "panels"),
     [
-        ("bfloat16", 1 << 25, 0, 0),
-        ("float32", 1 << 25, 0, 0),
+        ("bfloat16", 1 << 26, 0, 0),
+        ("float32", 1 << 26, 0, 0),
         ("bfloat16", 1, 0, 0),
         ("float32", 1, 5000, 0),
         ("float32", 1, 0, 1 << 30),
@@ -54,6 +54,29 @@ def test_engines_agree_bit_for_bit(
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)
     np.testing.assert_array_equal(flat.scores, mixed.scores)
+
+
+@needs_mixed
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize("per_row", [0, 1500, 10_000], ids=["no places", "some", "enough"])
+def test_rows_of_large_clusters_get_more_places(
+    per_row: int, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows move that need more than a sieve begins with; those that find no places are recomputed."""
+    random = np.random.default_rng(3)
+    scan = importlib.import_module("nearkin_service.engines.mixed.scan")
+    monkeypatch.setattr(scan, "fastest_products", lambda: products)
+    monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
+    sieve_places = lambda count, k: (128, count * per_row)  # noqa: E731
+    monkeypatch.setattr("nearkin_service.engines.mixed.cpu.sieve_places", sieve_places)
+    sizes = [1200, 900, 300, 40]
+    centres = np.repeat(random.standard_normal((4, 64)), sizes, axis=0)
+    rows = (centres + 1e-4 * random.standard_normal(centres.shape)).astype(np.float32)
+    flat, mixed = build(rows, 10, "flat"), build(rows, 10, "mixed")
+    np.testing.assert_array_equal(flat.ids, mixed.ids)
+    np.testing.assert_array_equal(flat.scores, mixed.scores)
+    least, most = {0: (2300, 2400), 1500: (1, 1700), 10_000: (0, 0)}[per_row]
+    assert least <= mixed.recomputed_rows <= most
 
 
 @pytest.mark.parametrize("engine", ENGINES)

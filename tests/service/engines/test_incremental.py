@@ -128,7 +128,7 @@ def test_a_reserve_is_not_worth_a_search(engine: str, monkeypatch: pytest.Monkey
         *(
             pytest.param(("mixed", products, places), marks=needs_mixed)
             for products in ("float32", "bfloat16")
-            for places in (1, 1 << 25)
+            for places in (1, 1 << 26)
         ),
     ],
     ids=str,

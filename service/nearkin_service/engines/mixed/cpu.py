@@ -23,8 +23,7 @@ from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 
-_SIEVE_PLACES = 1 << 23  # of all rows: more memory is slower, since the system has to clear it
-_ROUNDED = 4  # times as many where tiles are bfloat16, which tell fewer rivals apart
+_SIEVE_PLACES = 1 << 26  # of all rows: memory that is not touched unless they hold so much
 _SECOND_BLOCK, _SECOND_ELEMENTS = 256, 1 << 24
 _PANEL_ELEMENTS, _PANEL_CLASSES, _PANEL_NEIGHBOURS = 1 << 20, 8192, 64
 _PANELS_AT_A_TIME = 4096
@@ -91,8 +90,7 @@ def mixed_self_join(
     times = [time.monotonic()]
     keys = tile_keys(keys_MD, monitor)
     times.append(time.monotonic())
-    width = sieve_width(len(keys_MD), every, rounded=keys.values.dtype != np.float32)
-    sieve = scan(keys, every, width, monitor)
+    sieve = scan(keys, every, sieve_places(len(keys_MD), every), monitor)
     times.append(time.monotonic())
     found_Mk, reach_M = Reranking(keys_MD, sieve, every, monitor).run()
     ranks_Mk = cut_at(reach_M, found_Mk)
@@ -121,7 +119,8 @@ def search_again(
         ranks_Mk[own], _ = search_in_panels(keys_MD, queries, ranks_Mk.shape[1], monitor, names_M)
 
 
-def sieve_width(count: int, k: int, *, rounded: bool) -> int:
-    """Places of a row's sieve: room for the k best, and for those that rounding cannot tell from them."""
-    wanted = max(2 * k + 256, _SIEVE_PLACES * (_ROUNDED if rounded else 1) // count)
-    return math.ceil(min(count + WIDTH, wanted) / WIDTH) * WIDTH
+def sieve_places(count: int, k: int) -> tuple[int, int]:
+    """With how many places a row's sieve begins, and how many there are for all rows to grow."""
+    most = count + WIDTH
+    width = math.ceil(min(most, 4 * k + 64) / WIDTH) * WIDTH
+    return width, count * min(most, max(6 * k + 256, _SIEVE_PLACES // count))

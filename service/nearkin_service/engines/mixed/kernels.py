@@ -3,8 +3,8 @@
 A bfloat16 that is not negative orders like its bits read as int16. Tiles are sieved in that form, 32 entries
 at a time, against a limit per row that is never negative: zero padding and negative similarities never pass.
 
-Dimension letters: M keys, D elements of a key, B rows and C columns of a tile, P pairs, W places in a sieve's
-row.
+Dimension letters: M keys, D elements of a key, B rows and C columns of a tile, G rows of a group, W places of
+the longest of these rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from numba import uint32
 from numpy.typing import NDArray
 
 from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
-from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit
+from nearkin_service.engines.mixed.products import aligned
+from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit, take
 
 ROUNDING = 2.0**-8 * 1.01
 """Rounding a sum to bfloat16 moves it by at most this share of the result."""
@@ -31,31 +32,41 @@ _ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
 class Sieve(NamedTuple):
     """Per key: a limit, and the entries above it: bfloat16 bits as int16, and the other key's position.
 
-    `rooms` is how many entries a row may hold before it is pruned. `fine` is the product that a value was
-    rounded from; it can be off by the row's error and a share `rounding` of itself.
+    A key's entries lie in `values`, `ids` and `fine` from its start on; there are `counts` of them, and
+    `widths` places. When `rooms` of them are taken the row is pruned. A row that needs more places moves to
+    where nobody's begin yet: of the memory that was asked for, only what is `taken` is ever touched.
+    `fine` is the product that a value was rounded from, or empty if that is the value itself; products can be
+    off by the row's error and a share `rounding` of themselves.
     """
 
     limits: NDArray[np.int16]
     counts: NDArray[np.int32]
     rooms: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    widths: NDArray[np.int32]
+    taken: NDArray[np.int64]
     values: NDArray[np.int16]
     ids: NDArray[np.int32]
-    errors: NDArray[np.float64]
     fine: NDArray[np.float32]
+    errors: NDArray[np.float64]
     rounding: float
 
     @staticmethod
-    def empty(width: int, errors: NDArray[np.float64], rounding: float) -> Sieve:
-        """Sieves that let every positive entry pass."""
+    def empty(width: int, places: int, errors: NDArray[np.float64], rounding: float) -> Sieve:
+        """Sieves of this width that let every positive entry pass, and places for all in which to grow."""
         rows = len(errors)
+        places = max(places, rows * width)
         return Sieve(
             np.zeros(rows, np.int16),
             np.zeros(rows, np.int32),
             np.full(rows, width, np.int32),
-            np.empty((rows, width), np.int16),  # pages that no entry reaches are never touched
-            np.empty((rows, width), np.int32),
+            np.arange(rows) * width,
+            np.full(rows, width, np.int32),
+            np.array([rows * width]),
+            aligned((places,), np.int16),
+            np.empty(places, np.int32),
+            np.empty(0 if rounding else places, np.float32),
             errors,
-            np.empty((rows, width), np.float32),
             rounding,
         )
 
@@ -101,10 +112,10 @@ def kth_largest(address: Any, count: Any, k: Any) -> Any:
 @compiled
 def kth_entry(row: Any, k: Any, sieve: Any) -> Any:
     """The k-th largest value in a row's sieve, or 0 if it is not positive."""
-    values, count = sieve.values[row], sieve.counts[row]
+    values, start, count = sieve.values, sieve.starts[row], sieve.counts[row]
     whole = (count + WIDTH - 1) // WIDTH * WIDTH
-    values[count:whole] = VACANT
-    return kth_largest(values.ctypes.data, whole, k)
+    values[start + count : start + whole] = VACANT
+    return kth_largest(values[start:].ctypes.data, whole, k)
 
 
 @compiled
@@ -119,35 +130,58 @@ def limit_below(kth: Any, error: Any) -> Any:
 
 
 @compiled
-def prune(row: Any, k: Any, sieve: Any) -> None:
-    """Drop from a row's sieve what can no longer be among its k best; close the row if too much remains."""
-    values, ids, fine = sieve.values, sieve.ids, sieve.fine
-    width = values.shape[1]
+def drop(row: Any, k: Any, sieve: Any) -> None:
+    """Drop from a row's sieve what can no longer be among its k best."""
+    values, ids, fine, start = sieve.values, sieve.ids, sieve.fine, sieve.starts[row]
     count = sieve.counts[row]
     if sieve.limits[row] == CLOSED or count < k:
         return
-    kth = kth_entry(row, k, sieve)
-    limit = limit_below(kth, sieve.errors[row])
-    kept = 0
-    for place in range(count):
-        if values[row, place] > limit:
-            values[row, kept] = values[row, place]
-            ids[row, kept] = ids[row, place]
-            fine[row, kept] = fine[row, place]
-            kept += 1
-    sieve.counts[row] = kept
+    limit = limit_below(kth_entry(row, k, sieve), sieve.errors[row])
+    kept = start
+    for place in range(start, start + count):
+        value = values[place]
+        values[kept] = value
+        ids[kept] = ids[place]
+        if fine.shape[0] > 0:
+            fine[kept] = fine[place]
+        kept += value > limit
+    sieve.counts[row] = kept - start
     sieve.limits[row] = max(limit, sieve.limits[row])
-    sieve.rooms[row] = min(width, kept + kept // 2 + k + WIDTH)
-    if kept > width - width // 8:
-        sieve.limits[row] = CLOSED
 
 
 @compiled
-def fine_value(fine_BC: Any, local: Any, column: Any, value: Any) -> Any:
-    """The product that was rounded to `value`, or that itself if `fine_BC` is empty."""
-    if fine_BC.shape[0] > 0:
-        return fine_BC[local, column]
-    return np.int32(np.int32(value) << np.int32(16)).view(np.float32)
+def move(row: Any, wanted: Any, sieve: Any) -> None:
+    """Give a row so many places, if there are as many left; other threads may do the same."""
+    _, counts, _, starts, _, _, values, ids, fine, _, _ = sieve
+    start, count = starts[row], counts[row]
+    width = (min(wanted, sieve.limits.shape[0]) + WIDTH - 1) // WIDTH * WIDTH
+    if width <= sieve.widths[row]:
+        return
+    to = take(sieve.taken.ctypes.data, width)
+    if to + width > values.shape[0]:
+        return
+    values[to : to + count] = values[start : start + count]
+    ids[to : to + count] = ids[start : start + count]
+    if fine.shape[0] > 0:
+        fine[to : to + count] = fine[start : start + count]
+    sieve.starts[row] = to
+    sieve.widths[row] = width
+
+
+@compiled
+def prune(row: Any, k: Any, sieve: Any) -> None:
+    """Make room in a row's sieve; close the row if too much must remain."""
+    if sieve.limits[row] == CLOSED:
+        return
+    drop(row, k, sieve)
+    kept = sieve.counts[row]
+    wanted = kept + kept // 2 + k + WIDTH
+    if wanted > sieve.widths[row]:
+        move(row, wanted + wanted // 2, sieve)
+    width = sieve.widths[row]
+    sieve.rooms[row] = min(width, wanted)
+    if kept > width - width // 8 and width < sieve.limits.shape[0]:
+        sieve.limits[row] = CLOSED
 
 
 @compiled
@@ -159,14 +193,14 @@ def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: An
     """
     tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, values, ids, errors, fine, _ = sieve
+    limits, counts, rooms, starts, widths, _, values, ids, fine, errors, _ = sieve
     columns = tile_BC.shape[1]
     for local in range(tile_BC.shape[0]):
         row = first_row + local
         address = tile_BC[local].ctypes.data
         if seed:
             limits[row] = max(limits[row], limit_below(kth_largest(address, columns, k), errors[row]))
-            rooms[row] = min(values.shape[1], 3 * k + 2 * WIDTH)
+            rooms[row] = min(widths[row], 3 * k + 2 * WIDTH)
         for start in range(0, columns, WIDTH):
             mask = above(address + 2 * start, limits[row])
             while mask != 0:
@@ -176,9 +210,11 @@ def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: An
                     prune(row, k, sieve)
                 value = tile_BC[local, column]
                 if value > limits[row]:
-                    values[row, counts[row]] = value
-                    ids[row, counts[row]] = first_column + column
-                    fine[row, counts[row]] = fine_value(fine_BC, local, column, value)
+                    place = starts[row] + counts[row]
+                    values[place] = value
+                    ids[place] = first_column + column
+                    if fine.shape[0] > 0:
+                        fine[place] = fine_BC[local, column]
                     counts[row] += 1
 
 
@@ -187,7 +223,7 @@ def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> No
     """Offer a tile's entries to the sieves of its columns: the other half of a symmetric matrix."""
     tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, values, ids, _, fine, _ = sieve
+    limits, counts, rooms, starts, _, _, values, ids, fine, _, _ = sieve
     columns = tile_BC.shape[1]
     limits_address = limits[first_column:].ctypes.data
     for local in range(tile_BC.shape[0]):
@@ -202,28 +238,36 @@ def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> No
                     prune(row, k, sieve)
                 value = tile_BC[local, column]
                 if value > limits[row]:
-                    values[row, counts[row]] = value
-                    ids[row, counts[row]] = first_row + local
-                    fine[row, counts[row]] = fine_value(fine_BC, local, column, value)
+                    place = starts[row] + counts[row]
+                    values[place] = value
+                    ids[place] = first_row + local
+                    if fine.shape[0] > 0:
+                        fine[place] = fine_BC[local, column]
                     counts[row] += 1
 
 
 @compiled
+def product_bits(place: Any, sieve: Any) -> Any:
+    """The bits, as int32, of the float32 product of an entry."""
+    if sieve.fine.shape[0] > 0:
+        return np.float32(sieve.fine[place]).view(np.int32)
+    return np.int32(np.int32(sieve.values[place]) << np.int32(16))
+
+
+@compiled
 def pack_rows(span: Any, k: Any, sieve: Any, packed_GW: Any) -> Any:
-    """Prune a range of sieves a last time, and pack their entries, id first.
+    """Drop from a range of sieves a last time, and pack their entries, id first.
 
     What is left of `packed_GW` stays as it was. Returns the largest number of entries.
     """
-    fine, ids, counts = sieve.fine, sieve.ids, sieve.counts
     most = 0
     for row in range(span[0], span[1]):
-        prune(row, k, sieve)
-        most = max(most, counts[row])
-        packed_G = packed_GW[row - span[0]]
-        for place in range(counts[row]):
-            packed_G[place] = np.int64(ids[row, place]) << 32 | np.int64(
-                np.float32(fine[row, place]).view(np.int32)
-            )
+        drop(row, k, sieve)
+        start, count, packed_G = sieve.starts[row], sieve.counts[row], packed_GW[row - span[0]]
+        most = max(most, count)
+        for place in range(count):
+            bits = product_bits(start + place, sieve)
+            packed_G[place] = np.int64(sieve.ids[start + place]) << 32 | np.int64(bits)
     return most
 
 
@@ -231,80 +275,85 @@ def pack_rows(span: Any, k: Any, sieve: Any, packed_GW: Any) -> Any:
 def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
     """The reverse, once the packed entries are sorted. Values are cut now: none is above what it was."""
     for row in range(span[0], span[1]):
-        packed_G, ids, values, fine = (
-            packed_GW[row - span[0]],
-            sieve.ids[row],
-            sieve.values[row],
-            sieve.fine[row],
-        )
+        packed_G, start = packed_GW[row - span[0]], sieve.starts[row]
         for place in range(sieve.counts[row]):
             bits = np.int32(packed_G[place] & 0x7FFFFFFF)
-            ids[place] = packed_G[place] >> 32
-            fine[place] = bits.view(np.float32)
-            values[place] = np.int16(bits >> 16)
+            sieve.ids[start + place] = packed_G[place] >> 32
+            sieve.values[start + place] = np.int16(bits >> 16)
+            if sieve.fine.shape[0] > 0:
+                sieve.fine[start + place] = bits.view(np.float32)
 
 
 @compiled
-def list_pairs(span: Any, wanted: Any, sieve: Any, done_MW: Any) -> Any:
+def list_pairs(span: Any, wanted: Any, sieve: Any, done: Any) -> Any:
     """Where each row's pairs begin (int64 [rows + 1]), and the other key of each (int32).
 
-    `wanted` is values [M, W] like the sieve's fine ones, and per row the least that matters. A pair is listed
+    `wanted` is values that lie like the sieve's, and per row the least that matters. A pair is listed
     if its row wants it, it is not done, and the other row does not list it itself: that one does if it wants
     the pair and its sieve cannot have dropped it.
     """
     values, least = wanted
     limits, ids, counts = sieve.limits, sieve.ids, sieve.counts
-    starts = np.zeros(span[1] - span[0] + 1, np.int64)
+    pair_starts = np.zeros(span[1] - span[0] + 1, np.int64)
     others = np.empty(counts[span[0] : span[1]].sum(), np.int32)
     pair = 0
     for row in range(span[0], span[1]):
-        for place in range(counts[row]):
-            value = values[row, place]
-            if value >= least[row] and done_MW[row, place] == UNKNOWN:
-                other = ids[row, place]
-                if other > row or value < least[other] or sieve.values[row, place] <= limits[other]:
+        for place in range(sieve.starts[row], sieve.starts[row] + counts[row]):
+            value = values[place]
+            if value >= least[row] and done[place] == UNKNOWN:
+                other = ids[place]
+                if other > row or value < least[other] or sieve.values[place] <= limits[other]:
                     others[pair] = other
                     pair += 1
-        starts[row - span[0] + 1] = pair
-    return starts, others[:pair]
+        pair_starts[row - span[0] + 1] = pair
+    return pair_starts, others[:pair]
 
 
 @compiled
-def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done_MW: Any) -> None:
-    """Write each pair's score to its row, and to the other key's row if that holds the pair too."""
-    ids, counts = sieve.ids, sieve.counts
-    starts, others = pairs
-    cursors = np.full(ids.shape[0], -1, np.int32)  # rows ascend, and so do the ids that a row lists
-    for local in range(starts.shape[0] - 1):
+def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done: Any) -> None:
+    """Write each pair's score to its row's place, and to the other key's if that holds the pair too."""
+    ids, counts, starts = sieve.ids, sieve.counts, sieve.starts
+    pair_starts, others = pairs
+    cursors = np.full(counts.shape[0], np.int64(-1))  # rows ascend, and so do the ids that a row lists
+    for local in range(pair_starts.shape[0] - 1):
         row = first_row + local
-        place = 0
-        for pair in range(starts[local], starts[local + 1]):
+        place = starts[row]
+        for pair in range(pair_starts[local], pair_starts[local + 1]):
             other = others[pair]
-            while ids[row, place] != other:
+            while ids[place] != other:
                 place += 1
-            done_MW[row, place] = steps[pair]
-            low, high = max(0, cursors[other]), counts[other]
+            done[place] = steps[pair]
+            low, high = max(starts[other], cursors[other]), starts[other] + counts[other]
             if cursors[other] < 0:
                 while low < high:
                     middle = (low + high) // 2
-                    if ids[other, middle] < row:
+                    if ids[middle] < row:
                         low = middle + 1
                     else:
                         high = middle
             else:
-                while low < high and ids[other, low] < row:
+                while low < high and ids[low] < row:
                     low += 1
             cursors[other] = low
-            if low < counts[other] and ids[other, low] == row:
-                done_MW[other, low] = steps[pair]
+            if low < starts[other] + counts[other] and ids[low] == row:
+                done[low] = steps[pair]
 
 
 @compiled
-def known_ranks(span: Any, sieve: Any, exact_MW: Any, names_M: Any, ranks_GW: Any) -> None:
+def scores_by_row(span: Any, sieve: Any, exact: Any, scores_GW: Any) -> None:
+    """Each row's scores side by side; what is left of `scores_GW` stays as it was."""
+    for row in range(span[0], span[1]):
+        start, scores_W = sieve.starts[row], scores_GW[row - span[0]]
+        for place in range(sieve.counts[row]):
+            scores_W[place] = exact[start + place]
+
+
+@compiled
+def known_ranks(span: Any, sieve: Any, exact: Any, names_M: Any, ranks_GW: Any) -> None:
     """Each row's ranks of the pairs with an exact score; what is left of `ranks_GW` stays as it was."""
     for row in range(span[0], span[1]):
-        known, ids, exact, ranks = 0, sieve.ids[row], exact_MW[row], ranks_GW[row - span[0]]
-        for place in range(sieve.counts[row]):
+        known, ranks = 0, ranks_GW[row - span[0]]
+        for place in range(sieve.starts[row], sieve.starts[row] + sieve.counts[row]):
             if exact[place] != UNKNOWN:
-                ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(names_M[ids[place]])
+                ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(names_M[sieve.ids[place]])
                 known += 1

@@ -4,8 +4,8 @@ A pair that both of its rows want is scored once. Wide rows are scored part by p
 keys stay in cache. Where tiles were bfloat16, rivals of wide rows are scored in float32 first, and exactly
 only if that cannot tell them from the k best.
 
-Dimension letters: M keys, P keys padded to whole blocks, W places in a sieve's row, G rows of a group,
-D elements of a key, E of a part, k neighbours.
+Dimension letters: M keys, P keys padded to whole blocks, G rows of a group, W places of the longest of these
+sieves, D elements of a key, E of a part, k neighbours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from nearkin_service.engines.mixed.kernels import (
     known_ranks,
     list_pairs,
     pack_rows,
+    scores_by_row,
     unpack_rows,
 )
 from nearkin_service.engines.mixed.products import add_pair_products, aligned, pack_part
@@ -64,7 +65,7 @@ class Reranking:
         self._keys_MD, self._sieve, self._k, self._monitor = keys_MD, sieve, k, monitor
         self._names_M = np.arange(len(keys_MD)) if names_M is None else names_M
         self._best_Mk = np.full((len(keys_MD), k), EMPTY)
-        self._exact_MW = np.empty((0, 0), np.int32)
+        self._exact = np.empty(0, np.int32)  # of each place of the sieves, in steps
         self._errors = sieve.errors[: len(keys_MD)]
         self._wide = keys_MD.shape[1] >= _WIDE
 
@@ -72,12 +73,12 @@ class Reranking:
         """Ranks int64 [M, k], which hold positions or names, and per row what `cut_at` cuts at."""
         likely = np.zeros(len(self._sieve.limits), np.float32)
         self._each_group(lambda first, last: self._put_in_order(first, last, likely))
-        self._exact_MW = np.full((len(self._keys_MD), int(self._sieve.counts.max(initial=0))), UNKNOWN)
+        self._exact = np.full(min(int(self._sieve.taken[0]), len(self._sieve.values)), UNKNOWN)
         if self._wide and not self._sieve.rounding:  # each pass reads all keys: one is enough
             at_least = np.floor((likely[: len(self._keys_MD)] - self._errors) * STEPS).astype(np.int32)
-            self._score((self._sieve.fine, self._least_rivals(at_least)), "rerank")
+            self._score(self._reaching(self._least_rivals(at_least)), "rerank")
         else:
-            self._score((self._sieve.fine, likely), "rerank the best")
+            self._score(self._reaching(likely), "rerank the best")
             self._score_rivals()
         self._each_group(self._gather)
         return self._best_Mk, self._reach()
@@ -87,15 +88,17 @@ class Reranking:
         kth = np.empty(len(self._keys_MD), np.int32)
 
         def find(first: int, last: int) -> None:
-            kth[first:last] = _kth_largest(self._exact_MW[first:last], self._k, UNKNOWN)
+            scores_GW = np.full((last - first, self._longest(first, last)), UNKNOWN)
+            scores_by_row((first, last), self._sieve, self._exact, scores_GW)
+            kth[first:last] = _kth_largest(scores_GW, self._k, UNKNOWN)
 
         self._each_group(find)
-        rivals = self._sieve.fine, self._least_rivals(kth)
+        rivals = self._reaching(self._least_rivals(kth))
         self._score(self._screened(rivals, kth) if self._wide else rivals, "rerank rivals")
 
     def _put_in_order(self, first: int, last: int, likely: NDArray[np.float32]) -> None:
         """A range of sieves by ascending id; `likely` becomes the k-th product of each."""
-        packed_GW = np.full((last - first, int(self._sieve.counts[first:last].max(initial=0))), EMPTY)
+        packed_GW = np.full((last - first, self._longest(first, last)), EMPTY)
         most = pack_rows((first, last), self._k, self._sieve, packed_GW)
         packed_GW = packed_GW[:, :most]
         bits_GW = packed_GW.astype(np.int32)  # of the products, which are positive; -1 where there is none
@@ -105,13 +108,13 @@ class Reranking:
     def _score(self, wanted: Wanted, stage: str) -> None:
         """Exact scores of the pairs that are wanted."""
         if self._wide:
-            self._score_in_parts(wanted, self._exact_MW, np.dtype(np.float64), stage)
+            self._score_in_parts(wanted, self._exact, np.dtype(np.float64), stage)
             return
 
         def score_rows(first: int, last: int) -> None:
-            pairs = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
+            pairs = list_pairs((first, last), wanted, self._sieve, self._exact)
             steps = self._exact_steps(first, pairs, self._products(first, pairs))
-            deliver(first, pairs, steps, self._sieve, self._exact_MW)
+            deliver(first, pairs, steps, self._sieve, self._exact)
 
         self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
 
@@ -130,25 +133,25 @@ class Reranking:
 
     def _screened(self, rivals: Wanted, kth: NDArray[np.int32]) -> Wanted:
         """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
-        scores_MW = np.full_like(self._exact_MW, UNKNOWN)
-        self._score_in_parts(rivals, scores_MW, np.dtype(np.float32), "screen rivals")
+        scores = np.full_like(self._exact, UNKNOWN)
+        self._score_in_parts(rivals, scores, np.dtype(np.float32), "screen rivals")
         least = np.maximum(kth.astype(np.int64) - _ERROR_32, UNKNOWN + 1)
-        return scores_MW, least.astype(np.int32)
+        return scores, least.astype(np.int32)
 
     def _score_in_parts(
-        self, wanted: Wanted, scores_MW: NDArray[np.int32], dtype: np.dtype[Any], stage: str
+        self, wanted: Wanted, scores: NDArray[np.int32], dtype: np.dtype[Any], stage: str
     ) -> None:
         """Scores in steps of pairs that are wanted and not exact yet; of float64 products, exact ones."""
         count = len(self._keys_MD)
         pace = Pace(self._monitor, stage, count)
         for first in range(0, count, _WIDE_GROUP_ROWS):
             last = min(count, first + _WIDE_GROUP_ROWS)
-            pairs = list_pairs((first, last), wanted, self._sieve, self._exact_MW)
+            pairs = list_pairs((first, last), wanted, self._sieve, self._exact)
             few = _FEW_PAIRS * len(pairs[1]) < count  # not worth reading all keys for
             products = self._products(first, pairs) if few else self._products_in_parts(first, pairs, dtype)
             exact = dtype == np.float64
             steps = self._exact_steps(first, pairs, products) if exact else in_steps(products)
-            deliver(first, pairs, steps, self._sieve, scores_MW)
+            deliver(first, pairs, steps, self._sieve, scores)
             pace.done(last)
 
     def _products_in_parts(self, first: int, pairs: Pairs, dtype: np.dtype[Any]) -> NDArray[np.float64]:
@@ -170,8 +173,8 @@ class Reranking:
 
     def _gather(self, first: int, last: int) -> None:
         """The k best of the pairs that were scored, in order."""
-        ranks_GW = np.full((last - first, max(self._k, self._exact_MW.shape[1])), EMPTY)
-        known_ranks((first, last), self._sieve, self._exact_MW, self._names_M, ranks_GW)
+        ranks_GW = np.full((last - first, max(self._k, self._longest(first, last))), EMPTY)
+        known_ranks((first, last), self._sieve, self._exact, self._names_M, ranks_GW)
         self._best_Mk[first:last] = best(ranks_GW, self._k)
 
     def _each_group(self, work: Callable[[int, int], None], pace: Pace | None = None) -> None:
@@ -182,6 +185,16 @@ class Reranking:
             range(0, count, step),
             (lambda begun: pace.done(begun * step)) if pace else (lambda begun: self._monitor.check()),
         )
+
+    def _longest(self, first: int, last: int) -> int:
+        return int(self._sieve.counts[first:last].max(initial=0))
+
+    def _reaching(self, least: NDArray[np.float32]) -> Wanted:
+        """The pairs whose product is so much at least, per row a number that is not negative."""
+        if not self._sieve.rounding:
+            return self._sieve.fine, least
+        bits = (least.view(np.int32) + 0xFFFF) >> 16
+        return self._sieve.values, bits.astype(np.int16)
 
     def _least_rivals(self, kth: NDArray[np.int32]) -> NDArray[np.float32]:
         """Per row the least product that can stand for a score as good as one of so many steps."""

@@ -5,7 +5,7 @@ block of rows are guarded by a lock. Which entries a sieve holds depends on the 
 from them does not: everything that may belong to a row's k best is there, or the row is closed.
 
 Dimension letters: M keys, P keys and what pads them to whole blocks, D elements of a key, E the same padded
-to 32 if they are bfloat16, B rows of a block, W places in a sieve's row.
+to 32 if they are bfloat16, B rows of a block.
 """
 
 from __future__ import annotations
@@ -218,10 +218,15 @@ class Start:
     blocks: int
 
 
-def scan(keys: TileKeys, k: int, width: int, monitor: BuildMonitor, start: Start | None = None) -> Sieve:
-    """Sieves holding, for every row that is not closed, all keys that can be among its k best."""
+def scan(
+    keys: TileKeys, k: int, places: tuple[int, int], monitor: BuildMonitor, start: Start | None = None
+) -> Sieve:
+    """Sieves holding, for every row that is not closed, all keys that can be among its k best.
+
+    `places` is how many a row begins with, and how many there are for all rows to grow.
+    """
     count, rounded = len(keys.values), keys.values.dtype != np.float32
-    sieve = Sieve.empty(width, keys.errors, ROUNDING if rounded else 0.0)
+    sieve = Sieve.empty(*places, keys.errors, ROUNDING if rounded else 0.0)
     blocks = len(keys.errors) // keys.block
     upper_blocks = blocks
     if start is not None:

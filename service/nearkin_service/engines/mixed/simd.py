@@ -1,4 +1,4 @@
-"""Five vector instructions for numba, in portable LLVM: compare 32 numbers, count bits, find a bit."""
+"""Instructions that numba lacks, in portable LLVM: compare 32 numbers, count, find bits, share counters."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ def reaching(typing: Any, address: Any, least: Any) -> Any:
         return builder.bitcast(builder.fcmp_ordered(">=", values, leasts), _MASK)
 
     return types.uint32(types.intp, types.float32), generate
+
+
+@_intrinsic
+def take(typing: Any, address: Any, amount: Any) -> Any:
+    """Add to the int64 at `address` as one step among all threads; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+
+    return types.int64(types.intp, types.int64), generate
 
 
 @_intrinsic

@@ -22,7 +22,7 @@ from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.incremental import Change, Depth
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.mixed.cpu import search_again, sieve_width
+from nearkin_service.engines.mixed.cpu import search_again, sieve_places
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at, limits_below
@@ -78,8 +78,8 @@ class ByTiles:
         # less the step that rounding may have added; of those that lack nobody, every changed row is wanted
         least = np.where(last == EMPTY, 0.0, (steps_of(last) - 1) / STEPS)
         limits[kept] = limits_below(least, keys.errors[kept])
-        width = sieve_width(len(self._keys_MD), every, rounded=keys.values.dtype != np.float32)
-        sieve = scan(keys, every, width, self._monitor, Start(limits, math.ceil(V / keys.block)))
+        start = Start(limits, math.ceil(V / keys.block))
+        sieve = scan(keys, every, sieve_places(len(self._keys_MD), every), self._monitor, start)
         ranks_MK, reach_M = Reranking(self._keys_MD, sieve, every, self._monitor, self._names_M).run()
         entrants_UC = self._only_changed(ranks_MK[kept])
         ranks_MK[kept], _ = change.carried(change.kept, entrants_UC, self._depth)
