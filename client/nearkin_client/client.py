@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -95,6 +96,7 @@ class NeighbourClient:
             invalid("shared_memory", shared_memory, 'is not "auto", True or False')
         self._run = run
         self._shared_memory = shared_memory
+        self._borrows = True
         self._info: ServerInfo | None = None
         self._wire = Wire(
             Endpoint.resolve(
@@ -188,7 +190,7 @@ class NeighbourClient:
             engine=engine,
             absent=absent,
             commit=commit,
-            shared=self._accepts_shared,
+            shared=self._accepts_shared and (self._borrows or self._shared_memory is True),
             base_generation=base_generation,
             qaconv_candidates=qaconv_candidates,
             qaconv_weights=qaconv_weights,
@@ -230,6 +232,10 @@ class NeighbourClient:
                 doing=f"beginning epoch {request.epoch} of run {request.run!r}",
                 timeout=deadline.remaining,
             )
+        if begun.HasField("lent_rows") and _out_of_reach(Path(begun.lent_rows.path)):
+            # Rows that are lent wait for their borrower, even if he sends them through the connection.
+            log.info("the service's files cannot be written here: later pushes borrow no rows")
+            self._borrows = False
         return Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
 
     def _commit_whole(self, push_id: str, digest: int | None, deadline: Deadline) -> Push:
@@ -550,6 +556,12 @@ class NeighbourClient:
         if self._run is None:
             raise InvalidArgument("run: this client was made without one; pass run=", field="run")
         return self._run
+
+
+def _out_of_reach(rows: Path) -> bool:
+    """Whether we cannot write the service's files, and not only because this push is gone already."""
+    pushes = rows.parent.parent
+    return not os.access(rows, os.W_OK) and (rows.exists() or not os.access(pushes, os.X_OK))
 
 
 def _push_id(push: Push | str) -> str:

@@ -3,7 +3,8 @@
     NearkinError
     ├── InvalidArgument (ValueError)     fix your code: the message names the field and the way out
     ├── Unauthenticated                  fix your set-up: no token, or one the service does not know
-    ├── PermissionDenied                 fix your set-up: the token does not reach this far
+    ├── PermissionDenied                 fix your set-up: the token does not reach this far, or the unix
+    │                                    socket is another user's
     ├── Unimplemented                    fix your set-up: the service is older than what was asked of it
     ├── NotFound (LookupError)           expected: no such run, generation, push
     ├── AlreadyExists                    expected: the epoch, or a row, is there with other content
@@ -25,6 +26,8 @@ configuration has to change. The client already repeated what is safe to repeat 
 # ruff: noqa: N818 - the names are those of the status codes, as every gRPC user knows them
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, NoReturn, cast
 
 import grpc
@@ -136,7 +139,18 @@ ERROR_OF_CODE: dict[grpc.StatusCode, type[NearkinError]] = {
 def error_from_rpc(error: grpc.RpcError) -> NearkinError:
     """The error class of a failed call, with the service's message and the field it names."""
     code, details = status_of(error)
+    if locked_out(error):
+        return PermissionDenied(
+            f"user {os.getuid()} may not open the service's unix socket: run as the user of the service, or "
+            f"use its host:port ({details})"
+        )
     return ERROR_OF_CODE.get(code, ServiceInternalError)(details or code.name, field=_blamed_field(error))
+
+
+def locked_out(error: grpc.RpcError) -> bool:
+    """Whether the operating system keeps us from the service's unix socket, which waiting does not change."""
+    code, details = status_of(error)
+    return code is grpc.StatusCode.UNAVAILABLE and "unix:" in details and os.strerror(errno.EACCES) in details
 
 
 def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import grpc
 
-from nearkin_client.errors import DeadlineExceeded, error_from_rpc, invalid, status_of
+from nearkin_client.errors import DeadlineExceeded, error_from_rpc, invalid, locked_out, status_of
 
 log = logging.getLogger("nearkin.client")
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def interrupted(error: grpc.RpcError) -> bool:
     """Whether the connection failed, rather than the call."""
     code, details = status_of(error)
     if code in _INTERRUPTED:
-        return True
+        return not locked_out(error)
     return code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and any(
         word in details for word in _TRANSPORT_WORDS
     )

@@ -75,6 +75,24 @@ def test_nobody_there_is_unavailable_and_says_where() -> None:
         client.generations()
 
 
+def test_a_socket_that_is_not_ours_is_said_at_once() -> None:
+    """gRPC's words where the operating system refuses; to root it refuses nothing, so they are said here."""
+
+    def refuse(_: bytes, context: grpc.ServicerContext) -> None:
+        context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses; last error: FAILED_PRECONDITION: unix:/run/nearkin.sock: "
+            "connect failed: addr: unix:/run/nearkin.sock error: Permission denied",
+        )
+
+    with (
+        fake_service(GetServerInfo=refuse) as address,
+        NeighbourClient(address, patience=Patience(outage=1e6, call=1e6)) as client,
+        pytest.raises(errors.PermissionDenied, match="may not open the service's unix socket"),
+    ):
+        client.server_info()
+
+
 def test_a_missing_method_is_unimplemented() -> None:
     with fake_service() as address, NeighbourClient(address) as client, pytest.raises(Unimplemented):
         client.server_info()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient, NotFound
+from nearkin_client.client import _out_of_reach
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 from nearkin_client.wire import Wire
@@ -120,6 +121,44 @@ def test_where_it_cannot_be_had_the_rows_go_through_the_connection(
         pytest.raises(FailedPrecondition, match="shared_memory"),
     ):
         client.push(rows, epoch=1, k=4)
+
+
+def test_who_cannot_reach_the_files_borrows_once(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loan that nobody uses holds up its rows, through the connection too, for two seconds."""
+    caplog.set_level(logging.INFO, "nearkin.client.shared")
+    ask: Any = Wire.ask
+    accepted = []
+
+    def from_elsewhere(*args: Any, **kwargs: Any) -> Any:
+        reply: Any = ask(*args, **kwargs)
+        if isinstance(reply, pb.BeginPushResponse):
+            accepted.append(args[2].accept_shared_memory)
+            if reply.HasField("lent_rows"):
+                reply.lent_rows.path = f"/nowhere{reply.lent_rows.path}"
+        return reply
+
+    monkeypatch.setattr("nearkin_client.wire.Wire.ask", from_elsewhere)
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="far-files") as client:
+        for epoch in range(3):
+            client.push(rows, epoch=epoch, k=4)
+        table = client.table(epoch=2, timeout=60)
+    assert accepted == [True, False, False]
+    assert caplog.text.count("rows go through the connection") == 3
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_a_push_that_is_gone_is_no_reason_to_borrow_no_more(service: LocalService) -> None:
+    rows = generator.standard_normal((40, 8)).astype(np.float32)
+    with NeighbourClient(service.address, run="gone", shared_memory="auto") as client:
+        client.push(rows, epoch=0, k=4)
+        client.table(epoch=0, timeout=60)
+        gone = service.data_dir / "runs" / "gone" / "pushes" / "0123" / "rows.bin"
+        assert not _out_of_reach(gone)
+    assert _out_of_reach(Path("/nowhere/runs/gone/pushes/0123/rows.bin"))
 
 
 def test_a_loan_that_was_taken_back_is_no_error(
