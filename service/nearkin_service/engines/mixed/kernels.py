@@ -340,20 +340,28 @@ def deliver(first_row: Any, pairs: Any, steps: Any, sieve: Any, done: Any) -> No
 
 
 @compiled
-def scores_by_row(span: Any, sieve: Any, exact: Any, scores_GW: Any) -> None:
-    """Each row's scores side by side; what is left of `scores_GW` stays as it was."""
+def known_scores(span: Any, sieve: Any, exact: Any, scores_GW: Any) -> Any:
+    """Each row's known scores; what is left of `scores_GW` stays as it was. Returns the most of a row."""
+    most = 0
     for row in range(span[0], span[1]):
-        start, scores_W = sieve.starts[row], scores_GW[row - span[0]]
-        for place in range(sieve.counts[row]):
-            scores_W[place] = exact[start + place]
+        known, scores = 0, scores_GW[row - span[0]]
+        for place in range(sieve.starts[row], sieve.starts[row] + sieve.counts[row]):
+            if exact[place] != UNKNOWN:
+                scores[known] = exact[place]
+                known += 1
+        most = max(most, known)
+    return most
 
 
 @compiled
-def known_ranks(span: Any, sieve: Any, exact: Any, names_M: Any, ranks_GW: Any) -> None:
-    """Each row's ranks of the pairs with an exact score; what is left of `ranks_GW` stays as it was."""
+def known_ranks(span: Any, sieve: Any, exact: Any, names_M: Any, ranks_GW: Any) -> Any:
+    """The same of each row's ranks."""
+    most = 0
     for row in range(span[0], span[1]):
         known, ranks = 0, ranks_GW[row - span[0]]
         for place in range(sieve.starts[row], sieve.starts[row] + sieve.counts[row]):
             if exact[place] != UNKNOWN:
                 ranks[known] = (-np.int64(exact[place]) << 32) | np.int64(names_M[sieve.ids[place]])
                 known += 1
+        most = max(most, known)
+    return most

@@ -27,9 +27,9 @@ from nearkin_service.engines.mixed.kernels import (
     Sieve,
     deliver,
     known_ranks,
+    known_scores,
     list_pairs,
     pack_rows,
-    scores_by_row,
     unpack_rows,
 )
 from nearkin_service.engines.mixed.products import add_pair_products, aligned, pack_part
@@ -89,8 +89,8 @@ class Reranking:
 
         def find(first: int, last: int) -> None:
             scores_GW = np.full((last - first, self._longest(first, last)), UNKNOWN)
-            scores_by_row((first, last), self._sieve, self._exact, scores_GW)
-            kth[first:last] = _kth_largest(scores_GW, self._k, UNKNOWN)
+            most = known_scores((first, last), self._sieve, self._exact, scores_GW)
+            kth[first:last] = _kth_largest(scores_GW[:, :most], self._k, UNKNOWN)
 
         self._each_group(find)
         rivals = self._reaching(self._least_rivals(kth))
@@ -157,25 +157,27 @@ class Reranking:
     def _products_in_parts(self, first: int, pairs: Pairs, dtype: np.dtype[Any]) -> NDArray[np.float64]:
         """Inner products, part by part in a type; each thread takes some of the parts, for all pairs."""
         count, size = self._keys_MD.shape
-        sums, adding = np.zeros(len(pairs[1])), threading.Lock()
         width = min(_PART_ELEMENTS, max(_LEAST_PART, _PART_BYTES // (4 * count) // WIDTH * WIDTH))
+        local, sums = threading.local(), list[NDArray[np.float64]]()
 
         def add(left: int) -> None:
-            packed_ME = aligned((count, min(width, size - left)), np.float32)
+            if not hasattr(local, "sums"):  # kept from part to part: new memory has to be cleared each time
+                local.packed = aligned((count * width,), np.float32)
+                local.sums = np.zeros(len(pairs[1]))
+                sums.append(local.sums)
+            part = min(width, size - left)
+            packed_ME = local.packed[: count * part].reshape(count, part)
             pack_part(self._keys_MD, left, packed_ME)
-            products, query_E = np.zeros(len(sums)), aligned((packed_ME.shape[1],), dtype)
-            add_pair_products(packed_ME, first, pairs, query_E, products)
-            with adding:
-                np.add(sums, products, out=sums)
+            add_pair_products(packed_ME, first, pairs, aligned((part,), dtype), local.sums)
 
         in_threads(add, range(0, size, width), lambda begun: self._monitor.check())
-        return sums
+        return np.asarray(np.sum(sums, axis=0))
 
     def _gather(self, first: int, last: int) -> None:
         """The k best of the pairs that were scored, in order."""
-        ranks_GW = np.full((last - first, max(self._k, self._longest(first, last))), EMPTY)
-        known_ranks((first, last), self._sieve, self._exact, self._names_M, ranks_GW)
-        self._best_Mk[first:last] = best(ranks_GW, self._k)
+        ranks_GW = np.full((last - first, self._longest(first, last)), EMPTY)
+        most = known_ranks((first, last), self._sieve, self._exact, self._names_M, ranks_GW)
+        self._best_Mk[first:last] = best(ranks_GW[:, :most], self._k)
 
     def _each_group(self, work: Callable[[int, int], None], pace: Pace | None = None) -> None:
         count = len(self._keys_MD)

@@ -178,16 +178,23 @@ class _Tiles:
             else:
                 multiply(rows, columns, product, part)
             used.copy_(product)
+        elif upper == left:
+            self._multiply_by_strips(rows, used)
         else:
             torch.mm(rows, columns.T, out=used)
         self._bits[:, len(columns) :] = 0
         return self._bits[: len(rows)], self._product.numpy()
 
-    def _multiply_by_strips(self, rows: Any, product: Any, part: Any) -> None:
+    def _multiply_by_strips(self, rows: Any, product: Any, part: Any = None) -> None:
         """Products of rows with themselves: the lower half is the upper one's mirror image."""
+        import torch
+
         for top in range(0, len(rows), _STRIP):
             end = top + _STRIP
-            multiply(rows[top:end], rows[top:], product[top:, top:], part[top:, top:])
+            if part is None:
+                torch.mm(rows[top:end], rows[top:].T, out=product[top:end, top:])
+            else:
+                multiply(rows[top:end], rows[top:], product[top:, top:], part[top:, top:])
             product[end:, top:end] = product[top:end, end:].T
 
 
