@@ -21,7 +21,7 @@ WIRE_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 2 << 20
 """Stays in a core's cache between being read, looked at, summed and written."""
 _DEVICE_BLOCK_BYTES = 4 << 20
 """What comes over from a device at a time: enough for its bus."""

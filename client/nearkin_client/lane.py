@@ -13,7 +13,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ STALL_SECONDS = 30.0
 """A lane that moves nothing for so long is taken for dead."""
 _BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 512 << 10  # is still in a core's cache when it is summed up
+_SENT_BYTES = 1 << 20  # the same, when it is sent
 _STATUS_TAG = b"\x22"
 _Address = str | tuple[str, int]
 _AVOID_SECONDS = 60.0
@@ -137,8 +138,13 @@ class Lane:
     def __str__(self) -> str:
         return self._address if isinstance(self._address, str) else f"port {self._address[1]}"
 
-    def write_rows(self, messages: Iterable[bulk.WriteRows], seconds: float) -> pb.WriteRowsResponse:
-        """One stream of messages. LaneError; NoLane: nothing was sent."""
+    def write_rows(
+        self, messages: Iterable[bulk.WriteRows], seconds: float, sent: Callable[[bulk.WriteRows, int], None]
+    ) -> pb.WriteRowsResponse:
+        """One stream of messages, summed up while they go; `sent` hears of each with its CRC32C.
+
+        LaneError; NoLane: nothing was sent.
+        """
         call = _Call(seconds)
         connection = self._connected()
         with self._sockets.holding(connection), call.lost_as_error():
@@ -147,7 +153,7 @@ class Lane:
                     call.wait_no_longer(connection)
                     if _has_answer(connection):
                         break
-                    frames.send(connection, bulk.write_rows_head(message), message.payload.cast("B"))
+                    sent(message, send_rows(connection, message))
                 connection.shutdown(socket.SHUT_WR)
             except BlockingIOError:
                 raise
@@ -225,6 +231,19 @@ class _Call:
             raise LaneError(grpc.StatusCode.UNAVAILABLE, f"nothing moved for {STALL_SECONDS:g} s") from None
         except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
             raise LaneError(grpc.StatusCode.UNAVAILABLE, f"bulk lane: {error}") from error
+
+
+def send_rows(connection: socket.socket, message: bulk.WriteRows) -> int:
+    """A message, each piece of it summed up and sent while it is in a core's cache; the CRC32C."""
+    payload, crc = message.payload.cast("B"), 0
+    head = bulk.write_rows_head(message)
+    frames.send_head(connection, head, len(payload) + bulk.WRITE_ROWS_TAIL_BYTES)
+    for at in range(0, len(payload), _SENT_BYTES):
+        piece = payload[at : at + _SENT_BYTES]
+        crc = crc32c(piece, crc)
+        connection.sendall(piece)
+    connection.sendall(bulk.write_rows_tail(crc))
+    return crc
 
 
 def _read_column(connection: socket.socket, call: _Call, goal: _Goal) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import grpc
@@ -38,9 +38,9 @@ STREAM_BYTES = 1 << 30
 SMALLEST_MESSAGE = 256 << 10
 STREAM_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
-LANE_BYTES, LANE_SHARE = 8 << 20, 128
+LANE_BYTES, LANE_SHARE = 16 << 20, 64
 """The same on the bulk lane, where each message costs more than its memory."""
-IN_PLACE_BYTES, IN_PLACE_SHARE = 32 << 20, 32
+IN_PLACE_BYTES, IN_PLACE_SHARE = 64 << 20, 16
 """The same for rows that are written in place."""
 MOST_ABSENT = 1 << 20
 """Of one message: five bytes each at most."""
@@ -266,7 +266,7 @@ class Sender:
     def _write(self, messages: Iterator[bulk.WriteRows]) -> pb.WriteRowsResponse:
         if self._lane is not None:
             try:
-                return self._lane.write_rows(messages, self._seconds())
+                return self._lane.write_rows(messages, self._seconds(), self._sent)
             except NoLane as why:
                 log.info("%s: what is left goes through gRPC: %s", self._doing, why)
                 self._lane = None
@@ -280,7 +280,7 @@ class Sender:
             for (start, stop), message in made:
                 sent.append((start, stop))
                 if message.crc32c is not None:
-                    self._digest.note(start - self._row_start, stop - self._row_start, message.crc32c)
+                    self._sent(message, message.crc32c)
                 yield message
         except Exception as failure:
             self._failure = failure
@@ -290,10 +290,16 @@ class Sender:
         lent, (start, stop) = self._lent, piece
         if lent is not None and not ranges.intersect([piece], self._foreign):
             return piece, lent.write(start, stop)
-        payload, loan = self._rows.payload(start - self._row_start, stop - self._row_start), ""
-        if lent is not None:
-            loan = lent.loan
-        return piece, bulk.WriteRows(self._push.push_id, start, payload, crc32c(payload), loan=loan)
+        payload = self._rows.payload(start - self._row_start, stop - self._row_start)
+        message = bulk.WriteRows(self._push.push_id, start, payload, loan=lent.loan if lent else "")
+        if self._lane is None:  # which sums it up while it sends
+            message = replace(message, crc32c=crc32c(payload))
+        return piece, message
+
+    def _sent(self, message: bulk.WriteRows, crc: int) -> None:
+        start = message.row_start - self._row_start
+        count = message.shared_row_count or message.payload.nbytes // self._rows.row_bytes
+        self._digest.note(start, start + count, crc)
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import bulk, frames
-from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient, NeighbourTable
+from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient, NeighbourTable, lane
 from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
@@ -68,16 +68,16 @@ def assert_pushed(client: NeighbourClient, epoch: int = 0) -> None:
 def after(count: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Does something when so many messages of rows went over lanes; the list grows by one for each."""
     sent: list[int] = []
-    send = frames.send
+    send = lane.send_rows
 
-    def counting(connection: socket.socket, head: bytes, payload: Any = b"") -> None:
-        send(connection, head, payload)
-        if len(payload):
-            sent.append(len(payload))
-            if len(sent) == count:
-                act()
+    def counting(connection: socket.socket, message: bulk.WriteRows) -> int:
+        crc = send(connection, message)
+        sent.append(message.payload.nbytes)
+        if len(sent) == count:
+            act()
+        return crc
 
-    monkeypatch.setattr(frames, "send", counting)
+    monkeypatch.setattr(lane, "send_rows", counting)
     return sent
 
 
@@ -216,16 +216,18 @@ DYING = """
 import os, signal, sys
 import numpy as np
 from nearkin.v1 import bulk, frames
-from nearkin_client import NeighbourClient
+from nearkin_client import NeighbourClient, lane
 
-send, sent = frames.send, []
-def dying(connection, head, payload=b""):
-    if len(sent) == 3 and len(payload):
-        connection.sendall(bulk.varint(len(head) + len(payload)) + head + bytes(payload)[:1000])
+send, sent = lane.send_rows, []
+def dying(connection, message):
+    if len(sent) == 3:
+        head = bulk.write_rows_head(message)
+        frames.send_head(connection, head, message.payload.nbytes + bulk.WRITE_ROWS_TAIL_BYTES)
+        connection.sendall(message.payload.cast("B")[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
     sent.append(1)
-    send(connection, head, payload)
-frames.send = dying
+    return send(connection, message)
+lane.send_rows = dying
 NeighbourClient(sys.argv[1], run=sys.argv[2], shared_memory=False).push(
     np.load(sys.argv[3]), epoch=0, k=4, commit=False)
 """
@@ -280,19 +282,14 @@ def test_the_last_row_of_many_ranks_commits_and_says_what_is_wrong(address: str,
 def test_a_flipped_bit_is_sent_again(
     address: str, run: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads: list[bytes] = []
-    write_rows_head = bulk.write_rows_head
+    tails: list[bytes] = []
+    write_rows_tail = bulk.write_rows_tail
 
-    def flipping(message: bulk.WriteRows) -> bytes:
-        if len(heads) == 2:
-            assert message.crc32c is not None
-            message = bulk.WriteRows(
-                message.push_id, message.row_start, message.payload, message.crc32c ^ 1024
-            )
-        heads.append(write_rows_head(message))
-        return heads[-1]
+    def flipping(crc: int) -> bytes:
+        tails.append(write_rows_tail(crc ^ 1024 if len(tails) == 2 else crc))
+        return tails[-1]
 
-    monkeypatch.setattr(bulk, "write_rows_head", flipping)
+    monkeypatch.setattr(bulk, "write_rows_tail", flipping)
     with connected(address, run) as client:
         client.push(ROWS, epoch=0, k=4, commit=False)
         assert "sending it again" in log.text

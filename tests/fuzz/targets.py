@@ -168,6 +168,30 @@ def lane_block(data: bytes) -> None:
     assert data[head:] == expected.payload
 
 
+def lane_rows(data: bytes) -> None:
+    """Rows whose head and tail are taken are what the generated class takes, with the same in it."""
+    split = bulk.split_write_rows(memoryview(data[: bulk.MOST_WRITE_ROWS_HEAD]), len(data))
+    if split is None:
+        return
+    found, head, nbytes = split
+    crc, tail = found.crc32c, data[head + nbytes :]
+    if tail:
+        try:
+            crc = bulk.split_write_rows_tail(tail)
+        except DecodeError:
+            return
+    expected = pb.WriteRowsRequest.FromString(data)
+    assert data[head : head + nbytes] == expected.payload
+    assert crc == (expected.crc32c if expected.HasField("crc32c") else None)
+    assert (found.push_id, found.row_start, found.shared_row_count, found.loan, found.sound) == (
+        expected.push_id,
+        expected.row_start,
+        expected.shared_row_count,
+        expected.loan,
+        expected.sound,
+    )
+
+
 def journal_file(data: bytes) -> None:
     """A journal is read up to its first damaged record. The first bit of a record's tag makes it sound."""
     with _file(_sound_records(data)) as path:
@@ -231,6 +255,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
         table_message,
         lane_frames,
         lane_block,
+        lane_rows,
         journal_file,
         document,
         data_directory,

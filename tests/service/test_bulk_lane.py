@@ -16,11 +16,14 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from crc32c import crc32c
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
+from nearkin_service.store import as_bytes
 from nearkin_service.wire.lane import lane as lane_module
+from nearkin_service.wire.lane import rows as rows_module
 from nearkin_service.wire.lane.tickets import RowsGrant, Tickets
 
 from tests.service.conftest import (
@@ -297,6 +300,110 @@ def test_half_a_message_is_none(either: Caller, reset: bool) -> None:
     assert [(each.start, each.count) for each in push.stored] == [(0, 30)]
     either.write(push_id, ROWS[30:], 30)
     np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+def begin_message(connection: socket.socket, push_id: str, rows: Any = ROWS, sent: int = 100) -> bytes:
+    """Sends the beginning of one message with all rows; what is missing of it."""
+    (one,) = messages(push_id, rows, 0, len(rows))
+    encoded = one.SerializeToString()
+    connection.sendall(bulk.varint(len(encoded)) + encoded[:sent])
+    return encoded[sent:]
+
+
+def test_who_stops_within_a_message_does_not_keep_its_rows(
+    start_service: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "STALL_SECONDS", 0.3)
+    caller = start_service().caller()
+    push_id, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        begin_message(connection, push_id)
+        found = status(connection)
+        assert code(found) is grpc.StatusCode.UNAVAILABLE
+        assert "middle of a message" in found.message
+    caller.write(push_id, ROWS)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+def test_rows_that_are_on_their_way_are_waited_for_and_compared(caller: Caller) -> None:
+    push_id, lane = offered(caller, commit_when_complete=False)
+    with let_in(caller, lane) as slow, let_in(caller, lane) as same, let_in(caller, lane) as other:
+        rest = begin_message(slow, push_id)
+        time.sleep(0.1)
+        say(same, messages(push_id, ROWS, 0, 60)[0])
+        say(other, messages(push_id, -ROWS, 0, 60)[0])
+        assert caller.state(push_id).rows_stored == 0
+        slow.sendall(rest)
+        for connection in (slow, same, other):
+            connection.shutdown(socket.SHUT_WR)
+        assert hear(slow).stored.complete
+        assert hear(same).stored.complete
+        assert code(status(other)) is grpc.StatusCode.ALREADY_EXISTS
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id), timeout=WAIT)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+@pytest.mark.parametrize("end", ["abort", "cut", "damage"])
+def test_what_came_of_half_a_message_is_in_no_later_push(caller: Caller, end: str) -> None:
+    """Its bytes are in a file by then, which becomes that of the next push."""
+    wide = random_rows(60, 8192)
+    push_id, lane = offered(caller, wide, absent=[7])
+    with let_in(caller, lane) as connection:
+        rest = begin_message(connection, push_id, wide, wide.nbytes // 2)
+        if end == "abort":
+            caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=WAIT)
+        elif end == "damage":
+            connection.sendall(rest[:-1] + bytes([rest[-1] ^ 1]))
+            assert code(status(connection)) is grpc.StatusCode.DATA_LOSS
+    if end != "abort":
+        assert caller.state(push_id).rows_stored == 0
+        caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=WAIT)
+    push_id, _ = offered(caller, wide, absent=[7], commit_when_complete=False)
+    caller.write(push_id, wide[:7])
+    caller.write(push_id, wide[8:], 8)
+    whole = wide.copy()
+    whole[7] = 0  # what never came is zero
+    crc = crc32c(whole.tobytes())
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id, rows_crc32c=crc), timeout=WAIT)
+    present = np.delete(np.arange(60), 7)
+    expected = present[brute_force(wide[present], 5)]
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids[present], expected)
+
+
+def test_a_checksum_may_follow_the_rows(either: Caller) -> None:
+    push_id, lane = offered(either)
+    half = [bulk.WriteRows(push_id, start, as_bytes(ROWS[start : start + 30])) for start in (0, 30)]
+    with let_in(either, lane) as connection:
+        for each in half:
+            crc = crc32c(each.payload)
+            frames.send(
+                connection, bulk.write_rows_head(each), bytes(each.payload) + bulk.write_rows_tail(crc)
+            )
+        connection.shutdown(socket.SHUT_WR)
+        assert hear(connection).stored.complete
+    np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (bulk.write_rows_tail(1), grpc.StatusCode.DATA_LOSS),
+        (b"\x28" + bytes(4), grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x25\x00", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x25" + bytes(4) + b"\x25", grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+    ids=["another", "no checksum", "short", "long"],
+)
+def test_a_wrong_end_is_refused(caller: Caller, tail: bytes, expected: grpc.StatusCode) -> None:
+    push_id, lane = offered(caller)
+    message = bulk.WriteRows(push_id, 0, as_bytes(ROWS))
+    with let_in(caller, lane) as connection:
+        frames.send(connection, bulk.write_rows_head(message), bytes(message.payload) + tail)
+        connection.shutdown(socket.SHUT_WR)
+        assert code(status(connection)) is expected
+    assert caller.state(push_id).rows_stored == 0
+    caller.write(push_id, ROWS)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
 
 
 def test_a_push_that_is_aborted_meanwhile_takes_nothing_more(caller: Caller) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nearkin_service.errors import AlreadyExistsError, DataLossError
 from nearkin_service.ranges import RowRange, RowSet
-from nearkin_service.store import Arrival, DataDirectory, PushFiles, as_bytes, journal
+from nearkin_service.store import DataDirectory, PushFiles, as_bytes, journal
 from nearkin_service.store.atomic import read_document, write_document
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.store.push_files import recover
@@ -109,14 +109,14 @@ def test_any_sequence_of_writes_is_recovered(tmp_path: Path, data: st.DataObject
         if wrong is not None:
             rows[wrong - start] += 1
         known = RowSet.from_ids(np.array(sorted(stored & set(range(start, stop))), np.int64))
-        arrival = Arrival(RowRange(start, stop), as_bytes(rows), None, known, RowSet.empty())
+        arrival = (RowRange(start, stop), known, RowSet.empty(), as_bytes(rows), None)
         if wrong is not None and wrong not in stored:
             continue  # would become the truth
         if wrong is not None:
             with pytest.raises(AlreadyExistsError, match=f"row {wrong} "):
-                files.receive(arrival)
+                files.receive(*arrival)
             continue
-        files.receive(arrival)
+        files.receive(*arrival)
         stored |= set(range(start, stop))
     files.close()
     found = recover(directory, "run")
@@ -150,7 +150,7 @@ def test_the_checksum_of_all_rows_is_to_be_had_while_they_are_published(tmp_path
     """A commit may meet the publication of a push that closed by itself, which moves the journal."""
     rows = np.arange(1, 37, dtype=np.float32).reshape(12, 3)
     files = PushFiles.create(tmp_path / "push", "push", SPEC, 1.0)
-    files.receive(Arrival(RowRange(0, 12), as_bytes(rows), None, RowSet.empty(), RowSet.empty()))
+    files.receive(RowRange(0, 12), RowSet.empty(), RowSet.empty(), as_bytes(rows), None)
     expected = files.checksum()
     (tmp_path / "push" / "journal").unlink()
     assert files.checksum() == expected

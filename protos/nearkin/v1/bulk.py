@@ -74,7 +74,7 @@ def encode_write_rows(message: WriteRows) -> bytes:
 
 
 def write_rows_head(message: WriteRows) -> bytes:
-    """The message as protobuf bytes up to its payload, which has to follow."""
+    """The message as protobuf bytes up to its payload, which has to follow; one without crc32c may have a tail."""
     head = pb.WriteRowsRequest(
         push_id=message.push_id,
         row_start=message.row_start,
@@ -87,22 +87,77 @@ def write_rows_head(message: WriteRows) -> bytes:
     return head.SerializeToString() + _length_prefix(_PAYLOAD, message.payload.nbytes)
 
 
+def write_rows_tail(crc: int) -> bytes:
+    """The crc32c of a message, known once its payload has been sent."""
+    return bytes([_CRC32C << 3 | _FIXED32]) + crc.to_bytes(4, "little")
+
+
+WRITE_ROWS_TAIL_BYTES = len(write_rows_tail(0))
+
+
+def split_write_rows_tail(tail: Buffer) -> int:
+    """What `write_rows_tail` was given. DecodeError: it is something else."""
+    if tail[0] != _CRC32C << 3 | _FIXED32:
+        raise DecodeError("what follows the payload is no crc32c")
+    return int.from_bytes(tail[1:], "little")
+
+
+MOST_WRITE_ROWS_HEAD = 256
+"""`write_rows_head` is shorter."""
+
+
+def split_write_rows(start: memoryview, length: int) -> tuple[WriteRows, int, int] | None:
+    """What `write_rows_head` wrote, how many bytes of it there are, and how many of payload follow.
+
+    Behind them there is nothing, or a tail. `start`: the first bytes of a message of so many bytes in all. None: it
+    is another encoding, or none.
+    """
+    fields: dict[int, int | memoryview] = {}
+    position = 0
+    while True:
+        tag, position = read_varint(start, position)
+        number = tag >> 3
+        if position < 0 or _WRITE_ROWS_FIELDS.get(number) != tag & 7 or number in fields:
+            return None
+        if number == _PAYLOAD:
+            break
+        value, position = _value(start, position, tag & 7)
+        if not 0 <= position <= len(start):
+            return None
+        fields[number] = value
+    nbytes, position = read_varint(start, position)
+    tail_bytes = 0 if _CRC32C in fields else length - position - nbytes
+    if position < 0 or not nbytes or tail_bytes not in (0, WRITE_ROWS_TAIL_BYTES):
+        return None
+    message = _write_rows(fields, memoryview(b""))
+    if message is None or position + nbytes + tail_bytes != length:
+        return None
+    return message, position, nbytes
+
+
 def decode_write_rows(data: Buffer) -> WriteRows:
     """Takes a serialised `WriteRowsRequest` apart. DecodeError: these bytes are not one."""
     fields = _scan(memoryview(data), _WRITE_ROWS_FIELDS)
-    push_id = None if fields is None else _text(fields.get(_PUSH_ID))
-    loan = None if fields is None else _text(fields.get(_LOAN))
-    if fields is None or push_id is None or loan is None:
-        parsed = pb.WriteRowsRequest.FromString(bytes(data))
-        return WriteRows(
-            push_id=parsed.push_id,
-            row_start=parsed.row_start,
-            shared_row_count=parsed.shared_row_count,
-            crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
-            loan=parsed.loan,
-            sound=parsed.sound,
-            payload=memoryview(parsed.payload),
-        )
+    message = None if fields is None else _write_rows(fields, _bytes(fields.get(_PAYLOAD)))
+    if message is not None:
+        return message
+    parsed = pb.WriteRowsRequest.FromString(bytes(data))
+    return WriteRows(
+        push_id=parsed.push_id,
+        row_start=parsed.row_start,
+        shared_row_count=parsed.shared_row_count,
+        crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
+        loan=parsed.loan,
+        sound=parsed.sound,
+        payload=memoryview(parsed.payload),
+    )
+
+
+def _write_rows(fields: Mapping[int, int | memoryview], payload: memoryview) -> WriteRows | None:
+    """None: a text is none; the generated parser is to say so."""
+    push_id, loan = _text(fields.get(_PUSH_ID)), _text(fields.get(_LOAN))
+    if push_id is None or loan is None:
+        return None
     return WriteRows(
         push_id=push_id,
         row_start=_signed(fields.get(_ROW_START)),
@@ -110,7 +165,7 @@ def decode_write_rows(data: Buffer) -> WriteRows:
         crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
         loan=loan,
         sound=bool(_integer(fields.get(_SOUND, 0))),
-        payload=_bytes(fields.get(_PAYLOAD)),
+        payload=payload,
     )
 
 

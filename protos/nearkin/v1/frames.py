@@ -76,6 +76,14 @@ def fill(connection: socket.socket, place: memoryview) -> None:
         done += got
 
 
+def peek(connection: socket.socket, most: int) -> memoryview:
+    """The next bytes, which stay to be received: as many, or fewer, as happen to be there. Ended: none come."""
+    start = connection.recv(most, socket.MSG_PEEK)
+    if not start:
+        raise Ended("ended before a message")
+    return memoryview(start)
+
+
 def receive(connection: socket.socket, most: int = MOST_SMALL_BYTES) -> bytes | None:
     """A message of a few bytes; None where the peer has ended. Malformed: it is longer. Ended."""
     length = receive_length(connection)

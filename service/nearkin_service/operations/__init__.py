@@ -13,7 +13,7 @@ from nearkin_service.operations.places import Places
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.operations.reading import Reading, TableBlocks
 from nearkin_service.operations.searching import Searching
-from nearkin_service.operations.writing import Message, Writing
+from nearkin_service.operations.writing import Held, Message, Writing
 
 __all__ = [
     "Administering",
@@ -22,6 +22,7 @@ __all__ = [
     "Comparison",
     "Core",
     "Engines",
+    "Held",
     "Lending",
     "Loan",
     "Message",

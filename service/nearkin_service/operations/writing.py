@@ -16,7 +16,7 @@ from nearkin_service.operations.core import Core
 from nearkin_service.operations.lending import Loan
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.ranges import RowRange, RowSet
-from nearkin_service.store import Arrival
+from nearkin_service.store import PushFiles
 from nearkin_service.values import Generation, PushState, PushView
 
 _ANNOUNCE_SECONDS = 0.2
@@ -41,14 +41,36 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Rows that a message holds. `store` may run on any thread: it stores or compares them, all or nothing.
+    """Rows that a message holds: until `settle`, or until the push releases them, nobody else writes any.
 
-    It returns the rows that hold nothing but zeros. Its errors are those of `Writing.write`.
+    Methods run on any thread, and return the rows that hold nothing but zeros. Their errors are those of
+    `Writing.write`.
+
+    Attributes:
+        store: stores or compares these bytes, which came with this checksum; all or nothing.
+        files: where nothing of the rows is stored yet, and the push is open.
     """
 
     push: Push
     rows: RowRange
-    store: Callable[[], RowSet]
+    store: Callable[[memoryview, int | None], RowSet]
+    files: PushFiles | None
+
+    def receive(
+        self,
+        fill: Callable[[memoryview], None],
+        room: Callable[[int], memoryview],
+        crc: Callable[[], int | None],
+    ) -> RowSet:
+        """The same for bytes that `fill` receives into a `room` of so many; then `crc` is asked.
+
+        If they are new, each piece is looked at and written while it is in a core's cache.
+        """
+        if self.files is not None:
+            return self.files.receive_as_they_come(self.rows, fill, room, crc, self.push.absent)
+        payload = room(len(self.rows) * self.push.spec.row_bytes)
+        fill(payload)
+        return self.store(payload, crc())
 
 
 class Writing:
@@ -64,24 +86,24 @@ class Writing:
         DataLossError: not what was sent. InvalidArgumentError: not whole rows, not there, NaN or Inf.
         AlreadyExistsError: a row is stored with other bytes. FailedPreconditionError: the push is over.
         """
-        held = await self.hold(message, loan)
+        held = await self.hold(message.push_id, message.row_start, message.payload.nbytes, loan)
         try:
-            zeros = await self._core.io(held.store)
+            zeros = await self._core.io(held.store, message.payload, message.crc)
         except BaseException:
             held.push.release(held.rows)
             raise
         await self.settle(held, zeros)
         return held.push.view()
 
-    async def hold(self, message: Message, loan: Loan | None = None) -> Held:
+    async def hold(self, push_id: str, row_start: int, nbytes: int, loan: Loan | None = None) -> Held:
         """Waits for a message's rows, which are its own until `settle`, or until the push releases them."""
-        push = self._core.catalogue.push(message.push_id)
+        push = self._core.catalogue.push(push_id)
         push.require_usable()
-        rows = push.spec.rows_of(message.row_start, message.payload.nbytes)
+        rows = push.spec.rows_of(row_start, nbytes)
         await push.hold(rows, loan.rows if loan else None)
         try:
             push.require_usable()
-            return Held(push, rows, self._storing(push, rows, message))
+            return self._held(push, rows)
         except BaseException:
             push.release(rows)
             raise
@@ -92,19 +114,25 @@ class Writing:
         held.push.release(held.rows)
         await self._stored(held.push, held.rows)
 
-    def _storing(self, push: Push, rows: RowRange, message: Message) -> Callable[[], RowSet]:
+    def _held(self, push: Push, rows: RowRange) -> Held:
         if push.state is PushState.PUBLISHED:
             generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-            return partial(self._compare, generation, message)
-        # Once the push is closed every row counts as known: one that never came is absent, and ignored.
-        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
-        arrival = Arrival(
-            rows, message.payload, message.crc, known.within(rows.start, rows.stop), push.absent
+            return Held(push, rows, partial(self._compare, generation, rows.start), None)
+        files = self._core.files[push.push_id]
+        if (
+            push.state is not PushState.OPEN
+        ):  # every row counts as known: one that never came is absent, and ignored
+            known = RowSet.of(rows.start, rows.stop)
+        else:
+            known = push.stored.within(rows.start, rows.stop)
+        return Held(
+            push, rows, partial(files.receive, rows, known, push.absent), None if len(known) else files
         )
-        return partial(self._core.files[push.push_id].receive, arrival)
 
-    def _compare(self, generation: Generation, message: Message) -> RowSet:
-        self._core.directory.compare(generation, message.row_start, message.payload, message.crc)
+    def _compare(
+        self, generation: Generation, row_start: int, payload: memoryview, crc: int | None
+    ) -> RowSet:
+        self._core.directory.compare(generation, row_start, payload, crc)
         return RowSet.empty()
 
     @property

@@ -5,7 +5,7 @@
 
 from nearkin_service.store.directory import DataDirectory
 from nearkin_service.store.generation_files import IDS, SCORES, Finished
-from nearkin_service.store.push_files import Arrival, PushFiles
+from nearkin_service.store.push_files import PushFiles
 from nearkin_service.store.rows import as_bytes
 
-__all__ = ["IDS", "SCORES", "Arrival", "DataDirectory", "Finished", "PushFiles", "as_bytes"]
+__all__ = ["IDS", "SCORES", "DataDirectory", "Finished", "PushFiles", "as_bytes"]

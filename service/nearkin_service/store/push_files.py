@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +27,20 @@ from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.store.layout import boot_id
 from nearkin_service.store.rows import (
+    Examined,
+    Examiner,
     RowsFile,
     as_bytes,
     as_rows,
     disk_error,
     examine,
     refuse_infinite,
+    rows_at_a_time,
 )
 from nearkin_service.store.spares import Spares
 from nearkin_service.values import PushSpec, PushState, RecoveredPush
 
 ROWS, JOURNAL, PUSH, OUTCOME = "rows.bin", "journal", "push.json", "outcome.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One message's rows.
-
-    Attributes:
-        rows: which they are.
-        payload: their bytes.
-        crc: what the sender says of them.
-        known: those of the rows that are stored already.
-        absent: classes declared absent so far.
-    """
-
-    rows: RowRange
-    payload: memoryview
-    crc: int | None
-    known: RowSet
-    absent: RowSet
 
 
 class PushFiles:
@@ -89,28 +72,61 @@ class PushFiles:
             raise disk_error(error) from error
         return PushFiles(directory, spec)
 
-    def receive(self, arrival: Arrival) -> RowSet:
+    def receive(
+        self, rows: RowRange, known: RowSet, absent: RowSet, payload: memoryview, crc: int | None
+    ) -> RowSet:
         """Checks a message's rows, compares those that are known, stores the others; all of it or nothing.
+
+        Args:
+            rows: which they are.
+            known: those of them that are stored already.
+            absent: classes declared absent so far.
+            payload: their bytes.
+            crc: what the sender says of them.
 
         Returns:
             The rows that hold nothing but zeros.
         """
-        start = arrival.rows.start
-        rows_nR = as_rows(arrival.payload, self._spec)
+        rows_nR = as_rows(payload, self._spec)
         found = examine(rows_nR, self._spec.dtype)
-        found.require(arrival.crc, start)
-        blank = refuse_infinite(found.infinite, start, arrival.absent)
+        found.require(crc, rows.start)
+        blank = refuse_infinite(found.infinite, rows.start, absent)
         if len(blank):
             rows_nR = rows_nR.copy()
             rows_nR[blank] = 0
-        self.compare(rows_nR, start, arrival.known, arrival.absent)
-        zero_rows = RowSet.from_ids(found.zeros + start)
-        self._store(rows_nR, arrival, zero_rows, None if len(blank) else found.crc)
-        return zero_rows
+        self.compare(rows_nR, rows.start, known, absent)
+        zeros = RowSet.from_ids(found.zeros + rows.start)
+        self._store(rows_nR, rows, known, zeros, found.crc if not len(known) and not len(blank) else None)
+        return zeros
+
+    def receive_as_they_come(
+        self,
+        rows: RowRange,
+        fill: Callable[[memoryview], None],
+        room: Callable[[int], memoryview],
+        crc: Callable[[], int | None],
+        absent: RowSet,
+    ) -> RowSet:
+        """The same for rows of which none is known, and which `fill` receives into a `room` of so many bytes.
+
+        They are written before all are here: what comes to nothing is never noted, and so is not there.
+        """
+        examiner, step = Examiner(self._spec.dtype), rows_at_a_time(self._spec.row_bytes)
+        for start in range(rows.start, rows.stop, step):
+            piece = room(min(step, rows.stop - start) * self._spec.row_bytes)
+            fill(piece)
+            examiner.look(as_rows(piece, self._spec))
+            self.rows.put(start, piece)
+        return self._take(rows, examiner.found(), crc(), RowSet.empty(), absent)
 
     def receive_in_place(self, rows: RowRange, crc: int, known: RowSet, absent: RowSet) -> RowSet:
         """The same for rows that their sender wrote where they belong. Known ones are not noted again."""
-        found = self.rows.examine(rows.start, len(rows))
+        return self._take(rows, self.rows.examine(rows.start, len(rows)), crc, known, absent)
+
+    def _take(
+        self, rows: RowRange, found: Examined, crc: int | None, known: RowSet, absent: RowSet
+    ) -> RowSet:
+        """Notes rows that lie in their place, and in which this was `found`."""
         found.require(crc, rows.start)
         blank = refuse_infinite(found.infinite, rows.start, absent)
         for row in blank.tolist():
@@ -123,7 +139,7 @@ class PushFiles:
                 for each in fresh
             ]
         else:
-            records = [Record(Kind.ROWS, rows.start, len(rows), crc)]
+            records = [Record(Kind.ROWS, rows.start, len(rows), found.crc)]
         self._note_stored(records, zeros)
         return zeros
 
@@ -155,14 +171,13 @@ class PushFiles:
                 return rows
         return None
 
-    def _store(self, rows_nR: NDArray[Any], arrival: Arrival, zeros: RowSet, crc: int | None) -> None:
+    def _store(
+        self, rows_nR: NDArray[Any], rows: RowRange, known: RowSet, zeros: RowSet, crc: int | None
+    ) -> None:
         """`crc`: that of all rows, if they are stored as they came."""
-        start = arrival.rows.start
-        fresh = arrival.known.complement(start, arrival.rows.stop)
-        known_crc = crc if not len(arrival.known) else None
         records = [
-            self.rows.write(r.start, as_bytes(rows_nR[r.start - start : r.stop - start]), known_crc)
-            for r in fresh
+            self.rows.write(r.start, as_bytes(rows_nR[r.start - rows.start : r.stop - rows.start]), crc)
+            for r in known.complement(rows.start, rows.stop)
         ]
         self._note_stored(records, zeros)
 

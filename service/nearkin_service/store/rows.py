@@ -23,7 +23,7 @@ from nearkin_service.values import PushSpec
 
 _SCAN_BYTES = 8 << 20
 _CHECKSUM_BYTES = 512 << 10  # stays in a core's cache between being read and being summed
-_LOOK_BYTES = 512 << 10  # stays there while it is looked at twice
+_LOOK_BYTES = 1 << 20  # stays there while it is received, looked at twice and written
 _INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # as bits
 
 
@@ -59,23 +59,51 @@ class Examined:
             )
 
 
+class Examiner:
+    """One pass over rows that come piece by piece, each in a core's cache; odd ones are seen twice."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._crc = self._count = 0
+        self._infinite: list[NDArray[np.int64]] = []
+        self._zeros: list[NDArray[np.int64]] = []
+
+    def look(self, piece_nR: NDArray[Any]) -> None:
+        """At the next rows."""
+        self._crc = crc32c.crc32c(as_bytes(piece_nR), self._crc)
+        odd = _odd(piece_nR) if self._dtype == "float32" else np.arange(len(piece_nR))
+        if len(odd):
+            largest = _largest(piece_nR[odd])
+            self._infinite.append(odd[largest >= _INFINITY[self._dtype]] + self._count)
+            self._zeros.append(odd[largest == 0] + self._count)
+        self._count += len(piece_nR)
+
+    def found(self) -> Examined:
+        """In all rows so far."""
+        none = np.empty(0, np.int64)
+        return Examined(
+            self._crc, np.concatenate([none, *self._infinite]), np.concatenate([none, *self._zeros])
+        )
+
+
 def examine(rows_nR: NDArray[Any], dtype: str) -> Examined:
-    """One pass, piece by piece while it is in a core's cache; odd float32 rows are looked at again."""
-    step = max(1, _LOOK_BYTES // max(1, rows_nR[:1].nbytes))
-    largest = np.ones(len(rows_nR), np.uint32)
-    squares = np.ones(len(rows_nR), np.float32)
-    crc = 0
+    """What an `Examiner` finds."""
+    examiner, step = Examiner(dtype), rows_at_a_time(rows_nR[:1].nbytes)
+    for at in range(0, len(rows_nR), step):
+        examiner.look(rows_nR[at : at + step])
+    return examiner.found()
+
+
+def rows_at_a_time(row_bytes: int) -> int:
+    """How many stay in a core's cache."""
+    return max(1, _LOOK_BYTES // max(1, row_bytes))
+
+
+def _odd(rows_nR: NDArray[Any]) -> NDArray[np.int64]:
+    """Those whose squares add up to nothing, or to no number."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for at in range(0, len(rows_nR), step):
-            piece_nR = rows_nR[at : at + step]
-            crc = crc32c.crc32c(as_bytes(piece_nR), crc)
-            if dtype == "float32":
-                np.vecdot(piece_nR, piece_nR, out=squares[at : at + step])
-            else:
-                largest[at : at + step] = _largest(piece_nR)
-    odd = np.flatnonzero(~((squares > 0) & (squares < np.inf)))
-    largest[odd] = _largest(rows_nR[odd])
-    return Examined(crc, np.flatnonzero(largest >= _INFINITY[dtype]), np.flatnonzero(largest == 0))
+        squares = np.vecdot(rows_nR, rows_nR)
+    return np.flatnonzero(~((squares > 0) & (squares < np.inf)))
 
 
 def _largest(rows_nR: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
@@ -121,12 +149,16 @@ class RowsFile:
 
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
         """Stores whole rows (their CRC32C is `crc`, if known); returns what the journal is to say of them."""
+        self.put(start, data)
+        checksum = crc32c.crc32c(data) if crc is None else crc
+        return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
+
+    def put(self, start: int, data: memoryview) -> None:
+        """Writes whole rows, of which nobody is told."""
         try:
             _pwrite_all(self._descriptor, data, start * self._spec.row_bytes)
         except OSError as error:
             raise disk_error(error) from error
-        checksum = crc32c.crc32c(data) if crc is None else crc
-        return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
     def blank(self, start: int, count: int) -> None:
         """Zeroes rows."""

@@ -51,8 +51,7 @@ class BulkLane:
         self._core = core
         self._count_error = count_error
         self._idle_seconds = core.config.limits.max_stream_idle_seconds
-        most = core.config.limits.max_message_bytes
-        self._rows = RowsReceiver(pushing, writing, asyncio.get_running_loop(), most)
+        self._rows = RowsReceiver(pushing, writing, asyncio.get_running_loop(), core.config.limits)
         self._tables = TableSender(core, reading)
         self._tickets = Tickets()
         self._listeners: list[socket.socket] = []
