@@ -28,7 +28,7 @@ from nearkin_client.errors import (
 )
 from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
-from nearkin_client.shared import in_advance, lent
+from nearkin_client.shared import in_advance, joined, lent
 from nearkin_client.wire import Wire
 
 log = logging.getLogger("nearkin.client.push")
@@ -40,8 +40,10 @@ STREAM_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
 LANE_BYTES, LANE_SHARE = 16 << 20, 64
 """The same on the bulk lane, where each message costs more than its memory."""
-IN_PLACE_BYTES, IN_PLACE_SHARE = 64 << 20, 16
-"""The same for rows that are written in place."""
+IN_PLACE_BYTES, IN_PLACE_SHARE = 256 << 20, 4
+"""The same for rows that are written in place: nothing is sent twice, and few messages cost little."""
+WRITTEN_BYTES, WRITTEN_SHARE = 16 << 20, 4
+"""What one thread writes of such a message at a time."""
 MOST_ABSENT = 1 << 20
 """Of one message: five bytes each at most."""
 DAMAGED_ATTEMPTS = 3
@@ -275,10 +277,15 @@ class Sender:
     def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bulk.WriteRows]:
         """The messages of one stream; notes in `sent` what was handed over. May run on gRPC's thread."""
         try:
-            pieces = ranges.pieces(batch, self._pace.rows_per_message)
-            made = in_advance(self._message, pieces) if self._lent else map(self._message, pieces)
-            for (start, stop), message in made:
-                sent.append((start, stop))
+            rows = self._pace.rows_per_message
+            if self._lent:
+                pieces = ranges.pieces(batch, self._rows_at_a_time)
+                made = joined(in_advance(self._message, pieces), self._rows.row_bytes, rows)
+            else:
+                made = map(self._message, ranges.pieces(batch, rows))
+            for message in made:
+                start = message.row_start
+                sent.append((start, start + self._count(message)))
                 if message.crc32c is not None:
                     self._sent(message, message.crc32c)
                 yield message
@@ -286,20 +293,29 @@ class Sender:
             self._failure = failure
             raise
 
-    def _message(self, piece: ranges.Range) -> tuple[ranges.Range, bulk.WriteRows]:
+    @property
+    def _rows_at_a_time(self) -> int:
+        """Of what is written in place."""
+        return max(
+            1, min(WRITTEN_BYTES // self._rows.row_bytes, self._pace.rows_per_message // WRITTEN_SHARE)
+        )
+
+    def _message(self, piece: ranges.Range) -> bulk.WriteRows:
         lent, (start, stop) = self._lent, piece
         if lent is not None and not ranges.intersect([piece], self._foreign):
-            return piece, lent.write(start, stop)
+            return lent.write(start, stop)
         payload = self._rows.payload(start - self._row_start, stop - self._row_start)
         message = bulk.WriteRows(self._push.push_id, start, payload, loan=lent.loan if lent else "")
         if self._lane is None:  # which sums it up while it sends
             message = replace(message, crc32c=crc32c(payload))
-        return piece, message
+        return message
+
+    def _count(self, message: bulk.WriteRows) -> int:
+        return message.shared_row_count or message.payload.nbytes // self._rows.row_bytes
 
     def _sent(self, message: bulk.WriteRows, crc: int) -> None:
         start = message.row_start - self._row_start
-        count = message.shared_row_count or message.payload.nbytes // self._rows.row_bytes
-        self._digest.note(start, start + count, crc)
+        self._digest.note(start, start + self._count(message), crc)
 
     def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
@@ -384,7 +400,6 @@ class _Paces:
 
         most_in_place = min(begun.lent_rows.max_bytes or most, IN_PLACE_BYTES)
         return _Paces(
-            # Nothing is sent twice. Larger messages are fewer, smaller ones let the service begin sooner.
             in_place=_Pace(per_message(most_in_place, IN_PLACE_SHARE), rows.count),
             lane=sent(per_message(min(most, LANE_BYTES), LANE_SHARE)),
             stream=sent(per_message(begun.chunk_bytes, STREAM_SHARE)),

@@ -20,7 +20,7 @@ from nearkin_service.store import PushFiles
 from nearkin_service.values import Generation, PushState, PushView
 
 _ANNOUNCE_SECONDS = 0.2
-_MOST_BYTES_IN_PLACE = 64 << 20  # a look at them takes one of the threads for files a few milliseconds
+_MOST_BYTES_IN_PLACE = 256 << 20  # a look at them takes one of the threads for files 50 milliseconds
 
 
 @dataclass(frozen=True, slots=True)
