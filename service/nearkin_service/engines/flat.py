@@ -28,6 +28,7 @@ _SMALL = 256  # keys: float64 at once costs less than a search and its completio
 _LARGE_SHARE = 8  # likewise if this many times the candidates are all keys
 _FIRST_BLOCK_PRODUCTS = {"cpu": 1 << 31, "cuda": 1 << 41}
 _LEAST_BLOCK_ROWS, _MOST_BLOCK_ROWS = 32, 16384
+_UNPACKED = 1 << 16  # ranks at a time: what becomes of them stays in cache
 
 
 class FlatIndex:
@@ -139,7 +140,10 @@ def spread(
     """Ids and scores of all classes from the ranks of the present ones; absent rows are -1 and -inf."""
     ids = np.full((num_classes, ranks_Mk.shape[1]), -1, np.int32)
     scores = np.full(ids.shape, -np.inf, np.float32)
-    ids[present], scores[present] = unpack(ranks_Mk, present)
+    step = max(1, _UNPACKED // max(1, ranks_Mk.shape[1]))
+    for start in range(0, len(present), step):
+        some = present[start : start + step]
+        ids[some], scores[some] = unpack(ranks_Mk[start : start + step], present)
     return ids, scores
 
 

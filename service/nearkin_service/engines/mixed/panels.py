@@ -23,6 +23,7 @@ from nearkin_service.engines.workers import in_threads, worker_count
 
 _ONE_BY_ONE = 32  # so few rows are better settled one after the other than against all keys
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
+_LEAST_ROWS, _PER_ELEMENT = 32, 1 << 14  # of short keys a panel has few products, and should stay in cache
 _PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
 
 
@@ -51,7 +52,8 @@ def search_in_panels(
     doubtful = np.zeros(len(queries.own), np.bool_)
     keys, local = torch.from_numpy(keys_MD), threading.local()
     shared = math.ceil(len(queries.own) / worker_count())
-    rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size, shared))
+    cached = max(_LEAST_ROWS, _PER_ELEMENT * size // count)
+    rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size, shared, cached))
     names_M = np.arange(count) if names_M is None else names_M
     task = keys_MD, names_M, product_error(summed_at_most(size)), 0.5 - doubtful_distance(size)
 
