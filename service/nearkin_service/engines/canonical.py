@@ -11,7 +11,7 @@ Dimension letters: Q queries, C candidates of a query, M keys, D elements of a k
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,12 @@ _CHUNK = 4096
 _GATHERED = 1 << 17  # elements at a time: they stay in cache
 EMPTY = np.int64(np.iinfo(np.int64).max)
 """A rank that stands for nobody; sorts last."""
+
+
+class Indexed(Protocol):
+    """Keys that can be had one by one."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
 
 
 def in_steps(scores: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -39,8 +45,8 @@ def doubtful_distance(terms: int) -> float:
 def settle_doubt(
     products_P: NDArray[np.float64],
     terms: int,
-    first: tuple[NDArray[np.float32], NDArray[np.integer[Any]]],
-    second: tuple[NDArray[np.float32], NDArray[np.integer[Any]]],
+    first: tuple[Indexed, NDArray[np.integer[Any]]],
+    second: tuple[Indexed, NDArray[np.integer[Any]]],
 ) -> NDArray[np.int64]:
     """The canonical steps of pairs, from float64 products that saw at most `terms` roundings on the way.
 

@@ -9,6 +9,7 @@ B rows of a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,11 @@ class KeyedRows:
 
     def write_keys(
         self, keys_BD: NDArray[np.float32], block_BR: NDArray[Any], names: NDArray[np.int64], what: str
-    ) -> None:
-        """`keys_of`, in place. Norms are float64, so that rows of 1e30 and of 1e-40 are as good as any."""
+    ) -> NDArray[np.float64]:
+        """`keys_of`, in place; returns by what each row was multiplied.
+
+        Norms are float64, so that rows of 1e30 and of 1e-40 are as good as any.
+        """
         values = block_BR.astype(np.float64, order="C")
         if self.key != "flat":
             values = values.reshape(len(values), self.row_shape[0], -1).mean(axis=2)
@@ -74,8 +78,10 @@ class KeyedRows:
         bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
         if len(bad):
             raise ValueError(f"{what} {names[bad[0]]}: {self._fault(float(norms[bad[0]]))}")
-        values *= (1 / norms)[:, None]
+        factors_B: NDArray[np.float64] = 1 / norms
+        values *= factors_B[:, None]
         keys_BD[:] = values
+        return factors_B
 
     def _fault(self, norm: float) -> str:
         if norm != 0:
@@ -97,18 +103,34 @@ def fill_keys(
     keys_MD: NDArray[np.float32], source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
 ) -> None:
     """Write the keys of the present classes, in the order given, into `keys_MD`, block by block."""
+    each_block(
+        source,
+        present,
+        lambda start, ids, block_BR: source.write_keys(
+            keys_MD[start : start + len(ids)], block_BR, ids, "class"
+        ),
+        monitor,
+    )
+
+
+def each_block(
+    source: KeyedRows,
+    present: NDArray[np.int64],
+    work: Callable[[int, NDArray[np.int64], NDArray[Any]], Any],
+    monitor: BuildMonitor,
+) -> None:
+    """Hand the rows of present classes to `work` in blocks: the first one's place, their ids, themselves."""
     pace = Pace(monitor, "keys", len(present))
     step = max(1, _BLOCK_ELEMENTS // max(1, source.rows.shape[1]))
     whole = np.array_equal(present, np.arange(len(source.rows)))
 
-    def fill(start: int) -> None:
+    def do(start: int) -> None:
         ids = present[start : start + step]
-        block_BR = source.rows[start : start + step] if whole else source.rows[ids]
-        source.write_keys(keys_MD[start : start + len(ids)], block_BR, ids, "class")
+        work(start, ids, source.rows[start : start + step] if whole else source.rows[ids])
 
-    if keys_MD.size <= _ALONE:
+    if len(present) * source.key_size <= _ALONE:
         for start in range(0, len(present), step):
-            fill(start)
+            do(start)
     else:
-        in_threads(fill, range(0, len(present), step), lambda done: pace.done(done * step))
+        in_threads(do, range(0, len(present), step), lambda done: pace.done(done * step))
     pace.done(len(present))

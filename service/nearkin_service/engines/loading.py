@@ -56,17 +56,17 @@ def _load(need: str) -> None:
     """Build tables so small that loading is all it takes, one for each kind of loop."""
     from nearkin_service.engines.keys import KeyedRows
     from nearkin_service.engines.mixed.cpu import build_mixed, in_panels, mixed_self_join
+    from nearkin_service.engines.mixed.scan import keys_for_tiles
 
     try:
         for size, k in ((8, 3), (8, 40), (2048, 3)):
             rows = np.random.default_rng(0).standard_normal((100, size), dtype=np.float32)
             source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
-            keys_MD = source.keys_of(rows, np.arange(len(rows)))
             if need == "at once":
                 build_mixed(source, k, Silence())
             else:
-                in_panels(keys_MD, k, Silence())
-                mixed_self_join(keys_MD, k, Silence())
+                in_panels(source.keys_of(rows, np.arange(len(rows))), k, Silence())
+                mixed_self_join(*keys_for_tiles(source, source.present(), Silence()), k, Silence())
     except Exception:
         log.exception("engine mixed cannot be loaded; small tables are built by flat")
         return

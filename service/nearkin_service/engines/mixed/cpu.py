@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,11 @@ from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
+from nearkin_service.engines.mixed.held import Keys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at
-from nearkin_service.engines.mixed.scan import scan, tile_keys
+from nearkin_service.engines.mixed.scan import TileKeys, keys_for_tiles, scan
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
@@ -48,11 +50,14 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) ->
     """The exact neighbour table of any number of classes: in panels, or by scanning."""
     began = time.monotonic()
     present = source.present()
-    keys_MD = aligned((len(present), source.key_size), np.float32)
-    fill_keys(keys_MD, source, present, monitor)
+    if short_enough(len(present), source.key_size, k):
+        keys_MD = aligned((len(present), source.key_size), np.float32)
+        fill_keys(keys_MD, source, present, monitor)
+        join = partial(in_panels, keys_MD)
+    else:
+        join = partial(mixed_self_join, *keys_for_tiles(source, present, monitor))
     keyed = time.monotonic()
-    join = in_panels if short_enough(len(present), source.key_size, k) else mixed_self_join
-    ranks_Mk, redone, seconds = join(keys_MD, k, monitor, spare)
+    ranks_Mk, redone, seconds = join(k, monitor, spare)
     ids, scores = spread(ranks_Mk, present, len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
@@ -81,24 +86,23 @@ def in_panels(
 
 
 def mixed_self_join(
-    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor, spare: int = 0
+    keys: Keys, tiles: TileKeys, k: int, monitor: BuildMonitor, spare: int = 0
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
     """Ranks int64 [M, k + spare], how many rows needed the second path, and seconds by stage."""
-    every = k + spare
-    if not len(keys_MD):
+    every, count = k + spare, keys.shape[0]
+    if not count:
         return np.full((0, every), EMPTY), 0, {}
     times = [time.monotonic()]
-    keys = tile_keys(keys_MD, monitor)
+    sieve = scan(tiles, every, sieve_places(count, every), monitor)
     times.append(time.monotonic())
-    sieve = scan(keys, every, sieve_places(len(keys_MD), every), monitor)
-    times.append(time.monotonic())
-    found_Mk, reach_M = Reranking(keys_MD, sieve, every, monitor).run()
+    found_Mk, reach_M = Reranking(keys, sieve, every, monitor).run()
     ranks_Mk = cut_at(reach_M, found_Mk)
     times.append(time.monotonic())
     redo = np.flatnonzero(ranks_Mk[:, k - 1] == EMPTY)
-    search_again(redo, keys_MD, ranks_Mk, monitor)
+    if len(redo):
+        search_again(redo, keys.whole(), ranks_Mk, monitor)
     times.append(time.monotonic())
-    names = ("round", "scan", "rerank", "second path")
+    names = ("scan", "rerank", "second path")
     return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))
 
 

@@ -1,6 +1,6 @@
 """Inner products of listed pairs of keys, as fast as the keys come from cache.
 
-Dimension letters: M keys, D elements of a key, E of a part of it, P pairs.
+Dimension letters: U keys, E elements of a key or of a part of it, P pairs.
 """
 
 from __future__ import annotations
@@ -61,23 +61,14 @@ def add_products(query: Any, keys: Any, others: Any, span: Any, products: Any) -
 
 
 @compiled
-def add_pair_products(keys_ME: Any, first_row: Any, pairs: Any, query_E: Any, products: Any) -> None:
+def add_pair_products(keys_UE: Any, owners: Any, pairs: Any, query_E: Any, products: Any) -> None:
     """Add to each pair's float64 sum the product of its keys, computed in the type of `query_E`.
 
-    `pairs` is where each row's pairs begin and the other key of each; its rows are the keys from number
-    `first_row` on.
+    `pairs` is where each owner's pairs begin and the other key of each.
     """
     starts, others = pairs
-    keys = keys_ME.reshape(-1)
-    for row in range(starts.shape[0] - 1):
+    keys = keys_UE.reshape(-1)
+    for row in range(owners.shape[0]):
         if starts[row + 1] > starts[row]:
-            query_E[:] = keys_ME[first_row + row]
+            query_E[:] = keys_UE[owners[row]]
             add_products(query_E, keys, others, (starts[row], starts[row + 1]), products)
-
-
-@compiled
-def pack_part(keys_MD: Any, left: Any, packed_ME: Any) -> None:
-    """Copy some elements of each key, side by side: as they lie, each piece is in a page of its own."""
-    width = packed_ME.shape[1]
-    for key in range(keys_MD.shape[0]):
-        packed_ME[key, :] = keys_MD[key, left : left + width]

@@ -4,8 +4,8 @@ A pair that both of its rows want is scored once. Wide rows are scored part by p
 keys stay in cache. Where tiles were bfloat16, rivals of wide rows are scored in float32 first, and exactly
 only if that cannot tell them from the k best.
 
-Dimension letters: M keys, P keys padded to whole blocks, G rows of a group, W places of the longest of these
-sieves, D elements of a key, E of a part, k neighbours.
+Dimension letters: M keys, U of them, P keys padded to whole blocks, G rows of a group, W places of the
+longest of their sieves, D elements of a key, E of a part, k neighbours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY, STEPS, best, in_steps, settle_doubt, steps_of
 from nearkin_service.engines.contract import BuildMonitor
+from nearkin_service.engines.mixed.held import WIDE, Keys
 from nearkin_service.engines.mixed.kernels import (
     CLOSED,
     ROUNDING,
@@ -32,12 +33,11 @@ from nearkin_service.engines.mixed.kernels import (
     pack_rows,
     unpack_rows,
 )
-from nearkin_service.engines.mixed.products import add_pair_products, aligned, pack_part
+from nearkin_service.engines.mixed.products import add_pair_products, aligned
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
-_WIDE = 2048
 _PART_BYTES = 1 << 23  # of all keys: what a core's share of the cache holds
 _FEW_PAIRS = 4
 _PART_ELEMENTS, _LEAST_PART = 512, 64
@@ -56,18 +56,19 @@ class Reranking:
 
     def __init__(
         self,
-        keys_MD: NDArray[np.float32],
+        keys: Keys,
         sieve: Sieve,
         k: int,
         monitor: BuildMonitor,
         names_M: NDArray[np.int64] | None = None,
     ) -> None:
-        self._keys_MD, self._sieve, self._k, self._monitor = keys_MD, sieve, k, monitor
-        self._names_M = np.arange(len(keys_MD)) if names_M is None else names_M
-        self._best_Mk = np.full((len(keys_MD), k), EMPTY)
+        self._keys, self._sieve, self._k, self._monitor = keys, sieve, k, monitor
+        self._count, self._size = keys.shape
+        self._names_M = np.arange(self._count) if names_M is None else names_M
+        self._best_Mk = np.full((self._count, k), EMPTY)
         self._exact = np.empty(0, np.int32)  # of each place of the sieves, in steps
-        self._errors = sieve.errors[: len(keys_MD)]
-        self._wide = keys_MD.shape[1] >= _WIDE
+        self._errors = sieve.errors[: self._count]
+        self._wide = self._size >= WIDE
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ranks int64 [M, k], which hold positions or names, and per row what `cut_at` cuts at."""
@@ -75,7 +76,7 @@ class Reranking:
         self._each_group(lambda first, last: self._put_in_order(first, last, likely))
         self._exact = np.full(min(int(self._sieve.taken[0]), len(self._sieve.values)), UNKNOWN)
         if self._wide and not self._sieve.rounding:  # each pass reads all keys: one is enough
-            at_least = np.floor((likely[: len(self._keys_MD)] - self._errors) * STEPS).astype(np.int32)
+            at_least = np.floor((likely[: self._count] - self._errors) * STEPS).astype(np.int32)
             self._score(self._reaching(self._least_rivals(at_least)), "rerank")
         else:
             self._score(self._reaching(likely), "rerank the best")
@@ -85,7 +86,7 @@ class Reranking:
 
     def _score_rivals(self) -> None:
         """Exact scores of whatever may still beat the k best that were scored."""
-        kth = np.empty(len(self._keys_MD), np.int32)
+        kth = np.empty(self._count, np.int32)
 
         def find(first: int, last: int) -> None:
             scores_GW = np.full((last - first, self._longest(first, last)), UNKNOWN)
@@ -116,20 +117,19 @@ class Reranking:
             steps = self._exact_steps(first, pairs, self._products(first, pairs))
             deliver(first, pairs, steps, self._sieve, self._exact)
 
-        self._each_group(score_rows, Pace(self._monitor, stage, len(self._keys_MD)))
+        self._each_group(score_rows, Pace(self._monitor, stage, self._count))
 
     def _products(self, first: int, pairs: Pairs) -> NDArray[np.float64]:
         """Inner products, one whole key after the other."""
         products = np.zeros(len(pairs[1]))
-        query_D = aligned((self._keys_MD.shape[1],), np.float64)
-        add_pair_products(self._keys_MD, first, pairs, query_D, products)
+        owners = np.arange(first, first + len(pairs[0]) - 1)
+        add_pair_products(self._keys.whole(), owners, pairs, aligned((self._size,), np.float64), products)
         return products
 
     def _exact_steps(self, first: int, pairs: Pairs, products: NDArray[np.float64]) -> NDArray[np.int64]:
         """The canonical steps of pairs of the rows from `first` on, from their products in float64."""
         owners = np.repeat(np.arange(first, first + len(pairs[0]) - 1), np.diff(pairs[0]))
-        terms = int(self._keys_MD.shape[1])
-        return settle_doubt(products, terms, (self._keys_MD, owners), (self._keys_MD, pairs[1]))
+        return settle_doubt(products, self._size, (self._keys, owners), (self._keys, pairs[1]))
 
     def _screened(self, rivals: Wanted, kth: NDArray[np.int32]) -> Wanted:
         """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
@@ -142,13 +142,12 @@ class Reranking:
         self, wanted: Wanted, scores: NDArray[np.int32], dtype: np.dtype[Any], stage: str
     ) -> None:
         """Scores in steps of pairs that are wanted and not exact yet; of float64 products, exact ones."""
-        count = len(self._keys_MD)
+        count = self._count
         pace = Pace(self._monitor, stage, count)
         for first in range(0, count, _WIDE_GROUP_ROWS):
             last = min(count, first + _WIDE_GROUP_ROWS)
             pairs = list_pairs((first, last), wanted, self._sieve, self._exact)
-            few = _FEW_PAIRS * len(pairs[1]) < count  # not worth reading all keys for
-            products = self._products(first, pairs) if few else self._products_in_parts(first, pairs, dtype)
+            products = self._products_in_parts(first, pairs, dtype)
             exact = dtype == np.float64
             steps = self._exact_steps(first, pairs, products) if exact else in_steps(products)
             deliver(first, pairs, steps, self._sieve, scores)
@@ -156,7 +155,15 @@ class Reranking:
 
     def _products_in_parts(self, first: int, pairs: Pairs, dtype: np.dtype[Any]) -> NDArray[np.float64]:
         """Inner products, part by part in a type; each thread takes some of the parts, for all pairs."""
-        count, size = self._keys_MD.shape
+        if not len(pairs[1]):
+            return np.zeros(0)
+        rows = np.flatnonzero(np.diff(pairs[0]))
+        owners, pairs = first + rows, (np.append(pairs[0][rows], len(pairs[1])), pairs[1])
+        count, used = self._count, None
+        if _FEW_PAIRS * len(pairs[1]) < count:  # not worth reading all keys for
+            used = np.union1d(owners, pairs[1])
+            owners, others = np.searchsorted(used, owners), np.searchsorted(used, pairs[1])
+            count, pairs = len(used), (pairs[0], others.astype(np.int32))
         width = min(_PART_ELEMENTS, max(_LEAST_PART, _PART_BYTES // (4 * count) // WIDTH * WIDTH))
         local, sums = threading.local(), list[NDArray[np.float64]]()
 
@@ -165,12 +172,12 @@ class Reranking:
                 local.packed = aligned((count * width,), np.float32)
                 local.sums = np.zeros(len(pairs[1]))
                 sums.append(local.sums)
-            part = min(width, size - left)
-            packed_ME = local.packed[: count * part].reshape(count, part)
-            pack_part(self._keys_MD, left, packed_ME)
-            add_pair_products(packed_ME, first, pairs, aligned((part,), dtype), local.sums)
+            part = min(width, self._size - left)
+            part_UE = local.packed[: count * part].reshape(count, part)
+            self._keys.copy_part(used, slice(left, left + part), part_UE)
+            add_pair_products(part_UE, owners, pairs, aligned((part,), dtype), local.sums)
 
-        in_threads(add, range(0, size, width), lambda begun: self._monitor.check())
+        in_threads(add, range(0, self._size, width), lambda begun: self._monitor.check())
         return np.asarray(np.sum(sums, axis=0))
 
     def _gather(self, first: int, last: int) -> None:
@@ -180,7 +187,7 @@ class Reranking:
         self._best_Mk[first:last] = best(ranks_GW[:, :most], self._k)
 
     def _each_group(self, work: Callable[[int, int], None], pace: Pace | None = None) -> None:
-        count = len(self._keys_MD)
+        count = self._count
         step = max(16, min(_GROUP_PAIRS // (2 * self._k), math.ceil(count / (2 * worker_count()))))
         in_threads(
             lambda first: work(first, min(count, first + step)),
@@ -206,7 +213,7 @@ class Reranking:
 
     def _reach(self) -> NDArray[np.float64]:
         """The greatest score of what a sieve may have dropped: its limit's, or any if it was closed."""
-        limits = self._sieve.limits[: len(self._keys_MD)]
+        limits = self._sieve.limits[: self._count]
         return np.where(limits == CLOSED, np.inf, as_scores(limits) * (1 + ROUNDING) + self._errors)
 
 

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import BuildMonitor
+from nearkin_service.engines.keys import KeyedRows, each_block, fill_keys
+from nearkin_service.engines.mixed.held import ImpliedKeys, KeptKeys, Keys
 from nearkin_service.engines.mixed.kernels import (
     ROUNDING,
     VACANT,
@@ -30,6 +32,7 @@ from nearkin_service.engines.mixed.kernels import (
     sieve_columns,
     sieve_rows,
 )
+from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.pacing import Pace
@@ -104,18 +107,62 @@ def fastest_products() -> str:
 
 
 def _rounded(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
-    count, size = keys_MD.shape
-    block, padded = _blocks(count, size)
-    bits_ME = np.zeros((count, math.ceil(size / WIDTH) * WIDTH), np.uint16)
-    lost_P = np.zeros(padded)
+    count = len(keys_MD)
+    rounded = _Rounded(*keys_MD.shape)
 
     def convert(start: int) -> None:
-        rows = slice(start, min(count, start + 256))
-        keys = keys_MD[rows]
-        round_rows(keys.view(np.uint32), keys, bits_ME[rows], lost_P[rows])
+        rounded.put(start, keys_MD[start : start + 256])
 
     in_threads(convert, range(0, count, 256), lambda begun: monitor.check())
-    return TileKeys(bits_ME, _errors(lost_P, size), block)
+    return rounded.tile_keys()
+
+
+def keys_for_tiles(
+    source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
+) -> tuple[Keys, TileKeys]:
+    """The keys of present classes, and what tiles are multiplied from."""
+    if ImpliedKeys.suit(source) and fastest_products() == "bfloat16":
+        return _implied(source, present, monitor)
+    keys_MD = aligned((len(present), source.key_size), np.float32)
+    fill_keys(keys_MD, source, present, monitor)
+    return KeptKeys(keys_MD), tile_keys(keys_MD, monitor)
+
+
+def _implied(
+    source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
+) -> tuple[ImpliedKeys, TileKeys]:
+    keys, local = ImpliedKeys(source, present, monitor), threading.local()
+    rounded = _Rounded(*keys.shape)
+
+    def convert(start: int, ids: NDArray[np.int64], block_BR: NDArray[Any]) -> None:
+        if not hasattr(local, "keys"):
+            local.keys = np.empty(block_BR.shape, np.float32)
+        keys_BD = local.keys[: len(ids)] if len(local.keys) >= len(ids) else np.empty_like(block_BR)
+        keys.factors_M[start : start + len(ids)] = source.write_keys(keys_BD, block_BR, ids, "class")
+        rounded.put(start, keys_BD)
+
+    each_block(source, present, convert, monitor)
+    return keys, rounded.tile_keys()
+
+
+class _Rounded:
+    """Keys in bfloat16, to be put there block by block."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._size = size
+        self._block, padded = _blocks(count, size)
+        self._bits_ME = np.empty((count, math.ceil(size / WIDTH) * WIDTH), np.uint16)
+        self._bits_ME[:, size:] = 0
+        self._lost_P = np.zeros(padded)
+
+    def put(self, start: int, keys_BD: NDArray[np.float32]) -> None:
+        """Keys from number `start` on."""
+        some = slice(start, start + len(keys_BD))
+        round_rows(keys_BD.view(np.uint32), keys_BD, self._bits_ME[some], self._lost_P[some])
+
+    def tile_keys(self) -> TileKeys:
+        """Once all are there."""
+        return TileKeys(self._bits_ME, _errors(self._lost_P, self._size), self._block)
 
 
 def _errors(lost_P: NDArray[np.float64], roundings: int) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.incremental import Change, Depth
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.cpu import search_again, sieve_places
+from nearkin_service.engines.mixed.held import KeptKeys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at, limits_below
@@ -80,7 +81,9 @@ class ByTiles:
         limits[kept] = limits_below(least, keys.errors[kept])
         start = Start(limits, math.ceil(V / keys.block))
         sieve = scan(keys, every, sieve_places(len(self._keys_MD), every), self._monitor, start)
-        ranks_MK, reach_M = Reranking(self._keys_MD, sieve, every, self._monitor, self._names_M).run()
+        ranks_MK, reach_M = Reranking(
+            KeptKeys(self._keys_MD), sieve, every, self._monitor, self._names_M
+        ).run()
         entrants_UC = self._only_changed(ranks_MK[kept])
         ranks_MK[kept], _ = change.carried(change.kept, entrants_UC, self._depth)
         return cut_at(reach_M, ranks_MK)

@@ -1,0 +1,90 @@
+"""The keys of a build: kept, or, of long rows, made from the rows as often as they are needed.
+
+Memory that a process touches for the first time can cost more than what is computed from it: on a virtual
+machine a second and more per GiB.
+
+Dimension letters: N classes, M keys, U of them, R elements of a row, D elements of a key, E of a part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.contract import BuildMonitor
+from nearkin_service.engines.keys import KeyedRows, fill_keys
+from nearkin_service.engines.mixed.products import aligned
+
+WIDE = 2048
+"""Elements from which on keys are scored part by part, and need not be kept."""
+
+
+class Keys(Protocol):
+    """Keys float32 [M, D], in whatever form they are held."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """M, D."""
+
+    def __getitem__(self, key: int) -> NDArray[np.float32]:
+        """One key [D]."""
+
+    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
+        """Write some elements of each key, or of those that are `used`, side by side."""
+
+    def whole(self) -> NDArray[np.float32]:
+        """All keys [M, D]."""
+
+
+class KeptKeys:
+    """Keys in memory."""
+
+    def __init__(self, keys_MD: NDArray[np.float32]) -> None:
+        self._keys_MD = keys_MD
+        self.shape: tuple[int, int] = (len(keys_MD), keys_MD.shape[1])
+
+    def __getitem__(self, key: int) -> NDArray[np.float32]:
+        return np.asarray(self._keys_MD[key])
+
+    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
+        np.copyto(part_UE, self._keys_MD[slice(None) if used is None else used, columns])
+
+    def whole(self) -> NDArray[np.float32]:
+        return self._keys_MD
+
+
+class ImpliedKeys:
+    """Keys that are rows [N, R] in float32 times a factor each."""
+
+    def __init__(self, source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor) -> None:
+        self._source, self._present, self._monitor = source, present, monitor
+        self._all_there = len(present) == len(source.rows)
+        self._whole: NDArray[np.float32] | None = None
+        self.factors_M = np.empty(len(present))
+        self.shape = (len(present), source.key_size)
+
+    @staticmethod
+    def suit(source: KeyedRows) -> bool:
+        """Whether keys can be had from these rows like that."""
+        return source.key == "flat" and source.key_size >= WIDE and source.rows.dtype == np.float32
+
+    def __getitem__(self, key: int) -> NDArray[np.float32]:
+        row = self._source.rows[self._present[key]].astype(np.float64)
+        return np.asarray(row * self.factors_M[key], np.float32)
+
+    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
+        if used is None:
+            rows: Any = slice(None) if self._all_there else self._present
+            factors = self.factors_M
+        else:
+            rows, factors = self._present[used], self.factors_M[used]
+        rows_UE = self._source.rows[rows, columns]
+        np.multiply(rows_UE, factors[:, None], out=part_UE, dtype=np.float64, casting="same_kind")
+
+    def whole(self) -> NDArray[np.float32]:
+        if self._whole is None:
+            self._whole = aligned(self.shape, np.float32)
+            fill_keys(self._whole, self._source, self._present, self._monitor)
+        return self._whole
