@@ -3,13 +3,15 @@
 No test has a GPU: the cache is in CPU memory too, and everything but the copies is the same code.
 """
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nearkin_trainer.classes import ClassEmbeddings, Host, Rows, shards, table
+from nearkin_trainer.classes import ClassEmbeddings, Host, Rows, mapped, shards, table
 from nearkin_trainer.classes.host import RowCache
 from nearkin_trainer.distributed import World
 from nearkin_trainer.learner import Learner
@@ -74,16 +76,17 @@ def test_checkpoints_fit_both(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_rows_from_features(dtype: torch.dtype) -> None:
+def test_first_rows_from_features(dtype: torch.dtype, tmp_path: Path) -> None:
     found = []
-    for host in (None, Host(2)):
+    for host in (None, Host(2), Host(2, tmp_path)):
         torch.manual_seed(0)
         table = ClassEmbeddings(9, 4, 1, 2, "memory", dtype, host=host)
         table.remember(Rows(torch.tensor([1, 2, 8]), torch.randn(3, 4, 1, 2)), momentum=0.5)
         table.start_from(World(), [(torch.randn(3, 4, 1, 2), torch.tensor([1, 5, 1]))])
         table.remember(Rows(torch.tensor([5, 8]), torch.randn(2, 4, 1, 2)), momentum=0.5)
         found.append({name: values.clone() for name, values in table.state_dict().items()})
-    _same(*found)
+    _same(*found[:2])
+    _same(*found[1:])
     assert found[0]["seen"].nonzero().flatten().tolist() == [1, 2, 5, 8]
 
 
@@ -138,6 +141,38 @@ def test_moving_the_model_leaves_the_table_where_it_is() -> None:
     table = ClassEmbeddings(9, 4, 1, 2, host=Host(2))
     table.to(torch.float64)
     assert table.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1000,), (1000, 3, 1, 1), (60, 64, 7, 7), (5, 512, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_file_are_written_where_they_are_read(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Rows of less than a page, of several, and across pages; together with rows stored in place."""
+    table = mapped.zeros(tmp_path, shape, dtype)
+    plain = torch.zeros(shape, dtype=dtype)
+    for turn in range(5):
+        rows = torch.randperm(len(plain))[: 1 + len(plain) // 3]
+        values = torch.randn(len(rows), *shape[1:]).to(dtype)
+        mapped.fetch(table, rows)
+        mapped.put(table, rows, values)
+        table[turn] = turn
+        plain[rows] = values
+        plain[turn] = turn
+        assert torch.equal(table, plain)
+
+
+def test_a_file_is_closed_when_nobody_has_its_table_any_more(tmp_path: Path) -> None:
+    table = mapped.zeros(tmp_path, (4, 3), torch.float32)
+    descriptor = mapped._files[table.data_ptr()]
+    row = table[2]
+    del table
+    gc.collect()
+    assert os.fstat(descriptor)
+    del row
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_full_disk_is_said_before_training(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ Nothing in a step costs anything per class of the table, nor per row of the cach
 Legend: N classes, R rows of the cache, n rows of a step.
 """
 
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nearkin_trainer.classes import mapped
 from nearkin_trainer.classes.optimisers import RowOptimiser
 from nearkin_trainer.classes.rows import Rows, put, take
 
@@ -48,8 +47,7 @@ class Host:
         """A new table."""
         if self.folder is None:
             return torch.empty(shape, dtype=dtype).zero_()  # written now, not page by page in the steps
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return _mapped(self.folder, shape, dtype)
+        return mapped.zeros(self.folder, shape, dtype)
 
 
 class RowCache:
@@ -127,12 +125,18 @@ class RowCache:
             self._used[room] = self._turn
             assert torch.equal(self._slots[missing], room.int()), "a row was asked for twice"
             places = room.to(self.device)
+            self._fetch(missing)
             for table, cached in self._tables:
                 put(cached, places, take(table, missing).to(self.device))
             self.brought += len(missing)
             slots = self._slots[rows].long()
         self._note(slots)
         return slots
+
+    def _fetch(self, rows: torch.Tensor) -> None:
+        """They are about to be touched, in all tables."""
+        for table, _ in self._tables:
+            mapped.fetch(table, rows)
 
     def _note(self, slots: torch.Tensor) -> None:
         self._uses.append((self._turn, slots))
@@ -168,10 +172,11 @@ class RowCache:
         if not len(slots):
             return
         rows, places = self._rows[slots], slots.to(self.device)
+        self._fetch(rows)
         if self.before_write is not None:
             self.before_write(rows)
         for table, cached in self._tables:
-            put(table, rows, take(cached, places).cpu())
+            mapped.put(table, rows, take(cached, places).cpu())
         self._changed[slots] = False
 
 
@@ -203,18 +208,3 @@ def flush_and_forget(module: nn.Module, cache: RowCache) -> None:
     """Makes a module's state whole before it is read, and drops what is cached when it is given another."""
     module.register_state_dict_pre_hook(lambda *_: cache.flush())  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(lambda *_: cache.forget())  # type: ignore[no-untyped-call]
-
-
-def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros in a file without a name: it is gone when the process is, however that ends."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-") as file:
-        count = torch.Size(shape).numel()
-        try:
-            # Now, because a disk that is full when a page is written kills the process without a word.
-            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
-        except OSError as error:
-            raise ValueError(
-                f"embedding.place='file': {folder} has no room for {count * dtype.itemsize / 2**30:.1f} GiB "
-                f"of class rows ({error.strerror}); choose another out, or embedding.storage='bfloat16'"
-            ) from error
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)

@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from nearkin_trainer.classes import mapped
 from nearkin_trainer.classes.host import CachedRowOptimiser, Host, RowCache, flush_and_forget
 from nearkin_trainer.classes.optimisers import ROW_OPTIMISERS, RowOptimiser, RowOptimiserName
 from nearkin_trainer.classes.owners import Errand, Replicas, UnderWay
@@ -240,8 +241,10 @@ class ClassEmbeddings(nn.Module):
         counts = torch.zeros(len(table), device=place)
         for rows, images in self._feature_sums(world, batches):
             ids = rows.ids.to(place)
-            sums[ids[counts[ids] == 0]] = 0
-            sums.index_add_(0, ids, rows.values.to(place))
+            mapped.fetch(sums, ids)
+            found = take(sums, ids)
+            found[counts[ids] == 0] = 0
+            mapped.put(sums, ids, found.add_(rows.values.to(place)))
             counts.index_add_(0, ids, images.to(place, counts.dtype))
         self._put_together(world, sums, counts)
 

@@ -1,0 +1,85 @@
+"""Tables in files that are mapped into memory, for more rows than there is memory.
+
+Rows are read through the mapping, once `fetch` has begun to bring them, and replaced with `put`, which writes
+to the file. Both see the same pages.
+"""
+
+import ctypes
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+from nearkin_trainer.classes import rows as plain
+
+_files: dict[int, int] = {}  # by the address that a table is mapped at: the descriptor of its file
+_advise = ctypes.CDLL(None).madvise
+_advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def zeros(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros in a file without a name: it is gone when the tensor is, however the process ends.
+
+    Raises:
+        ValueError: the disk has no room for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size = max(1, torch.Size(shape).numel()) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=folder, prefix=".rows-") as file:
+        try:
+            # Now, because a disk that is full when a page is written kills the process without a word.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise ValueError(
+                f"embedding.place='file': {folder} has no room for {size / 2**30:.1f} GiB of class rows "
+                f"({error.strerror}); choose another out, or embedding.storage='bfloat16'"
+            ) from error
+        memory, descriptor = mmap.mmap(file.fileno(), size), os.dup(file.fileno())
+    table = torch.frombuffer(memory, dtype=dtype)[: torch.Size(shape).numel()].view(shape)
+    _files[table.data_ptr()] = descriptor
+    weakref.finalize(memory, _forget, table.data_ptr())
+    return table
+
+
+def _forget(address: int) -> None:
+    os.close(_files.pop(address))
+
+
+def fetch(table: torch.Tensor, rows: torch.Tensor) -> None:
+    """Begins to bring rows from the disk, all at once and nothing but them; does nothing for other tables.
+
+    Touched without this, each would be waited for by itself, and the system would read what lies around it
+    too: 128 KiB by default, megabytes on some machines, in the place of rows that are wanted again.
+    """
+    if table.data_ptr() not in _files:
+        return
+    row_bytes = table[:1].nbytes
+    starts = table.data_ptr() + rows * row_bytes
+    firsts = starts - starts % mmap.PAGESIZE
+    for first, length in zip(firsts.tolist(), (starts + row_bytes - firsts).tolist(), strict=True):
+        _advise(first, length, mmap.MADV_WILLNEED)  # where it fails, rows come as they are touched
+
+
+def put(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """`rows.put`, of this and of other tables on the CPU.
+
+    A row that is stored into the mapping makes the system write back everything that it keeps in one piece
+    with that, of up to 2 MiB; one that is written to the file, only its own pages.
+    """
+    descriptor = _files.get(table.data_ptr())
+    if descriptor is None:
+        plain.put(table, rows, values)
+        return
+    row_bytes = table[:1].nbytes
+    lines = values.contiguous().view(len(values), -1).view(torch.uint8).numpy()
+    for row, line in zip(rows.tolist(), lines, strict=True):
+        _write(descriptor, memoryview(line), row * row_bytes)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
