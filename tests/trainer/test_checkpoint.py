@@ -1,6 +1,7 @@
 """Checkpoints come back as they were, or not at all."""
 
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "c.npz", {"epoch": 2, "what": object()})
     with pytest.raises(RuntimeError):
         _write_half(tmp_path / "c.npz")
+    assert checkpoint.load(tmp_path / "c.npz") == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["c.npz"]
+
+
+def test_a_disk_that_takes_no_more_is_said(tmp_path: Path) -> None:
+    """Files may not grow beyond a mebibyte here, which the system tells as it tells of a full disk."""
+    checkpoint.save(tmp_path / "c.npz", {"epoch": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(ValueError, match=r"c\.npz of 0\.5 GiB cannot be written: .+ --resume"):
+            checkpoint.save(tmp_path / "c.npz", {"epoch": 2, "rows": torch.zeros(2**27)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(tmp_path / "c.npz") == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c.npz"]
 

@@ -5,6 +5,7 @@ apart into its arrays (`a0`, `a1`, ...) and one JSON text (`tree`) that says whe
 tensors travel as their bits. Large tensors can be left in the file and read a few rows at a time.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -31,12 +32,20 @@ def save(path: Path, tree: dict[str, Any]) -> None:
 
     Raises:
         TypeError: something in the tree is not a dict, list, tuple, number, string, None or tensor.
+        ValueError: the disk does not take it; nothing is left of what was written.
     """
     arrays: dict[str, NDArray[Any]] = {}
     text = json.dumps({FORMAT: _take_apart(tree, arrays)})
     arrays["tree"] = np.frombuffer(text.encode(), dtype=np.uint8)
-    with atomic_file(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    try:
+        with atomic_file(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+    except OSError as error:
+        size, why = sum(array.nbytes for array in arrays.values()), error.strerror or error
+        raise ValueError(
+            f"the checkpoint {path} of {size / 2**30:.1f} GiB cannot be written: {why}; it needs room beside "
+            "the one before it. Make some, and --resume continues from that one"
+        ) from error
 
 
 def load(path: Path, leave: Callable[[Keys], bool] = lambda _: False) -> dict[str, Any]:
@@ -128,8 +137,9 @@ class atomic_file:  # noqa: N801 - used like open()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
-            self._file.close()
             self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what could not be written before cannot be now
+                self._file.close()
             return
         self._file.flush()
         os.fsync(self._file.fileno())
