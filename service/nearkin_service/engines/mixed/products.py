@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
 
 _LINE = 64
+_CACHED, _WORTH_A_QUERY = 1 << 23, 4  # bytes of keys; pairs of a query for which it pays to load it again
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -64,11 +65,20 @@ def add_products(query: Any, keys: Any, others: Any, span: Any, products: Any) -
 def add_pair_products(keys_UE: Any, owners: Any, pairs: Any, query_E: Any, products: Any) -> None:
     """Add to each pair's float64 sum the product of its keys, computed in the type of `query_E`.
 
-    `pairs` is where each owner's pairs begin and the other key of each.
+    `pairs` is where each owner's pairs begin and the other key of each, ascending. The pairs of all owners
+    with so many keys that they stay in cache come first, then those with the next keys.
     """
     starts, others = pairs
-    keys = keys_UE.reshape(-1)
-    for row in range(owners.shape[0]):
-        if starts[row + 1] > starts[row]:
-            query_E[:] = keys_UE[owners[row]]
-            add_products(query_E, keys, others, (starts[row], starts[row + 1]), products)
+    keys, count = keys_UE.reshape(-1), keys_UE.shape[0]
+    blocks = max(1, min(keys.nbytes // _CACHED, others.shape[0] // (_WORTH_A_QUERY * owners.shape[0] + 1)))
+    block = (count + blocks - 1) // blocks
+    begun = starts[:-1].copy()
+    for end in range(block, count + block, block):
+        for row in range(owners.shape[0]):
+            first = last = begun[row]
+            while last < starts[row + 1] and others[last] < end:
+                last += 1
+            if last > first:
+                query_E[:] = keys_UE[owners[row]]
+                add_products(query_E, keys, others, (first, last), products)
+                begun[row] = last
