@@ -76,6 +76,13 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is not a checkpoint that can be read: {error}")
 
 
+Put = Callable[[torch.Tensor, int, torch.Tensor], None]
+
+
+def _assign(table: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+    table[first : first + len(rows)] = rows
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor `[n, ...]` that was left in a file, which should stay as it is as long as this is used."""
@@ -84,19 +91,24 @@ class Stored:
     name: str
     dtype: torch.dtype
 
-    def read_into(self, table: torch.Tensor, first: int) -> int:
+    def read_into(self, table: torch.Tensor, first: int, put: Put = _assign) -> int:
         """Puts row i in `table[first + i]`, wherever that is a row of the table; how many those are.
+
+        Args:
+            table: takes the rows.
+            first: where the first one belongs; may lie before or behind the table.
+            put: called with the table, a position in it, and rows that belong there.
 
         Raises:
             ValueError: the file is damaged, or rows have another shape.
         """
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
-                return self._copy(file, table, first)
+                return self._copy(file, table, first, put)
         except Exception as error:
             raise unreadable(self.path, error) from error
 
-    def _copy(self, file: IO[bytes], table: torch.Tensor, first: int) -> int:
+    def _copy(self, file: IO[bytes], table: torch.Tensor, first: int, put: Put) -> int:
         (count, *shape), dtype = _npy_header(file)
         if tuple(shape) != table.shape[1:]:
             raise ValueError(f"rows of {self.name} are {shape} and should be {list(table.shape[1:])}")
@@ -109,7 +121,8 @@ class Stored:
             read = torch.frombuffer(bytearray(file.read(rows * row_bytes)), dtype=self.dtype)
             skip = max(0, -(first + start))
             wanted = read.view(rows, *shape)[skip : max(skip, len(table) - first - start)]
-            table[first + start + skip :][: len(wanted)] = wanted
+            if len(wanted):
+                put(table, first + start + skip, wanted)
             copied += len(wanted)
         file.read(1)  # the end, where the checksum is compared
         return copied

@@ -11,7 +11,9 @@ import tempfile
 import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nearkin_trainer.classes import rows as plain
 
@@ -74,9 +76,24 @@ def put(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
         plain.put(table, rows, values)
         return
     row_bytes = table[:1].nbytes
-    lines = values.contiguous().view(len(values), -1).view(torch.uint8).numpy()
+    lines = _lines(values)
     for row, line in zip(rows.tolist(), lines, strict=True):
-        _write(descriptor, memoryview(line), row * row_bytes)
+        _write(descriptor, line.data, row * row_bytes)
+
+
+def put_block(table: torch.Tensor, first: int, values: torch.Tensor) -> None:
+    """`put` of consecutive rows: what they replace need not be read from the disk."""
+    descriptor = _files.get(table.data_ptr())
+    if descriptor is None:
+        table[first : first + len(values)] = values
+        return
+    _write(descriptor, _lines(values).reshape(-1).data, first * table[:1].nbytes)
+
+
+def _lines(values: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of each row."""
+    lines: NDArray[np.uint8] = values.contiguous().view(len(values), -1).view(torch.uint8).numpy()
+    return lines
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

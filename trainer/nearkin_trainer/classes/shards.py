@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nearkin_trainer import checkpoint
+from nearkin_trainer.classes import mapped
 from nearkin_trainer.classes.sharded import ShardedClassEmbeddings
 from nearkin_trainer.classes.table import ClassEmbeddings
 from nearkin_trainer.distributed import World, barrier
@@ -88,7 +89,9 @@ def restore_rows(
     for start, parts in _pieces(path, tree):
         for part, entries in parts.items():
             for name, stored in entries.items():
-                found[part][name] += stored.read_into(tables[part][name], start - classes.kept.start)
+                found[part][name] += stored.read_into(
+                    tables[part][name], start - classes.kept.start, mapped.put_block
+                )
     wanted = classes.kept.stop - classes.kept.start
     for counts in found.values():
         for name, count in counts.items():
