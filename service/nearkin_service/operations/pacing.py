@@ -1,7 +1,7 @@
 """Tables give way to rows.
 
 A push holds up a whole training job, a table only its reader, and many readers come at once. While rows
-arrive, tables together get a quarter as many bytes as they, but never less than lets every reader get on.
+arrive, tables together get an eighth as many bytes as they, but never less than lets every reader get on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 RECENT_SECONDS = 0.5
 """Rows are taken to be arriving for so long after each message."""
-SHARE = 0.25
+SHARE = 0.125
 """Bytes of tables for each byte of rows."""
 LEAST_BYTES_PER_SECOND = 32 << 20
 _MOST_SAVED_BYTES = 8 << 20
