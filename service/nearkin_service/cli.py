@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from nearkin_service.access import TlsFiles
 from nearkin_service.allocation import keep_message_buffers
 from nearkin_service.config import ServiceConfig
 from nearkin_service.resources import allow_many_connections
+
+if TYPE_CHECKING:
+    from nearkin_service.server import NeighbourServer
 
 log = logging.getLogger("nearkin.service")
 
@@ -77,6 +80,13 @@ def serve(  # noqa: PLR0917 - one parameter per option
     http: Annotated[
         str | None, typer.Option(help="host:port of /metrics, /livez and /readyz. Default: not served.")
     ] = None,
+    health: Annotated[
+        str | None,
+        typer.Option(
+            help="unix:///path or host:port where gRPC's health is served on threads of its own, which no "
+            "stream can starve. It is at every --listen too. Default: not served apart."
+        ),
+    ] = None,
     keep_embeddings: Annotated[
         int, typer.Option(help="Embeddings of how many generations are kept, unless a push says otherwise.")
     ] = 2,
@@ -131,6 +141,7 @@ def serve(  # noqa: PLR0917 - one parameter per option
             target_recall=target_recall,
             bulk_port=_bulk_port(bulk_port),
             http=http,
+            health=health,
             keep_embeddings=keep_embeddings,
             drain_seconds=drain_seconds,
             io_threads=io_threads,
@@ -172,7 +183,7 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     await server.start()
-    _announce(server.addresses, server.http_address, config.data_dir, ready_file)
+    _announce(server, config.data_dir, ready_file)
     await stopping.wait()
     log.info("stopping; up to %g s for builds and readers", config.drain_seconds)
     await server.stop()
@@ -180,12 +191,13 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
         ready_file.unlink(missing_ok=True)
 
 
-def _announce(addresses: tuple[str, ...], http: str | None, data_dir: Path, ready_file: Path | None) -> None:
+def _announce(server: NeighbourServer, data_dir: Path, ready_file: Path | None) -> None:
+    addresses, http, health = server.addresses, server.http_address, server.health_address
     if ready_file:
         aside = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
         aside.write_text("".join(f"{address}\n" for address in addresses), encoding="utf-8")
         aside.replace(ready_file)
-    also = f", http on {http}" if http else ""
+    also = (f", http on {http}" if http else "") + (f", health on {health}" if health else "")
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(
             f"nearkin-serve ready: listening on {', '.join(addresses)}{also}, data in {data_dir}\n"

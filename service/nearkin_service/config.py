@@ -61,6 +61,7 @@ class ServiceConfig:
         searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
         bulk_port: where the bulk lane of a `host:port` listens; 0: any free port, None: no lane at all.
         http: `host:port` of /metrics, /livez and /readyz, or None.
+        health: where gRPC's health is served once more, on threads of its own, or None.
         drain_seconds: how long a stop waits for builds and readers.
         insecure: whether other machines may be let in unasked, or asked for a token in clear text.
         tls: certificates for the addresses that are not unix sockets; None: no TLS.
@@ -79,6 +80,7 @@ class ServiceConfig:
     searcher_memory_bytes: int = 4 * GIB
     bulk_port: int | None = 0
     http: str | None = None
+    health: str | None = None
     drain_seconds: float = 30.0
     insecure: bool = False
     tls: TlsFiles | None = None

@@ -88,7 +88,9 @@ def check_address(address: str, doors: Doors) -> None:
     log.warning("%s can be reached from other machines, and %s (--insecure)", address, lacking)
 
 
-def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
+def bind(
+    server: grpc.aio.Server | grpc.Server, address: str, credentials: grpc.ServerCredentials | None
+) -> str:
     """Listens, with TLS if there are credentials and it is no unix socket.
 
     Returns the address with the port that it became. ValueError: it is taken.
@@ -106,7 +108,7 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind_unix(server: grpc.aio.Server, path: Path) -> str:
+def _bind_unix(server: grpc.aio.Server | grpc.Server, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_way(path)
     try:

@@ -1,4 +1,4 @@
-"""What only a look at the catalogue can tell: metrics of each run, and each run's health."""
+"""What only a look at the catalogue can tell: metrics of each run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health, health_pb2
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from nearkin_service.catalogue import Catalogue, Run
-from nearkin_service.values import PushState
-
-RUN_HEALTH = "run/"
-"""`run/NAME` is the name of a run's health: SERVING, or NOT_SERVING while its latest push has failed."""
+from nearkin_service.catalogue import Catalogue
 
 
 class RunMetrics(Collector):
@@ -38,29 +32,6 @@ class RunMetrics(Collector):
                 when.add_metric([view.name], view.newest.published)
                 age.add_metric([view.name], max(time.time() - view.newest.published, 0.0))
         return (age, when, kept, size)
-
-
-class RunHealth(health.aio.HealthServicer):  # type: ignore[misc]
-    """The standard health service, which also knows runs by the name `run/NAME`."""
-
-    def __init__(self, catalogue: Catalogue) -> None:
-        super().__init__()
-        self._catalogue = catalogue
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - the protocol's name
-        if not request.service.startswith(RUN_HEALTH):
-            return await super().Check(request, context)
-        run = self._catalogue.runs.get(request.service.removeprefix(RUN_HEALTH))
-        if run is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such run")
-            return None
-        well = health_pb2.HealthCheckResponse
-        return well(status=well.NOT_SERVING if _failed(run) else well.SERVING)
-
-
-def _failed(run: Run) -> bool:
-    latest = next(reversed(run.pushes.values()), None)
-    return latest is not None and latest.state is PushState.FAILED
 
 
 def _gauge(name: str, what: str) -> GaugeMetricFamily:

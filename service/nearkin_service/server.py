@@ -17,8 +17,9 @@ from nearkin_service import faults, listening, wire
 from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
 from nearkin_service.config import KIB, MIB, ServiceConfig
+from nearkin_service.health import HealthThreads, RunHealth
 from nearkin_service.http import HealthServer
-from nearkin_service.observing import RunHealth, RunMetrics
+from nearkin_service.observing import RunMetrics
 from nearkin_service.operations import Builds, Core, Engines, Pushing, Reading, Searching, Writing
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
@@ -44,6 +45,7 @@ class NeighbourServer:
         self.core = Core(config, DataDirectory(config.data_dir), engines, device)
         self._health = RunHealth(self.core.catalogue)
         self._http: HealthServer | None = None
+        self._health_threads: HealthThreads | None = None
         self._beat = time.monotonic()
         self._ready = False
         self.addresses: tuple[str, ...] = ()
@@ -51,6 +53,10 @@ class NeighbourServer:
     @property
     def http_address(self) -> str | None:
         return self._http.address if self._http else None
+
+    @property
+    def health_address(self) -> str | None:
+        return self._health_threads.address if self._health_threads else None
 
     async def start(self) -> None:
         """Reads the data directory, listens, resumes builds. ValueError: an address is taken."""
@@ -60,6 +66,8 @@ class NeighbourServer:
         self._beating = asyncio.create_task(self._keep_beating())
         if self._config.http:
             self._http = self._serve_http(self._config.http)
+        if self._config.health:
+            self._health_threads = self._serve_health(self._config.health)
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         faults.point("start.recovered")
         pushing, reading = Pushing(core, self._builds), Reading(core)
@@ -74,6 +82,8 @@ class NeighbourServer:
         self._resume(pushing)
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._health_threads:
+            self._health_threads.set_serving()
         self._ready = True
 
     def _make_server(self, pushing: Pushing, writing: Writing, reading: Reading) -> grpc.aio.Server:
@@ -158,6 +168,18 @@ class NeighbourServer:
         except OSError as error:
             raise ValueError(f"--http {address}: {error.strerror}") from error
 
+    def _serve_health(self, address: str) -> HealthThreads:
+        tls = self._config.tls
+        credentials = tls.credentials() if tls else None
+        return HealthThreads(
+            address,
+            credentials,
+            names=_HEALTH_NAMES,
+            catalogue=self.core.catalogue,
+            gate=self._make_gate(),
+            trouble=self._trouble,
+        )
+
     def _may_read(self, token: str) -> bool:
         """Metrics name runs: with tokens in force they are for tokens that reach all of them."""
         found = self._tokens.find(token)
@@ -184,6 +206,8 @@ class NeighbourServer:
         deadline, last_replies = time.monotonic() + seconds, min(_LAST_REPLIES_SECONDS, seconds / 4)
         core.draining = True
         await self._health.enter_graceful_shutdown()
+        if self._health_threads:
+            self._health_threads.drain()
         core.catalogue.changed.fire()
         core.catalogue.events.close()
         built = await _within(deadline - last_replies, self._builds.idle.wait)
@@ -195,6 +219,8 @@ class NeighbourServer:
         self._beating.cancel()
         if self._http:
             await asyncio.to_thread(self._http.close)
+        if self._health_threads:
+            await asyncio.to_thread(self._health_threads.close)
         await asyncio.to_thread(core.close)
         for address in self.addresses:
             if listening.is_unix(address):
@@ -217,7 +243,7 @@ def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:
     """ValueError: an address is open to other machines although nobody said that it may be."""
     asks = bool(config.tls and config.tls.asks_clients)
     doors = listening.Doors(config.tls is not None, asks, tokens.in_force, config.insecure)
-    for address in config.listen:
+    for address in (*config.listen, *([config.health] if config.health else [])):
         listening.check_address(address, doors)
     if config.http:
         try:

@@ -39,6 +39,12 @@ class Run:
     def live_pushes(self) -> list[Push]:
         return [push for push in list(self.pushes.values()) if push.live]
 
+    @property
+    def latest_push(self) -> Push | None:
+        """Whose epoch was begun last. Any thread."""
+        pushes = list(self.pushes.values())
+        return pushes[-1] if pushes else None
+
     def generation(self, number: int) -> Generation:
         """Generation `number`, or the newest for 0. NotFoundError: there is none."""
         found = self.generations.get(number) if number else self.newest

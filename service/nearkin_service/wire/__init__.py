@@ -7,6 +7,14 @@ from nearkin_service.wire.handlers import SERVICE_NAME, generic_handler
 from nearkin_service.wire.lane import BulkLane
 from nearkin_service.wire.reflection import reflection_v1
 from nearkin_service.wire.servicer import behaviours
-from nearkin_service.wire.status import refuser
+from nearkin_service.wire.status import refuser, to_status
 
-__all__ = ["SERVICE_NAME", "BulkLane", "behaviours", "generic_handler", "reflection_v1", "refuser"]
+__all__ = [
+    "SERVICE_NAME",
+    "BulkLane",
+    "behaviours",
+    "generic_handler",
+    "reflection_v1",
+    "refuser",
+    "to_status",
+]
