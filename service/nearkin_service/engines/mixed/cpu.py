@@ -27,7 +27,7 @@ from nearkin_service.engines.pacing import Pace
 
 _SIEVE_PLACES = 1 << 26  # of all rows: memory that is not touched unless they hold so much
 _SECOND_BLOCK, _SECOND_ELEMENTS = 256, 1 << 24
-_PANEL_ELEMENTS, _PANEL_CLASSES, _PANEL_NEIGHBOURS = 1 << 20, 8192, 64
+_PANEL_ELEMENTS, _PANEL_NEIGHBOURS = 1 << 20, 256  # of fewer neighbours, fewer elements
 _PANELS_AT_A_TIME = 4096
 
 
@@ -66,7 +66,7 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) ->
 
 def short_enough(count: int, size: int, k: int) -> bool:
     """Whether panels are quicker than a scan for so many keys of this size."""
-    return count * size <= _PANEL_ELEMENTS and (count <= _PANEL_CLASSES or k >= _PANEL_NEIGHBOURS)
+    return count * size <= _PANEL_ELEMENTS * min(1.0, (k + 32) / _PANEL_NEIGHBOURS)
 
 
 def in_panels(
