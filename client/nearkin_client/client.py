@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nearkin_client import decoding
 from nearkin_client.arrays import Rows, as_rows
+from nearkin_client.beginning import begin_parts, begin_request, changed_ranges
 from nearkin_client.channel import Certificates, Endpoint
 from nearkin_client.errors import (
     DataLoss,
@@ -31,7 +32,7 @@ from nearkin_client.errors import (
     invalid,
 )
 from nearkin_client.patience import Deadline, Patience
-from nearkin_client.push import Sender, begin_parts, begin_request, changed_ranges
+from nearkin_client.push import Sender
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
 from nearkin_client.tables import read_table
 from nearkin_client.values import (
