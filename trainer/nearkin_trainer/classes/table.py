@@ -365,7 +365,8 @@ class ClassEmbeddings(nn.Module):
             self._sum(world, images)
             met = (images > 0).to(self.weight.device)
             means = (total / images.view(-1, 1, 1, 1)).to(self.weight)
-            self.weight[block] = torch.where(met.view(-1, 1, 1, 1), means, self.weight[block])
+            found = torch.where(met.view(-1, 1, 1, 1), means, self.weight[block])
+            mapped.put_block(self.weight.detach(), first, found)
             self.seen[block] |= met
 
     def _sum(self, world: World, values: torch.Tensor) -> None:
@@ -397,6 +398,5 @@ def draw_noise(table: torch.Tensor, rows: slice, num_rows: int) -> None:
         generator = torch.Generator().manual_seed(seed ^ start)
         block = torch.randn(min(NOISE_BLOCK, num_rows - start), *table.shape[1:], generator=generator)
         first, last = max(start, rows.start), min(start + len(block), rows.stop)
-        table[first - rows.start : last - rows.start] = block[first - start : last - start].div_(
-            table.shape[1] ** 0.5
-        )
+        drawn = block[first - start : last - start].div_(table.shape[1] ** 0.5)
+        mapped.put_block(table, first - rows.start, drawn.to(table.dtype))
