@@ -71,8 +71,8 @@ def put(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
     """`rows.put`, of this and of other tables on the CPU.
 
     A row that is stored into the mapping makes the system write back everything that it keeps in one piece
-    with that, of up to 2 MiB; one that is written to the file, only its own pages, in 50 µs where the piece is
-    large and 3 where it is small.
+    with that, of up to 2 MiB; one that is written to the file, only its own pages, in 50 µs where the
+    piece is large, in 3 where it is small.
     """
     descriptor = _files.get(table.data_ptr())
     if descriptor is None:
