@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -111,3 +112,25 @@ def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Calle
     expected = caller.table()
     assert expected.scores is not None
     assert found == {np.asarray(expected.ids).tobytes() + np.asarray(expected.scores).tobytes()}
+
+
+@pytest.mark.parametrize("rows", ["its own", "none since", "others"])
+def test_a_build_pauses_only_while_other_rows_arrive(rows: str) -> None:
+    pacing, never = Pacing(), threading.Event()
+    if rows == "its own":
+        pacing.rows_arrived(1)
+    began = time.monotonic()
+    if rows == "others":
+        pacing.rows_arrived(1)
+    pacing.pause(began, 0.2, never)
+    assert (time.monotonic() - began >= 0.2) == (rows == "others")
+
+
+def test_a_build_that_is_cancelled_does_not_pause() -> None:
+    pacing, cancelled = Pacing(), threading.Event()
+    began = time.monotonic()
+    pacing.rows_arrived(1)
+    threading.Timer(0.05, cancelled.set).start()
+    pacing.pause(began, 60.0, cancelled)
+    assert cancelled.is_set()
+    assert time.monotonic() - began < RECENT_SECONDS

@@ -31,6 +31,7 @@ log = logging.getLogger("nearkin.build")
 
 _KEPT_OUTCOMES = 16
 _NICENESS = 5
+_LONGEST_PAUSE_SECONDS = 0.5  # a deadline is honoured within a second
 """Of builds: about a third of a core that others want as well, and all of one that nobody wants."""
 
 
@@ -42,7 +43,7 @@ class _Monitor:
         self._push = push
         self._loop = asyncio.get_running_loop()
         self._stage, self._stage_began = "", 0.0
-        self._began = time.monotonic()
+        self._began = self._went_on = time.monotonic()
         self.cancelled = threading.Event()
         self.stopping = False
 
@@ -58,6 +59,9 @@ class _Monitor:
         self._loop.call_soon_threadsafe(self._core.catalogue.events.publish, self._push.spec.run, event)
 
     def check(self) -> None:
+        worked = time.monotonic() - self._went_on
+        self._core.pacing.pause(self._began, min(worked, _LONGEST_PAUSE_SECONDS), self.cancelled)
+        self._went_on = time.monotonic()
         if self.cancelled.is_set():
             raise BuildCancelled("cancelled")
         limit = self._push.spec.build_timeout

@@ -1,7 +1,8 @@
-"""Tables give way to rows.
+"""Tables and builds give way to rows.
 
 A push holds up a whole training job, a table only its reader, and many readers come at once. While rows
-arrive, tables together get an eighth as many bytes as they, but never less than lets every reader get on.
+arrive, tables together get an eighth as many bytes as they, but never less than lets every reader get on,
+and a build works half of the time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ class Pacing:
         with self._lock:
             self._arrived = time.monotonic()
             self._save(self._arrived, nbytes * SHARE)
+
+    def pause(self, since: float, seconds: float, wake: threading.Event) -> None:
+        """Of a build that began `since`, with all its rows there: so long at most, while others arrive."""
+        until = time.monotonic() + seconds
+        while (now := time.monotonic()) < until and not wake.is_set():
+            with self._lock:
+                arriving = self._arrived > since and now - self._arrived <= RECENT_SECONDS
+            if not arriving:
+                return
+            wake.wait(_PAUSE_SECONDS)
 
     def wait(self, nbytes: int) -> None:
         """Until a block of a table may go. One caller after another."""
