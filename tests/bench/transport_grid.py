@@ -2,9 +2,10 @@
 
     python -m tests.bench.transport --grid
 
-The grid pushes through a real service: every chunk size with every number of streams, by unix socket and by
-TCP. The servers are bare ones that receive, checksum and write the same messages to a file: what gRPC itself
-costs with threads and with an event loop. Medians of three rounds after one of warm-up, in GB/s.
+The grid pushes 1 GiB through a real service: every chunk size with every number of streams, by unix socket
+and by TCP, over the bulk lane and through gRPC. The servers are bare ones that receive, checksum and write
+the same messages to a file: what gRPC itself costs with threads and with an event loop. Medians of three
+rounds after one of warm-up, in GB/s.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import grpc
 import numpy as np
 from crc32c import crc32c
 from nearkin.v1 import bulk
-from nearkin_client import NeighbourClient
+from nearkin_client import NeighbourClient, push
 from nearkin_client.channel import Endpoint
 from nearkin_service.config import ServiceConfig
 from nearkin_service.server import _options
 from numpy.typing import NDArray
 
-from tests.bench.transport import MIB, Row, _service, _shown
+from tests.bench.transport import GIB, MIB, Row, _service, _shown
 
 CHUNKS = (1, 2, 4, 8, 16)
 STREAMS = (1, 2, 4)
@@ -43,7 +44,7 @@ _METHOD = "/bench.Bulk/Write"
 
 
 def run(quick: bool) -> list[Row]:
-    size = 16 * MIB if quick else 256 * MIB
+    size = 16 * MIB if quick else GIB
     rows = np.random.default_rng(0).standard_normal((size // (4 * WIDTH), WIDTH), dtype=np.float32)
     return _shown(_grid(rows)) + _shown([_server(kind, rows) for kind in SERVERS])
 
@@ -52,25 +53,30 @@ def run(quick: bool) -> list[Row]:
 
 
 def _grid(rows: NDArray[np.float32]) -> list[Row]:
-    speeds: dict[tuple[str, int, int], float] = {}
-    with _service() as (service, tcp):
-        for kind, address in (("unix", service.address), ("TCP", tcp)):
-            for streams in STREAMS:
-                writers = [
-                    NeighbourClient(address, run=f"{kind.lower()}-{streams}", shared_memory=False)
-                    for _ in range(streams)
+    found: list[Row] = []
+    for way, options in (("bulk lane", ()), ("gRPC", ("--bulk-port", "off"))):
+        with _service(*options) as (service, tcp):
+            for kind, address in (("unix", service.address), ("TCP", tcp)):
+                found += [
+                    {"what": "grid", "by": f"{way}, {kind}", "streams": streams}
+                    | _line(address, rows, streams)
+                    for streams in STREAMS
                 ]
-                for chunk in CHUNKS:
-                    with mock.patch("nearkin_client.push._message_bytes", lambda *_, c=chunk: c * MIB):
-                        speeds[kind, streams, chunk] = _pushed(writers, rows, chunk)
-                for writer in writers:
-                    writer.close()
-    return [
-        {"what": "grid", "by": kind, "streams": streams}
-        | {f"{chunk} MiB": speeds[kind, streams, chunk] for chunk in CHUNKS}
-        for kind in ("unix", "TCP")
-        for streams in STREAMS
-    ]
+    return found
+
+
+def _line(address: str, rows: NDArray[np.float32], streams: int) -> Row:
+    """Every chunk size with so many streams."""
+    run = f"{address[:4]}-{streams}".lower().replace("unix", "local").replace(".", "-")
+    writers = [NeighbourClient(address, run=run, shared_memory=False) for _ in range(streams)]
+    line: Row = {}
+    for chunk in CHUNKS:
+        pace = push._Pace(chunk * MIB // (4 * WIDTH), push.STREAM_BYTES // (4 * WIDTH))
+        with mock.patch.object(push._Paces, "of", return_value=push._Paces(pace, pace, pace)):
+            line[f"{chunk} MiB"] = _pushed(writers, rows, chunk)
+    for writer in writers:
+        writer.close()
+    return line
 
 
 def _pushed(writers: list[NeighbourClient], rows: NDArray[np.float32], chunk: int) -> float:
@@ -80,12 +86,12 @@ def _pushed(writers: list[NeighbourClient], rows: NDArray[np.float32], chunk: in
         for turn in range(1 + _ROUNDS):
             options: Any = {"epoch": chunk * 100 + turn, "k": 4, "num_classes": len(rows), "commit": False}
 
-            def push(at: int, options: Any = options) -> Any:
+            def send(at: int, options: Any = options) -> Any:
                 part = rows[at * share : (at + 1) * share]
                 return writers[at].push(part, row_start=at * share, **options)
 
             began = time.perf_counter()
-            pushes = list(threads.map(push, range(len(writers))))
+            pushes = list(threads.map(send, range(len(writers))))
             seconds.append(time.perf_counter() - began)
             writers[0].abort(pushes[0])
     return _speed(rows, seconds)
