@@ -15,12 +15,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.digest import Digest
-from nearkin_client.errors import (
-    DeadlineExceeded,
-    PushFailed,
-    error_from_rpc,
-    status_of,
-)
+from nearkin_client.errors import DeadlineExceeded, PushFailed, error_from_rpc, status_of
 from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
 from nearkin_client.shared import in_advance, joined, lent
@@ -59,6 +54,7 @@ class Sender:
         self._wire = wire
         self._push = begun.push
         self._offer = begun.bulk_lane
+        self._most_message_bytes = begun.max_message_bytes
         self._rows = rows
         self._row_start = row_start
         self._deadline = deadline
@@ -159,10 +155,9 @@ class Sender:
 
     @property
     def _rows_at_a_time(self) -> int:
-        """Of what is written in place."""
-        return max(
-            1, min(WRITTEN_BYTES // self._rows.row_bytes, self._pace.rows_per_message // WRITTEN_SHARE)
-        )
+        """Of what is written in place; rows that others have stored are sent, in messages of as many."""
+        most = min(WRITTEN_BYTES, self._most_message_bytes) // self._rows.row_bytes
+        return max(1, min(most, self._pace.rows_per_message // WRITTEN_SHARE))
 
     def _message(self, piece: ranges.Range) -> bulk.WriteRows:
         lent, (start, stop) = self._lent, piece

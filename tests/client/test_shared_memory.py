@@ -342,3 +342,17 @@ def test_whoever_asks_for_an_epoch_gets_a_later_table_if_its_own_is_removed_unde
         assert client.table(epoch=0, timeout=60).epoch == 1
         with pytest.raises(NotFound):
             client.table(generation=first.generation)
+
+
+def test_rows_of_others_are_sent_in_messages_that_the_service_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only sending them shows whether they are the same; what is written in place goes in larger pieces."""
+    monkeypatch.setattr("nearkin_client.push.IN_PLACE_SHARE", 1)
+    rows = generator.standard_normal((6144, 1024)).astype(np.float32)
+    limits = ("--limit", "max_message_bytes=4MiB", "--limit", "max_row_bytes=1MiB")
+    with LocalService(tmp_path, options=limits) as service:
+        with NeighbourClient(service.address, run="others", shared_memory=False) as other:
+            other.push(rows[50:4000], epoch=0, row_start=50, num_classes=len(rows), k=4, commit=False)
+        with NeighbourClient(service.address, run="others", shared_memory=True) as client:
+            assert client.push(rows, epoch=0, k=4, commit=False).rows_stored == len(rows)
