@@ -109,9 +109,11 @@ class NeighbourServer:
         return server
 
     def _bind(self) -> tuple[str, ...]:
-        tls = self._config.tls
-        credentials = tls.credentials() if tls else None
+        credentials = self._credentials()
         return tuple(listening.bind(self._server, each, credentials) for each in self._config.listen)
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        return self._config.tls.credentials() if self._config.tls else None
 
     def _make_gate(self) -> Gate:
         return Gate(
@@ -169,11 +171,9 @@ class NeighbourServer:
             raise ValueError(f"--http {address}: {error.strerror}") from error
 
     def _serve_health(self, address: str) -> HealthThreads:
-        tls = self._config.tls
-        credentials = tls.credentials() if tls else None
         return HealthThreads(
             address,
-            credentials,
+            self._credentials(),
             names=_HEALTH_NAMES,
             catalogue=self.core.catalogue,
             gate=self._make_gate(),
@@ -243,7 +243,7 @@ def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:
     """ValueError: an address is open to other machines although nobody said that it may be."""
     asks = bool(config.tls and config.tls.asks_clients)
     doors = listening.Doors(config.tls is not None, asks, tokens.in_force, config.insecure)
-    for address in (*config.listen, *([config.health] if config.health else [])):
+    for address in filter(None, (*config.listen, config.health)):
         listening.check_address(address, doors)
     if config.http:
         try:

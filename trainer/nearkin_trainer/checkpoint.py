@@ -79,10 +79,6 @@ def unreadable(path: Path, error: Exception) -> ValueError:
 Put = Callable[[torch.Tensor, int, torch.Tensor], None]
 
 
-def _assign(table: torch.Tensor, first: int, rows: torch.Tensor) -> None:
-    table[first : first + len(rows)] = rows
-
-
 @dataclass(frozen=True)
 class Stored:
     """A tensor `[n, ...]` that was left in a file, which should stay as it is as long as this is used."""
@@ -91,7 +87,7 @@ class Stored:
     name: str
     dtype: torch.dtype
 
-    def read_into(self, table: torch.Tensor, first: int, put: Put = _assign) -> int:
+    def read_into(self, table: torch.Tensor, first: int, put: Put) -> int:
         """Puts row i in `table[first + i]`, wherever that is a row of the table; how many those are.
 
         Args:

@@ -119,15 +119,11 @@ class Writing:
             generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
             return Held(push, rows, partial(self._compare, generation, rows.start), None)
         files = self._core.files[push.push_id]
-        if (
-            push.state is not PushState.OPEN
-        ):  # every row counts as known: one that never came is absent, and ignored
-            known = RowSet.of(rows.start, rows.stop)
-        else:
-            known = push.stored.within(rows.start, rows.stop)
-        return Held(
-            push, rows, partial(files.receive, rows, known, push.absent), None if len(known) else files
-        )
+        # Once the push is closed every row counts as known: one that never came is absent, and ignored.
+        known = push.stored if push.state is PushState.OPEN else RowSet.of(rows.start, rows.stop)
+        known = known.within(rows.start, rows.stop)
+        store = partial(files.receive, rows, known, push.absent)
+        return Held(push, rows, store, None if len(known) else files)
 
     def _compare(
         self, generation: Generation, row_start: int, payload: memoryview, crc: int | None
