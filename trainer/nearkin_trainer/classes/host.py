@@ -45,7 +45,7 @@ class Host:
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A new table."""
-        if self.folder is None:
+        if self.folder is None or len(shape) == 1:  # one number per row needs no file
             return torch.empty(shape, dtype=dtype).zero_()  # written now, not page by page in the steps
         return mapped.zeros(self.folder, shape, dtype)
 
@@ -125,18 +125,14 @@ class RowCache:
             self._used[room] = self._turn
             assert torch.equal(self._slots[missing], room.int()), "a row was asked for twice"
             places = room.to(self.device)
-            self._fetch(missing)
+            for table, _ in self._tables:
+                mapped.fetch(table, missing)
             for table, cached in self._tables:
                 put(cached, places, take(table, missing).to(self.device))
             self.brought += len(missing)
             slots = self._slots[rows].long()
         self._note(slots)
         return slots
-
-    def _fetch(self, rows: torch.Tensor) -> None:
-        """They are about to be touched, in all tables."""
-        for table, _ in self._tables:
-            mapped.fetch(table, rows)
 
     def _note(self, slots: torch.Tensor) -> None:
         self._uses.append((self._turn, slots))
@@ -172,7 +168,6 @@ class RowCache:
         if not len(slots):
             return
         rows, places = self._rows[slots], slots.to(self.device)
-        self._fetch(rows)
         if self.before_write is not None:
             self.before_write(rows)
         for table, cached in self._tables:

@@ -4,7 +4,6 @@ Rows are read through the mapping, once `fetch` has begun to bring them, and rep
 to the file. Both see the same pages.
 """
 
-import ctypes
 import mmap
 import os
 import tempfile
@@ -20,8 +19,6 @@ from nearkin_trainer.classes import rows as plain
 PIECE_BYTES = 16 * 2**10  # what is written at once the system keeps in one piece, too
 
 _files: dict[int, int] = {}  # by the address that a table is mapped at: the descriptor of its file
-_advise = ctypes.CDLL(None).madvise
-_advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def zeros(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -58,13 +55,12 @@ def fetch(table: torch.Tensor, rows: torch.Tensor) -> None:
     Touched without this, each would be waited for by itself, and the system would read what lies around it
     too: 128 KiB by default, megabytes on some machines, in the place of rows that are wanted again.
     """
-    if table.data_ptr() not in _files:
+    descriptor = _files.get(table.data_ptr())
+    if descriptor is None:
         return
     row_bytes = table[:1].nbytes
-    starts = table.data_ptr() + rows * row_bytes
-    firsts = starts - starts % mmap.PAGESIZE
-    for first, length in zip(firsts.tolist(), (starts + row_bytes - firsts).tolist(), strict=True):
-        _advise(first, length, mmap.MADV_WILLNEED)  # where it fails, rows come as they are touched
+    for start in (rows * row_bytes).tolist():
+        os.posix_fadvise(descriptor, start, row_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def put(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
@@ -79,6 +75,8 @@ def put(table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
         plain.put(table, rows, values)
         return
     row_bytes = table[:1].nbytes
+    if row_bytes % mmap.PAGESIZE:
+        fetch(table, rows)  # the system reads a page before it replaces part of it
     lines = _lines(values)
     for row, line in zip(rows.tolist(), lines, strict=True):
         _write(descriptor, line.data, row * row_bytes)

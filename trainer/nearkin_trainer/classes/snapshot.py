@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nearkin_trainer.classes import mapped
 from nearkin_trainer.classes.rows import take
 
 PIECE_BYTES = 8 * 2**20  # copied while nobody may change rows
@@ -48,6 +49,7 @@ class Snapshot:
                 return
             self._part[rows] = len(self._aside)
             self._place[rows] = torch.arange(len(rows), dtype=torch.int32)
+            mapped.fetch(self._table, rows)
             self._aside.append(take(self._table, rows.to(self._table.device)).cpu())
 
     def blocks(self, block_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
