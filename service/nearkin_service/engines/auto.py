@@ -2,8 +2,8 @@
 
 `mixed` where it is known to win, else `flat`:
 
-- its packages are installed (`nearkin-service[mixed]`) and the processor has bfloat16
-  instructions, as those had on which it was measured;
+- its packages are installed (`nearkin-service[mixed]`) and the processor multiplies
+  int16 or bfloat16 quicker than float32;
 - the device is the CPU;
 - there are few enough classes to compute all products at once, or k is at most a quarter of them: above, the
   k-th neighbour's similarity is near or below zero, where its sieve does not work, and little is left to
@@ -21,7 +21,7 @@ from nearkin_service.engines.contract import AT_ONCE
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
 _PACKAGES = ("torch", "numba")
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+_INSTRUCTIONS = ("avx512_vnni", "amx_bf16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,15 @@ class KeyedRows:
 
         Norms are float64, so that rows of 1e30 and of 1e-40 are as good as any.
         """
+        factors_B, step = np.empty(len(block_BR)), _rows_at_once(block_BR.shape[1])
+        for top in range(0, len(block_BR), step):
+            some = slice(top, top + step)
+            factors_B[some] = self._write_some(keys_BD[some], block_BR[some], names[some], what)
+        return factors_B
+
+    def _write_some(
+        self, keys_BD: NDArray[np.float32], block_BR: NDArray[Any], names: NDArray[np.int64], what: str
+    ) -> NDArray[np.float64]:
         values = block_BR.astype(np.float64, order="C")
         if self.key != "flat":
             values = values.reshape(len(values), self.row_shape[0], -1).mean(axis=2)
@@ -88,6 +97,10 @@ class KeyedRows:
             return "its row holds NaN or Inf; send finite values or declare the class absent"
         subject = "row" if self.key == "flat" else "mean over its locations"
         return f"its {subject} is zero and has no direction; declare the class absent"
+
+
+def _rows_at_once(row_size: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(1, row_size))
 
 
 def _squared_lengths(values_BD: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -118,10 +131,14 @@ def each_block(
     present: NDArray[np.int64],
     work: Callable[[int, NDArray[np.int64], NDArray[Any]], Any],
     monitor: BuildMonitor,
+    multiple: int = 1,
 ) -> None:
-    """Hand the rows of present classes to `work` in blocks: the first one's place, their ids, themselves."""
+    """Hand the rows of present classes to `work` in blocks: the first one's place, their ids, themselves.
+
+    Blocks begin at a `multiple` of rows, and hold some.
+    """
     pace = Pace(monitor, "keys", len(present))
-    step = max(1, _BLOCK_ELEMENTS // max(1, source.rows.shape[1]))
+    step = math.ceil(_rows_at_once(source.rows.shape[1]) / multiple) * multiple
     whole = np.array_equal(present, np.arange(len(source.rows)))
 
     def do(start: int) -> None:

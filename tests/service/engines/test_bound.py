@@ -23,39 +23,57 @@ def _rows(kind: str, size: int) -> np.ndarray:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("products", ["int16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["random", "one sign", "falling", "one huge"])
 @pytest.mark.parametrize("size", [7, 512, 513, 3000, 25_088])
 def test_products_are_within_the_bound(
     size: int, kind: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nearkin_service.engines.mixed import scan
-    from nearkin_service.engines.mixed.rerank import as_scores
+    from nearkin_service.engines.mixed import rounded, scan, tiles
+    from nearkin_service.engines.mixed.values import as_scores
 
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
-    monkeypatch.setattr(scan, "_TILE_ROWS", 64)  # 150 rows are three blocks: tiles on the diagonal and off it
-    monkeypatch.setattr(scan, "_TILE_ROWS_NARROW", 64)
-    monkeypatch.setattr(scan, "_STRIP", 24)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 64)  # 150 rows are three blocks: on the diagonal and off it
+    monkeypatch.setattr(tiles, "_TILE_ROWS_NARROW", 64)
+    monkeypatch.setattr(rounded, "_STRIP", 24)
     rows = _rows(kind, size)
     true = rows.astype(np.float64) @ rows.T.astype(np.float64)
     keys = scan.tile_keys(rows, Silence())
-    sieve = scan.scan(keys, 149, (192, 0), Silence())
+    sieve, errors = scan.scan(keys, 149, (192, 0), Silence()), keys.errors
     for row in range(150):
         places = slice(sieve.starts[row], sieve.starts[row] + sieve.counts[row])
         held = sieve.ids[places]
-        stored = sieve.fine[places] if len(sieve.fine) else as_scores(sieve.values[places])
-        fine = stored.astype(np.float64)
-        assert (np.abs(true[row, held] - fine) <= keys.errors[row] + sieve.rounding * fine).all()
-        assert set(np.flatnonzero(true[row] > 2 * keys.errors[row])) - {row} <= set(held.tolist())
+        stored = as_scores(sieve.values[places], sieve.rounding)
+        assert (np.abs(true[row, held] - stored) <= errors[row] + sieve.rounding * np.abs(stored)).all()
+        seen = true[row] > (2 * errors[row] if sieve.rounding else -2)
+        assert set(np.flatnonzero(seen)) - {row} <= set(held.tolist())
 
 
-def test_the_bound_of_wide_float32_tiles_does_not_grow_with_the_width(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from nearkin_service.engines.mixed import scan
+@pytest.mark.parametrize("kind", ["random", "one sign", "falling"])
+@pytest.mark.parametrize("size", [7, 512, 25_088])
+def test_fixed_point_leaves_less_in_doubt_than_bfloat16(size: int, kind: str) -> None:
+    from nearkin_service.engines.mixed.fixed import FixedKeys
+    from nearkin_service.engines.mixed.rounded import RoundedKeys
 
-    monkeypatch.setattr(scan, "fastest_products", lambda: "float32")
-    wide, wider = (
-        scan.tile_keys(np.zeros((40, size), np.float32), Silence()).errors[0] for size in (512, 25_088)
-    )
-    assert wider < 1.1 * wide < 4e-5
+    rows = _rows(kind, size)
+    errors = []
+    for keys in (FixedKeys(150, size), RoundedKeys(150, size)):
+        keys.put(0, rows)
+        errors.append(float(keys.errors[:150].mean()))
+    assert errors[0] < errors[1]
+
+
+def test_products_of_the_longest_parts_fit_an_int32() -> None:
+    from nearkin_service.engines.mixed.fixed import FixedKeys
+    from nearkin_service.engines.mixed.values import STEPS
+
+    rows = np.zeros((34, 1030), np.float32)
+    rows[:, :2] = 2**-0.5  # the largest elements, in one pair
+    rows[1::2] *= -1
+    rows[:2] = 512**-0.5 * (np.arange(1030) < 512)  # the longest part
+    keys = FixedKeys(34, 1030)
+    keys.put(0, rows[:32])
+    keys.put(32, rows[32:])
+    tile = keys.multiplier().tile(0, 0)[:34, :34] / STEPS
+    true = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    assert np.abs(tile - true).max() <= keys.errors.max()

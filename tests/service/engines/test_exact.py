@@ -33,12 +33,12 @@ def test_agrees_with_float64(name: str, engine: str) -> None:
     ("products", "places", "direct", "panels"),
     [
         ("bfloat16", 1 << 26, 0, 0),
-        ("float32", 1 << 26, 0, 0),
+        ("int16", 1 << 26, 0, 0),
         ("bfloat16", 1, 0, 0),
-        ("float32", 1, 5000, 0),
-        ("float32", 1, 0, 1 << 30),
+        ("int16", 1, 5000, 0),
+        ("int16", 1, 0, 1 << 30),
     ],
-    ids=["bfloat16", "float32", "narrow sieves", "at once", "in panels"],
+    ids=["bfloat16", "int16", "narrow sieves", "at once", "in panels"],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_engines_agree_bit_for_bit(
@@ -57,7 +57,7 @@ def test_engines_agree_bit_for_bit(
 
 
 @needs_mixed
-@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize("products", ["bfloat16", "int16"])
 @pytest.mark.parametrize("per_row", [0, 1500, 10_000], ids=["no places", "some", "enough"])
 def test_rows_of_large_clusters_get_more_places(
     per_row: int, products: str, monkeypatch: pytest.MonkeyPatch

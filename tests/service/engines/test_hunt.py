@@ -42,12 +42,12 @@ SIZES = [
 ]
 DTYPES = [np.float32, np.float32, np.float16, ml_dtypes.bfloat16]
 PATHS = [  # products, places of all sieves together, classes computed at once, elements in panels
-    ("float32", 1 << 26, 0, 0),
+    ("int16", 1 << 26, 0, 0),
     ("bfloat16", 1 << 26, 0, 0),
-    ("float32", 1, 0, 0),
+    ("int16", 1, 0, 0),
     ("bfloat16", 1, 0, 0),
-    ("float32", 1, 5000, 0),
-    ("float32", 1, 0, 1 << 30),
+    ("int16", 1, 5000, 0),
+    ("int16", 1, 0, 1 << 30),
 ]
 Rows = NDArray[np.float32]
 

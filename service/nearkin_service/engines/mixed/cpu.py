@@ -20,8 +20,9 @@ from nearkin_service.engines.mixed.held import Keys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at
-from nearkin_service.engines.mixed.scan import TileKeys, keys_for_tiles, scan
+from nearkin_service.engines.mixed.scan import keys_for_tiles, scan
 from nearkin_service.engines.mixed.simd import WIDTH
+from nearkin_service.engines.mixed.tiles import TileKeys
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 

@@ -1,10 +1,9 @@
-"""The compiled loops of engine `mixed`: rounding, sieving tiles, scoring pairs. They run without the GIL.
+"""The compiled loops of engine `mixed`: sieving tiles, listing pairs. They run without the GIL.
 
-A bfloat16 that is not negative orders like its bits read as int16. Tiles are sieved in that form, 32 entries
-at a time, against a limit per row that is never negative: zero padding and negative similarities never pass.
+Whatever a tile's values stand for, they are int16 that order like the products. They are sieved 32 at a time,
+against a limit per row.
 
-Dimension letters: M keys, D elements of a key, B rows and C columns of a tile, G rows of a group, W places of
-the longest of these rows.
+Dimension letters: B rows and C columns of a tile, G rows of a group, W places of the longest of these rows.
 """
 
 from __future__ import annotations
@@ -15,28 +14,22 @@ import numpy as np
 from numba import uint32
 from numpy.typing import NDArray
 
-from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
+from nearkin_service.engines.mixed.compiling import compiled
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.simd import WIDTH, above, above_each, count_bits, first_bit, take
+from nearkin_service.engines.mixed.values import CLOSED, VACANT, floor_of, limit_below
 
-ROUNDING = 2.0**-8 * 1.01
-"""Rounding a sum to bfloat16 moves it by at most this share of the result."""
-CLOSED = np.int16(32767)
-"""The limit of a row whose sieve overflowed: nothing passes any more."""
-VACANT = np.int16(-32768)
 UNKNOWN = np.int32(-(2**31))
 """In place of a pair's exact score in steps of 2**-24."""
-_ONE = np.int16(0x3F90)  # a little above 1.0 in bfloat16
 
 
 class Sieve(NamedTuple):
-    """Per key: a limit, and the entries above it: bfloat16 bits as int16, and the other key's position.
+    """Per key: a limit, and the entries above it: a tile's value, and the other key's position.
 
-    A key's entries lie in `values`, `ids` and `fine` from its start on; there are `counts` of them, and
-    `widths` places. When `rooms` of them are taken the row is pruned. A row that needs more places moves to
-    where nobody's begin yet: of the memory that was asked for, only what is `taken` is ever touched.
-    `fine` is the product that a value was rounded from, or empty if that is the value itself; products can be
-    off by the row's error and a share `rounding` of themselves.
+    A key's entries lie in `values` and `ids` from its start on; there are `counts` of them, and `widths`
+    places. When `rooms` of them are taken the row is pruned. A row that needs more places moves to where
+    nobody's begin yet: of the memory that was asked for, only what is `taken` is ever touched. What values
+    stand for can be off by the row's error, and a share `rounding` of itself; below `floor` they say nothing.
     """
 
     limits: NDArray[np.int16]
@@ -47,17 +40,17 @@ class Sieve(NamedTuple):
     taken: NDArray[np.int64]
     values: NDArray[np.int16]
     ids: NDArray[np.int32]
-    fine: NDArray[np.float32]
     errors: NDArray[np.float64]
     rounding: float
+    floor: np.int16
 
     @staticmethod
     def empty(width: int, places: int, errors: NDArray[np.float64], rounding: float) -> Sieve:
-        """Sieves of this width that let every positive entry pass, and places for all in which to grow."""
+        """Sieves of this width that let pass what is above the floor, and places for all in which to grow."""
         rows = len(errors)
         places = max(places, rows * width)
         return Sieve(
-            np.zeros(rows, np.int16),
+            np.full(rows, floor_of(rounding)),
             np.zeros(rows, np.int32),
             np.full(rows, width, np.int32),
             np.arange(rows) * width,
@@ -65,38 +58,16 @@ class Sieve(NamedTuple):
             np.array([rows * width]),
             aligned((places,), np.int16),
             np.empty(places, np.int32),
-            np.empty(0 if rounding else places, np.float32),
             errors,
             rounding,
+            floor_of(rounding),
         )
 
 
-@compiled_loosely
-def round_rows(bits_MD: Any, keys_MD: Any, rounded_ME: Any, error_M: Any) -> None:
-    """bfloat16 (as uint16) of each key, to the nearest even; and the norm of what rounding took away.
-
-    `bits_MD` is `keys_MD` seen as uint32. Elements under 1e-30 become 0: processors flush such products.
-    """
-    for row in range(keys_MD.shape[0]):
-        bits_D, key_D, rounded_E = bits_MD[row], keys_MD[row], rounded_ME[row]
-        total = 0.0
-        for column in range(key_D.shape[0]):
-            bits = bits_D[column]  # sums of uint32 are uint64 in numba, unless they are made uint32 at once
-            odd = np.uint32(np.uint32(bits >> uint32(16)) & uint32(1))
-            bits = np.uint32(np.uint32(bits + uint32(0x7FFF)) + odd)
-            upper = np.uint32(bits >> uint32(16))
-            upper = upper if abs(key_D[column]) > np.float32(1e-30) else uint32(0)
-            rounded_E[column] = upper
-            kept = np.uint32(upper << uint32(16)).view(np.float32)
-            lost = np.float64(key_D[column]) - np.float64(kept)
-            total += lost * lost
-        error_M[row] = np.sqrt(total) * (1 + 1e-6)
-
-
 @compiled
-def kth_largest(address: Any, count: Any, k: Any) -> Any:
-    """The k-th largest of `count` int16 (a multiple of 32), or 0 if it is not positive."""
-    low, high = 0, int(_ONE)
+def kth_largest(address: Any, count: Any, k: Any, floor: Any) -> Any:
+    """The k-th largest of `count` int16 (a multiple of 32), or `floor` if it is not above that."""
+    low, high = np.int64(floor), np.int64(CLOSED)
     while low < high:
         middle = (low + high + 1) // 2
         found = 0
@@ -111,39 +82,26 @@ def kth_largest(address: Any, count: Any, k: Any) -> Any:
 
 @compiled
 def kth_entry(row: Any, k: Any, sieve: Any) -> Any:
-    """The k-th largest value in a row's sieve, or 0 if it is not positive."""
+    """The k-th largest value in a row's sieve, or the floor if it is not above that."""
     values, start, count = sieve.values, sieve.starts[row], sieve.counts[row]
     whole = (count + WIDTH - 1) // WIDTH * WIDTH
     values[start + count : start + whole] = VACANT
-    return kth_largest(values[start:].ctypes.data, whole, k)
-
-
-@compiled
-def limit_below(kth: Any, error: Any) -> Any:
-    """The limit under which nothing can still belong to the k best, given a k-th best value so far."""
-    value = np.int32(np.int32(kth) << np.int32(16)).view(np.float32)
-    least = (value * (1 - ROUNDING) - 2 * error) / (1 + ROUNDING)
-    if least <= 0:
-        return np.int16(0)
-    bits = np.float32(least).view(np.int32) >> 16
-    return np.int16(max(np.int32(0), bits - np.int32(1)))
+    return kth_largest(values[start:].ctypes.data, whole, k, sieve.floor)
 
 
 @compiled
 def drop(row: Any, k: Any, sieve: Any) -> None:
     """Drop from a row's sieve what can no longer be among its k best."""
-    values, ids, fine, start = sieve.values, sieve.ids, sieve.fine, sieve.starts[row]
+    values, ids, start = sieve.values, sieve.ids, sieve.starts[row]
     count = sieve.counts[row]
     if sieve.limits[row] == CLOSED or count < k:
         return
-    limit = limit_below(kth_entry(row, k, sieve), sieve.errors[row])
+    limit = limit_below(kth_entry(row, k, sieve), sieve.errors[row], sieve.rounding)
     kept = start
     for place in range(start, start + count):
         value = values[place]
         values[kept] = value
         ids[kept] = ids[place]
-        if fine.shape[0] > 0:
-            fine[kept] = fine[place]
         kept += value > limit
     sieve.counts[row] = kept - start
     sieve.limits[row] = max(limit, sieve.limits[row])
@@ -152,7 +110,7 @@ def drop(row: Any, k: Any, sieve: Any) -> None:
 @compiled
 def move(row: Any, wanted: Any, sieve: Any) -> None:
     """Give a row so many places, if there are as many left; other threads may do the same."""
-    _, counts, _, starts, _, _, values, ids, fine, _, _ = sieve
+    _, counts, _, starts, _, _, values, ids, _, _, _ = sieve
     start, count = starts[row], counts[row]
     width = (min(wanted, sieve.limits.shape[0]) + WIDTH - 1) // WIDTH * WIDTH
     if width <= sieve.widths[row]:
@@ -162,8 +120,6 @@ def move(row: Any, wanted: Any, sieve: Any) -> None:
         return
     values[to : to + count] = values[start : start + count]
     ids[to : to + count] = ids[start : start + count]
-    if fine.shape[0] > 0:
-        fine[to : to + count] = fine[start : start + count]
     sieve.starts[row] = to
     sieve.widths[row] = width
 
@@ -185,21 +141,20 @@ def prune(row: Any, k: Any, sieve: Any) -> None:
 
 
 @compiled
-def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
+def sieve_rows(tile_BC: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its rows. With `seed`, begin with a limit from this tile.
 
-    `tiles` is the tile in bfloat16 bits, and the products that it was rounded from or an empty array;
     `corner` is the position of the tile's first row and first column among the keys.
     """
-    tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, starts, widths, _, values, ids, fine, errors, _ = sieve
+    limits, counts, rooms, starts, widths, _, values, ids, errors, rounding, floor = sieve
     columns = tile_BC.shape[1]
     for local in range(tile_BC.shape[0]):
         row = first_row + local
         address = tile_BC[local].ctypes.data
         if seed:
-            limits[row] = max(limits[row], limit_below(kth_largest(address, columns, k), errors[row]))
+            kth = kth_largest(address, columns, k, floor)
+            limits[row] = max(limits[row], limit_below(kth, errors[row], rounding))
             rooms[row] = min(widths[row], 3 * k + 2 * WIDTH)
         for start in range(0, columns, WIDTH):
             mask = above(address + 2 * start, limits[row])
@@ -213,17 +168,14 @@ def sieve_rows(tiles: Any, corner: tuple[int, int], seed: Any, k: Any, sieve: An
                     place = starts[row] + counts[row]
                     values[place] = value
                     ids[place] = first_column + column
-                    if fine.shape[0] > 0:
-                        fine[place] = fine_BC[local, column]
                     counts[row] += 1
 
 
 @compiled
-def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
+def sieve_columns(tile_BC: Any, corner: tuple[int, int], k: Any, sieve: Any) -> None:
     """Offer a tile's entries to the sieves of its columns: the other half of a symmetric matrix."""
-    tile_BC, fine_BC = tiles
     first_row, first_column = corner
-    limits, counts, rooms, starts, _, _, values, ids, fine, _, _ = sieve
+    limits, counts, rooms, starts, _, _, values, ids, _, _, _ = sieve
     columns = tile_BC.shape[1]
     limits_address = limits[first_column:].ctypes.data
     for local in range(tile_BC.shape[0]):
@@ -241,17 +193,7 @@ def sieve_columns(tiles: Any, corner: tuple[int, int], k: Any, sieve: Any) -> No
                     place = starts[row] + counts[row]
                     values[place] = value
                     ids[place] = first_row + local
-                    if fine.shape[0] > 0:
-                        fine[place] = fine_BC[local, column]
                     counts[row] += 1
-
-
-@compiled
-def product_bits(place: Any, sieve: Any) -> Any:
-    """The bits, as int32, of the float32 product of an entry."""
-    if sieve.fine.shape[0] > 0:
-        return np.float32(sieve.fine[place]).view(np.int32)
-    return np.int32(np.int32(sieve.values[place]) << np.int32(16))
 
 
 @compiled
@@ -266,22 +208,19 @@ def pack_rows(span: Any, k: Any, sieve: Any, packed_GW: Any) -> Any:
         start, count, packed_G = sieve.starts[row], sieve.counts[row], packed_GW[row - span[0]]
         most = max(most, count)
         for place in range(count):
-            bits = product_bits(start + place, sieve)
-            packed_G[place] = np.int64(sieve.ids[start + place]) << 32 | np.int64(bits)
+            value = np.int64(sieve.values[start + place]) & 0xFFFF
+            packed_G[place] = np.int64(sieve.ids[start + place]) << 16 | value
     return most
 
 
 @compiled
 def unpack_rows(span: Any, packed_GW: Any, sieve: Any) -> None:
-    """The reverse, once the packed entries are sorted. Values are cut now: none is above what it was."""
+    """The reverse, once the packed entries are sorted."""
     for row in range(span[0], span[1]):
         packed_G, start = packed_GW[row - span[0]], sieve.starts[row]
         for place in range(sieve.counts[row]):
-            bits = np.int32(packed_G[place] & 0x7FFFFFFF)
-            sieve.ids[start + place] = packed_G[place] >> 32
-            sieve.values[start + place] = np.int16(bits >> 16)
-            if sieve.fine.shape[0] > 0:
-                sieve.fine[start + place] = bits.view(np.float32)
+            sieve.ids[start + place] = packed_G[place] >> 16
+            sieve.values[start + place] = np.int16(packed_G[place])
 
 
 @compiled

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.ranking import STEP, best_of_panel
-from nearkin_service.engines.mixed.scan import multiply, summed_at_most
 from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.workers import in_threads, worker_count
 
@@ -25,6 +25,7 @@ _ONE_BY_ONE = 32  # so few rows are better settled one after the other than agai
 _PANEL_ROWS, _PANEL_ELEMENTS = 512, 1 << 24
 _LEAST_ROWS, _PER_ELEMENT = 32, 1 << 14  # of short keys a panel has few products, and should stay in cache
 _PANEL_PRODUCTS = 1 << 34  # at most a fraction of a second's work
+_SUMMED = 512  # elements that the library sums in its own order; these sums are added up here
 
 
 def product_error(size: int) -> float:
@@ -74,6 +75,26 @@ def search_in_panels(
     remaining = Queries(queries.keys[redo], queries.own[redo])
     ranks_Qk[redo] = settled(remaining, keys_MD, k, monitor, names_M)
     return ranks_Qk, len(redo)
+
+
+def summed_at_most(size: int) -> int:
+    """Roundings that a product of float32 keys sees: those of one part, and one per part."""
+    parts = math.ceil(size / _SUMMED)
+    return size if parts < 2 else _SUMMED + parts
+
+
+def multiply(rows: Any, columns: Any, product: Any, part: Any) -> None:
+    """All pairs' products, part by part of the elements, into the upper rows of `product`.
+
+    Each sees at most `summed_at_most` roundings; `part` is room for another product like this one.
+    """
+    import torch
+
+    product, part = product[: len(rows)], part[: len(rows)]
+    torch.mm(rows[:, :_SUMMED], columns[:, :_SUMMED].T, out=product)
+    for start in range(_SUMMED, rows.shape[1], _SUMMED):
+        some = slice(start, start + _SUMMED)
+        product += torch.mm(rows[:, some], columns[:, some].T, out=part)
 
 
 def settled(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,6 @@ from nearkin_service.engines.canonical import EMPTY, STEPS, best, in_steps, sett
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.held import WIDE, Keys
 from nearkin_service.engines.mixed.kernels import (
-    CLOSED,
-    ROUNDING,
     UNKNOWN,
     Sieve,
     deliver,
@@ -35,6 +33,7 @@ from nearkin_service.engines.mixed.kernels import (
 )
 from nearkin_service.engines.mixed.products import add_pair_products, aligned
 from nearkin_service.engines.mixed.simd import WIDTH
+from nearkin_service.engines.mixed.values import VACANT, as_scores, least_values, reach_of
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
@@ -49,6 +48,7 @@ _WIDE_GROUP_ROWS = 1 << 14
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int32]]
 Wanted = tuple[NDArray[Any], NDArray[Any]]
+Whole = TypeVar("Whole", np.int16, np.int32)
 
 
 class Reranking:
@@ -72,14 +72,14 @@ class Reranking:
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ranks int64 [M, k], which hold positions or names, and per row what `cut_at` cuts at."""
-        likely = np.zeros(len(self._sieve.limits), np.float32)
+        likely = np.full(len(self._sieve.limits), VACANT)
         self._each_group(lambda first, last: self._put_in_order(first, last, likely))
         self._exact = np.full(min(int(self._sieve.taken[0]), len(self._sieve.values)), UNKNOWN)
         if self._wide and not self._sieve.rounding:  # each pass reads all keys: one is enough
-            at_least = np.floor((likely[: self._count] - self._errors) * STEPS).astype(np.int32)
-            self._score(self._reaching(self._least_rivals(at_least)), "rerank")
+            at_least = np.floor((as_scores(likely[: self._count], 0.0) - self._errors) * STEPS)
+            self._score(self._rivals(at_least.astype(np.int32)), "rerank")
         else:
-            self._score(self._reaching(likely), "rerank the best")
+            self._score((self._sieve.values, likely), "rerank the best")
             self._score_rivals()
         self._each_group(self._gather)
         return self._best_Mk, self._reach()
@@ -94,16 +94,17 @@ class Reranking:
             kth[first:last] = _kth_largest(scores_GW[:, :most], self._k, UNKNOWN)
 
         self._each_group(find)
-        rivals = self._reaching(self._least_rivals(kth))
+        rivals = self._rivals(kth)
         self._score(self._screened(rivals, kth) if self._wide else rivals, "rerank rivals")
 
-    def _put_in_order(self, first: int, last: int, likely: NDArray[np.float32]) -> None:
-        """A range of sieves by ascending id; `likely` becomes the k-th product of each."""
+    def _put_in_order(self, first: int, last: int, likely: NDArray[np.int16]) -> None:
+        """A range of sieves by ascending id; `likely` becomes the k-th value of each."""
         packed_GW = np.full((last - first, self._longest(first, last)), EMPTY)
         most = pack_rows((first, last), self._k, self._sieve, packed_GW)
         packed_GW = packed_GW[:, :most]
-        bits_GW = packed_GW.astype(np.int32)  # of the products, which are positive; -1 where there is none
-        likely[first:last] = np.maximum(_kth_largest(bits_GW, self._k, np.int32(-1)), 0).view(np.float32)
+        values_GW = np.where(packed_GW == EMPTY, VACANT, packed_GW.astype(np.int16))
+        kth = _kth_largest(values_GW, self._k, VACANT)
+        likely[first:last] = np.maximum(kth, self._sieve.floor)
         unpack_rows((first, last), np.sort(packed_GW, axis=1), self._sieve)
 
     def _score(self, wanted: Wanted, stage: str) -> None:
@@ -198,30 +199,21 @@ class Reranking:
     def _longest(self, first: int, last: int) -> int:
         return int(self._sieve.counts[first:last].max(initial=0))
 
-    def _reaching(self, least: NDArray[np.float32]) -> Wanted:
-        """The pairs whose product is so much at least, per row a number that is not negative."""
-        if not self._sieve.rounding:
-            return self._sieve.fine, least
-        bits = (least.view(np.int32) + 0xFFFF) >> 16
-        return self._sieve.values, bits.astype(np.int16)
-
-    def _least_rivals(self, kth: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Per row the least product that can stand for a score as good as one of so many steps."""
-        least = (kth.astype(np.int64) - 1) / STEPS - self._errors
-        below = np.maximum(least, 0) / (1 + self._sieve.rounding) * (1 - 2.0**-23)
-        return np.asarray(below, np.float32)
+    def _rivals(self, kth: NDArray[np.int32]) -> Wanted:
+        """The pairs whose values can stand for a score as good as one of so many steps, given per row."""
+        least = (kth.astype(np.int64) - 1) / STEPS
+        return self._sieve.values, least_values(least, self._errors, self._sieve.rounding)
 
     def _reach(self) -> NDArray[np.float64]:
-        """The greatest score of what a sieve may have dropped: its limit's, or any if it was closed."""
-        limits = self._sieve.limits[: self._count]
-        return np.where(limits == CLOSED, np.inf, as_scores(limits) * (1 + ROUNDING) + self._errors)
+        """The greatest score of what a sieve may have dropped."""
+        return reach_of(self._sieve.limits[: self._count], self._errors, self._sieve.rounding)
 
 
-def _kth_largest(values_GW: NDArray[np.int32], k: int, none: np.int32) -> NDArray[np.int32]:
+def _kth_largest(values_GW: NDArray[Whole], k: int, none: Whole) -> NDArray[Whole]:
     """Of each row; `none` if there are fewer."""
     rows, width = values_GW.shape
     if width < k:
-        return np.full(rows, none, np.int32)
+        return np.full(rows, none)
     return np.partition(values_GW, width - k, axis=1)[:, width - k]
 
 
@@ -229,15 +221,3 @@ def cut_at(reach_M: NDArray[np.float64], ranks_Mk: NDArray[np.int64]) -> NDArray
     """Ranks int64 [M, k] without those that something of a score within reach could precede."""
     scores_Mk = (steps_of(ranks_Mk) - 1) / STEPS  # less the step that rounding may have added
     return np.where(scores_Mk > reach_M[:, None], ranks_Mk, EMPTY)
-
-
-def limits_below(least: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.int16]:
-    """Limits under which nothing is that scores `least` or more, given what products can be off by."""
-    values = ((least - errors) / (1 + ROUNDING)).astype(np.float32)
-    bits = (np.maximum(values, 0).view(np.int32) >> 16) - 1
-    return np.asarray(np.maximum(bits, 0), np.int16)
-
-
-def as_scores(values: NDArray[np.int16]) -> NDArray[np.float64]:
-    """Scores of bfloat16 bits."""
-    return (values.astype(np.int32) << 16).view(np.float32).astype(np.float64)

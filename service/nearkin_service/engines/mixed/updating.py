@@ -26,10 +26,11 @@ from nearkin_service.engines.mixed.cpu import search_again, sieve_places
 from nearkin_service.engines.mixed.held import KeptKeys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
-from nearkin_service.engines.mixed.rerank import Reranking, cut_at, limits_below
+from nearkin_service.engines.mixed.rerank import Reranking, cut_at
 from nearkin_service.engines.mixed.scan import Start, fastest_products, scan, tile_keys
+from nearkin_service.engines.mixed.values import floor_of, limits_below
 
-_ROW_BY_ROW = {"float32": 0.5, "bfloat16": 0.27}  # a full build's time, over that of searching row by row
+_ROW_BY_ROW = {"int16": 0.23, "bfloat16": 0.27}  # a full build's time, over that of searching row by row
 _BESIDE_TILES = 0.2  # of a full build's time
 
 
@@ -74,11 +75,12 @@ class ByTiles:
         change, V, every = self._change, self._changed, self._depth.all
         keys = tile_keys(self._keys_MD, self._monitor)
         last = change.last_known(change.kept)
-        limits = np.zeros(len(keys.errors), np.int16)
+        errors_P = keys.errors
+        limits = np.full(len(errors_P), floor_of(keys.rounding))
         kept = slice(V, len(self._names_M))
         # less the step that rounding may have added; of those that lack nobody, every changed row is wanted
-        least = np.where(last == EMPTY, 0.0, (steps_of(last) - 1) / STEPS)
-        limits[kept] = limits_below(least, keys.errors[kept])
+        least = np.where(last == EMPTY, -2.0, (steps_of(last) - 1) / STEPS)
+        limits[kept] = limits_below(least, errors_P[kept], keys.rounding)
         start = Start(limits, math.ceil(V / keys.block))
         sieve = scan(keys, every, sieve_places(len(self._keys_MD), every), self._monitor, start)
         ranks_MK, reach_M = Reranking(
