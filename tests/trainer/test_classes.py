@@ -13,6 +13,7 @@ from nearkin_trainer.classes import (
     RowSGD,
     class_means,
     exchange,
+    optimisers,
 )
 from nearkin_trainer.classes.rows import rounded
 from nearkin_trainer.distributed import World
@@ -83,6 +84,26 @@ def test_only_touched_rows_change(name: str) -> None:
     optimiser.update(table.weight, gradient, rate=0.1)
     changed = (table.weight != before).flatten(1).any(1)
     assert torch.nonzero(changed).flatten().tolist() == [1, 2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", sorted(ROW_OPTIMISERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_move_alike_in_blocks_and_at_once(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    start, ids = torch.randn(40, 8, 2, 2).to(dtype), torch.randperm(40)[:23].sort().values
+    gradients = [torch.randn(23, 8, 2, 2) for _ in range(3)]
+    found = []
+    for rows in (1000, 4, 1):
+        monkeypatch.setattr(optimisers, "BLOCK_BYTES", rows * 8 * 2 * 2 * 4)
+        table = start.clone()
+        optimiser = ROW_OPTIMISERS[name](table)
+        for values in gradients:
+            optimiser.update(table, Rows(ids, values), rate=0.1)
+        found.append({"table": table, **optimiser.state_dict()})
+    for other in found[1:]:
+        assert all(torch.equal(other[key], values) for key, values in found[0].items())
 
 
 @pytest.mark.parametrize(

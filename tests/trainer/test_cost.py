@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from nearkin_trainer.checkpoint import seed_everything
-from nearkin_trainer.classes import Host, table
+from nearkin_trainer.classes import ROW_OPTIMISERS, ClassEmbeddings, Host, optimisers, table
 from nearkin_trainer.distributed import World
+from nearkin_trainer.matching import SparseQAConv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.learners import WAYS, made
@@ -105,3 +106,23 @@ def test_memory_of_the_compiled_loops_is_the_same_at_any_number_of_classes() -> 
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert abs(peaks[1] - peaks[0]) < NOISE
+
+
+@pytest.mark.parametrize("name", sorted(ROW_OPTIMISERS))
+def test_an_update_makes_no_second_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a step returns is used block by block."""
+    monkeypatch.setattr(optimisers, "BLOCK_BYTES", 5 * 4 * 16)
+    table = ClassEmbeddings(90, 4, 2, 2)
+    matcher, optimiser = SparseQAConv(90, 4, 2, 2, classes=table), table.optimiser(name)  # type: ignore[arg-type]
+    matcher(
+        torch.randn(2, 4, 2, 2), torch.tensor([1, 2]), torch.arange(3, 63).view(2, 30)
+    ).scores.sum().backward()
+    (read,) = table._reads
+    assert read.values.grad is not None
+    values = read.values.grad._values()
+    with _Made([table.weight, *optimiser.buffers(), values]) as made:
+        gradient = table.take_gradient(World())
+        assert gradient is not None
+        assert len(gradient.ids) == 62
+        table.update(optimiser, gradient, rate=0.1)
+    assert 0 < max(size for _, size in made.notes) <= 5 * 16

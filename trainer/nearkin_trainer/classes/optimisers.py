@@ -7,6 +7,8 @@ from torch import nn
 
 from nearkin_trainer.classes.rows import Rows, put, rounded, take
 
+BLOCK_BYTES = 2 * 2**20  # of gradient rows that are used at a time
+
 
 class RowOptimiser(nn.Module):
     """Updates the rows of a table that a step has touched, and no others.
@@ -15,8 +17,18 @@ class RowOptimiser(nn.Module):
     are.
     """
 
+    @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
-        """Moves `table[gradient.ids]` against its gradient by learning rate `rate`."""
+        """Moves `table[gradient.ids]` against its gradient by learning rate `rate`.
+
+        Block by block, in memory that caches hold; all at once would take two to four times the gradient.
+        """
+        size = max(1, BLOCK_BYTES // max(1, gradient.values[:1].nbytes))
+        parts = zip(torch.split(gradient.ids, size), torch.split(gradient.values, size), strict=True)
+        for ids, values in parts:
+            self._update(table, Rows(ids, values), rate)
+
+    def _update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         raise NotImplementedError
 
 
@@ -30,8 +42,7 @@ class RowSGD(RowOptimiser):
         self.momentum = momentum
         self.register_buffer("velocity", _zeros(table, *table.shape))
 
-    @torch.no_grad()
-    def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
+    def _update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         velocity = take(self.velocity, gradient.ids).mul_(self.momentum).add_(gradient.values)
         put(self.velocity, gradient.ids, velocity)
         _move(table, gradient.ids, velocity, rate)
@@ -47,8 +58,7 @@ class RowAdagrad(RowOptimiser):
         self.epsilon = epsilon
         self.register_buffer("squares", _zeros(table, len(table)))
 
-    @torch.no_grad()
-    def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
+    def _update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         squares = take(self.squares, gradient.ids).add_(gradient.values.square().flatten(1).mean(1))
         put(self.squares, gradient.ids, squares)
         scale = (squares.sqrt() + self.epsilon).view(-1, 1, 1, 1)
@@ -71,8 +81,7 @@ class RowAdam(RowOptimiser):
         self.register_buffer("second", _zeros(table, *table.shape))
         self.register_buffer("steps", _zeros(table, len(table)))
 
-    @torch.no_grad()
-    def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
+    def _update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         ids, values = gradient.ids, gradient.values
         steps = take(self.steps, ids).add_(1)
         first = take(self.first, ids).lerp_(values, 1 - self.beta1)

@@ -18,6 +18,10 @@ class Rows:
     ids: torch.Tensor
     values: torch.Tensor
 
+    def over(self, count: int) -> "Rows":
+        """Divided by `count`, and not copied for 1."""
+        return self if count == 1 else Rows(self.ids, self.values / count)
+
 
 def class_means(features_BCHW: torch.Tensor, labels_B: torch.Tensor) -> Rows:
     """The mean over each class's images in a batch of their features, each location L2-normalised."""
@@ -63,8 +67,12 @@ def add_up(parts: list[Rows], *, average: bool = False) -> Rows:
 def sparse_rows(gradient: torch.Tensor) -> Rows:
     """The rows of a gradient that is sparse over dimension 0."""
     assert gradient.is_sparse, "the class table's gradient is a sparse tensor over dimension 0"
-    gradient = gradient.coalesce()
-    return Rows(gradient.indices()[0], gradient.values())
+    ids = gradient._indices()[0]
+    # PyTorch forgets, as it puts a gradient into `.grad`, that it is coalesced: doing it again is a copy.
+    if not gradient.is_coalesced() and not bool((ids[1:] > ids[:-1]).all()):
+        gradient = gradient.coalesce()
+        ids = gradient.indices()[0]
+    return Rows(ids, gradient._values())
 
 
 def take(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ShardedClassEmbeddings(ClassEmbeddings):
         self._reads, self._going = [], None
         assert read.errand is not None
         rows = read.errand.sum_of(going.wait())
-        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
+        return rows.over(world.size) if len(rows.ids) else None
 
     def collect(self, world: World, rows: Rows) -> Rows:
         """The sum over processes of the rows of this process's classes."""

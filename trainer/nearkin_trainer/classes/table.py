@@ -169,7 +169,7 @@ class ClassEmbeddings(nn.Module):
         else:
             going, self._going = self._going, None
             rows = self._expected.pop(0).sum_of(going.wait())
-        return Rows(rows.ids, rows.values / world.size) if len(rows.ids) else None
+        return rows.over(world.size) if len(rows.ids) else None
 
     def optimiser(self, name: RowOptimiserName) -> RowOptimiser:
         """A new row-wise optimiser of this table; its state lies where the rows do."""

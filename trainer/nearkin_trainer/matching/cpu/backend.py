@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
+PIECES = 8  # of forward for each thread
+CLASS_WORK = 2  # of backward for a class, where a pair of maps is 1
 DETAIL = f", products in float32 ({PROCESSOR})"
 
 
@@ -70,9 +73,14 @@ def unsupported(request: Request) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is shared among threads. cuts: each thread's range of touched classes, equal in work."""
+    """How a step is shared among threads.
+
+    pieces: ranges of touched classes, equal in the work of forward, which threads take as they are free.
+    cuts: each thread's range in backward, whose sums depend on it; as equal in its work as can be foreseen.
+    """
 
     pairs: Pairs
+    pieces: tuple[tuple[int, int], ...]
     cuts: tuple[tuple[int, int], ...]
     shape: tuple[int, int]
 
@@ -83,14 +91,27 @@ class Plan:
         starts = np.searchsorted(slots[order], np.arange(len(touched.ids) + 1))
         # By the probe of each class's first pair, which then stays in cache from class to class.
         visits = np.argsort(order[starts[:-1]], kind="stable")
-        # Reading a class costs about as much as multiplying a pair.
-        work = np.concatenate([[0], np.cumsum(1 + np.diff(starts)[visits])])
-        edges = np.searchsorted(work, np.linspace(0, work[-1], threads + 1)).tolist()
+        counts = np.diff(starts)[visits]
         probes, candidates = touched.slots.shape
         pairs = Pairs(touched.ids.numpy(), visits, starts, order, candidates)
-        return Plan(pairs, _ranges(edges), (probes, candidates))
+        pieces = _equal(counts, threads * PIECES if threads > 1 else 1)
+        return Plan(pairs, pieces, _equal(counts + CLASS_WORK, threads), (probes, candidates))
 
-    def classes(self, work: Callable[[int, int, int], None]) -> None:
+    def forward(self, work: Callable[[int, int], None]) -> None:
+        """`work(first, last)` on every piece of the classes."""
+        waiting = deque(self.pieces)
+
+        def take(_thread: int, _first: int, _last: int) -> None:
+            while True:
+                try:
+                    piece = waiting.popleft()
+                except IndexError:
+                    return
+                work(*piece)
+
+        _run(take, self.cuts)
+
+    def backward(self, work: Callable[[int, int, int], None]) -> None:
         """`work(thread, first, last)` on every cut of the classes."""
         _run(work, self.cuts)
 
@@ -178,7 +199,7 @@ def _forward(plan: Plan, table: Table, probes: Probes) -> Found:
         np.empty((len(plan.pairs.ids), locations), np.float32),
     )
     found.maxima[:] = 0  # which those of masked candidates stay
-    plan.classes(lambda _, first, last: forward(first, last, table, plan.pairs, probes, found))
+    plan.forward(lambda first, last: forward(first, last, table, plan.pairs, probes, found))
     return found
 
 
@@ -197,7 +218,7 @@ def _backward(step: _Step, table: Table, *, rows: bool) -> tuple[NDArray[np.floa
         wanted = Wanted(sums[thread], row_gradients.numpy(), visibility.numpy())
         backward(first, last, table, plan.pairs, step.probes, step.given, wanted)
 
-    plan.classes(work)
+    plan.backward(work)
     return sums, row_gradients, visibility
 
 
@@ -227,6 +248,12 @@ def _table(maps: Tensor, visibility: Tensor | None) -> Table:
     if visibility is None:
         return Table(locations.numpy(), np.ones((1, locations.shape[2]), np.float32))
     return Table(locations.numpy(), visibility.detach().numpy())
+
+
+def _equal(work: NDArray[np.int64], parts: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of classes with about as much work each."""
+    total = np.concatenate([[0], np.cumsum(work)])
+    return _ranges(np.searchsorted(total, np.linspace(0, total[-1], parts + 1)).tolist())
 
 
 def _ranges(edges: list[int]) -> tuple[tuple[int, int], ...]:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, exchange, fetch, give_16, stream
+from nearkin_trainer.matching.cpu.exchanges import exchange, fetch, give_16, stream
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE
 from nearkin_trainer.matching.cpu.layout import (
     EPSILON,
     Floats,
@@ -28,9 +29,11 @@ from nearkin_trainer.matching.cpu.layout import (
     block_of,
     compiled,
     lines,
+    pace,
     whole_tiles,
 )
 
+LOCATION = 4 * BLOCK  # bytes of a location in a block
 CACHED = 1 << 23  # bytes of units and gradients of all probes that a pass goes through
 
 
@@ -53,10 +56,12 @@ class Wanted(NamedTuple):
 
 
 class Links(NamedTuple):
-    """Pairs of locations with a gradient, of each pair of maps of one class: places and weights, counts."""
+    """Pairs of locations with a gradient, of each pair of maps of one class: where they lie, weights, counts.
 
-    ps: Places
-    qs: Places
+    places: int32 [pairs of maps, P + Q, 2], the p and q of a link in bytes from the first location.
+    """
+
+    places: NDArray[np.int32]
     weights: Floats
     counts: NDArray[np.int32]
 
@@ -98,8 +103,7 @@ def _room(pairs: Pairs, first: int, last: int, places: int) -> Links:
     for u in pairs.visits[first:last]:
         most = max(most, pairs.starts[u + 1] - pairs.starts[u])
     return Links(
-        np.empty((most, places), np.int16),
-        np.empty((most, places), np.int16),
+        np.empty((most, places, 2), np.int32),
         np.empty((most, places), np.float32),
         np.empty(most, np.int32),
     )
@@ -109,9 +113,9 @@ def _room(pairs: Pairs, first: int, last: int, places: int) -> Links:
 def _link(weights: Floats, where: Places, locations: int, links: Links, slot: int) -> None:
     """List the pairs of locations that a pair of maps passes gradients through."""
     probe_locations = where.shape[0] - locations
-    ps, qs, sums = links.ps[slot], links.qs[slot], links.weights[slot]
+    places, sums = links.places[slot], links.weights[slot]
     for p in range(probe_locations):
-        ps[p], qs[p], sums[p] = p, where[p], weights[p]
+        places[p, 0], places[p, 1], sums[p] = LOCATION * p, LOCATION * where[p], weights[p]
     count = probe_locations
     for q in range(locations):
         p = where[probe_locations + q]
@@ -119,7 +123,8 @@ def _link(weights: Floats, where: Places, locations: int, links: Links, slot: in
             # Each is the other's best: one link.
             sums[p] += weights[probe_locations + q]
         else:
-            ps[count], qs[count], sums[count] = p, q, weights[probe_locations + q]
+            places[count, 0], places[count, 1] = LOCATION * p, LOCATION * q
+            sums[count] = weights[probe_locations + q]
             count += 1
     links.counts[slot] = count
 
@@ -140,48 +145,47 @@ def _exchanged(
     Meanwhile it fetches what comes next and writes what was done before: memory is idle while this adds, and
     this would wait if memory had it all at once.
     """
-    ps, qs, weights = links.ps[slot], links.qs[slot], links.weights[slot]
-    unit, unit_gradient = units.ctypes.data, unit_gradients.ctypes.data
-    location, gradient = tall.ctypes.data, gradients.ctypes.data
     count = links.counts[slot]
-    for link in range(count):
-        p, q = ps[link] * 4 * BLOCK, qs[link] * 4 * BLOCK
-        exchange(weights[link], unit + p, location + q, unit_gradient + p, gradient + q)
-        if link < ahead.length:
-            fetch(ahead.start + link * LINE)
-        if link < behind.length:
-            stream(behind.source + link * LINE, behind.target + link * LINE)
+    exchange(
+        count,
+        links.places[slot].ctypes.data,
+        links.weights[slot].ctypes.data,
+        units.ctypes.data,
+        tall.ctypes.data,
+        unit_gradients.ctypes.data,
+        gradients.ctypes.data,
+        ahead.start,
+        pace(ahead.length * LINE, count),
+        behind.source,
+        behind.target,
+        behind.length,
+    )
     for line in range(count, ahead.length):
         fetch(ahead.start + line * LINE)
     _finish_copy(behind, count)
 
 
 @compiled
-def _parallels(visibility: Floats, lengths: Floats, parallels: Floats) -> None:
-    """How much of each scaled location to take off its gradient, which has no part along it."""
+def _factors(visibility: Floats, lengths: Floats, scales: Floats, factors: Floats) -> None:
+    """How much of each location to take off its gradient, which has no part along it."""
     for q in range(lengths.shape[0]):
         # Below the floor the length is a constant, and only the scale remains.
-        parallels[q] = visibility[q] / lengths[q] if lengths[q] > EPSILON else np.float32(0)
+        factors[q] = scales[q] * visibility[q] / lengths[q] if lengths[q] > EPSILON else np.float32(0)
 
 
 @compiled
-def _parallels_in(
-    gradients: Floats, tall: Floats, scales: Floats, lengths: Floats, parallels: Floats
-) -> None:
-    """As `_parallels`, of gradients that are all here: in few channels, their own rounding lies along too."""
+def _factors_in(gradients: Floats, tall: Floats, lengths: Floats, factors: Floats) -> None:
+    """As `_factors`, of gradients that are all here: in few channels, their own rounding lies along too."""
     for q in range(lengths.shape[0]):
         along = np.float32(0)
         for c in range(BLOCK):
             along += gradients[q, c] * tall[q, c]
-        squared = scales[q] * lengths[q] * lengths[q]
-        parallels[q] = along / squared if lengths[q] > EPSILON and squared != 0 else np.float32(0)
+        factors[q] = along / lengths[q] / lengths[q] if lengths[q] > EPSILON else np.float32(0)
 
 
 @compiled
-def _through_length(
-    gradients: Floats, tall: Floats, scales: Floats, parallels: Floats, target: Floats
-) -> None:
-    """Gradients of scaled locations [Q, 32], `tall`, as those of the locations themselves: target [c, Q]."""
+def _through_length(gradients: Floats, scales: Floats, factors: Floats, row: Floats, target: Floats) -> None:
+    """Gradients of scaled locations [Q, 32] as those of the locations themselves, `row` and target [c, Q]."""
     channels, locations = target.shape
     by_tile = whole_tiles(channels, locations)
     for start in range(0, by_tile, LANES):
@@ -189,16 +193,17 @@ def _through_length(
         for c in range(0, BLOCK, LANES):
             give_16(
                 gradients.ctypes.data + q * gradients.strides[0] + 4 * c,
-                tall.ctypes.data + q * tall.strides[0] + 4 * c,
-                tall.strides[0],
+                gradients.strides[0],
                 scales.ctypes.data + 4 * q,
-                parallels.ctypes.data + 4 * q,
+                factors.ctypes.data + 4 * q,
+                row.ctypes.data + c * row.strides[0] + 4 * q,
+                row.strides[0],
                 target.ctypes.data + c * target.strides[0] + 4 * q,
                 target.strides[0],
             )
     for q in range(by_tile, locations):
         for c in range(channels):
-            target[c, q] = scales[q] * gradients[q, c] - parallels[q] * tall[q, c]
+            target[c, q] = scales[q] * gradients[q, c] - factors[q] * row[c, q]
 
 
 @compiled
@@ -250,7 +255,7 @@ def backward(
     channels, locations = table.maps.shape[1:]
     count, batch, probe_locations = probes.units.shape[:3]
     tall, gradients = lines(locations, BLOCK), lines(locations, BLOCK)
-    parallels = np.empty(locations, np.float32)
+    factors = np.empty(locations, np.float32)
     # One is filled while the other is written.
     done = lines(BLOCK, locations), lines(BLOCK, locations)
     turn, behind = 0, Copy(0, 0, 0)
@@ -268,7 +273,7 @@ def backward(
             if rows:
                 if start == 0:
                     _along(mine, given, given.lengths[u], wanted.visibility[u])
-                _parallels(wanted.visibility[u], given.lengths[u], parallels)
+                _factors(wanted.visibility[u], given.lengths[u], scales, factors)
             for block in range(start, min(start + span, count)):
                 block_of(row, block, scales, tall)
                 gradients[:] = 0
@@ -286,11 +291,11 @@ def backward(
                     )
                 if rows:
                     if count == 1:
-                        _parallels_in(gradients, tall, scales, given.lengths[u], parallels)
+                        _factors_in(gradients, tall, given.lengths[u], factors)
                     c = block * BLOCK
                     some = done[turn][: min(BLOCK, channels - c)]
                     turn = 1 - turn
-                    _through_length(gradients, tall, scales, parallels, some)
+                    _through_length(gradients, scales, factors, row[c : c + some.shape[0]], some)
                     behind = _begin_copy(some, wanted.rows[u, c : c + some.shape[0]])
     _finish_copy(behind, 0)
 
@@ -308,7 +313,7 @@ def finish(
     """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, K, B, P, 32]."""
     channels, locations = table.maps.shape[1:]
     tall, ones = lines(locations, BLOCK), np.ones(locations, np.float32)
-    parallels = np.empty(locations, np.float32)
+    factors = np.empty(locations, np.float32)
     for b in range(first, last):
         row, lengths, along = table.maps[b], probes.lengths[b], visibility_gradients[b]
         along[:] = 0
@@ -323,10 +328,9 @@ def finish(
                     along[p] += tall[p, c] * total[p, c]
         for p in range(locations):
             along[p] /= max(lengths[p], EPSILON)
-        _parallels(along, lengths, parallels)
+        _factors(along, lengths, probes.scales[b], factors)
         for block in range(unit_gradients.shape[1]):
             c = block * BLOCK
             target = map_gradients[b, c : min(c + BLOCK, channels)]
-            _through_length(
-                unit_gradients[0, block, b], probes.units[block, b], probes.scales[b], parallels, target
-            )
+            some = row[c : c + target.shape[0]]
+            _through_length(unit_gradients[0, block, b], probes.scales[b], factors, some, target)

@@ -4,13 +4,9 @@
 
 All take addresses in bytes. Lanes are 16 float32 wide; LLVM splits them where registers are narrower.
 
-product_tile      products of a few rows with a few vectors of columns, accumulated in registers
-square_sums       the squared lengths of up to 64 columns
-row_maximum       the maximum of a row of sims and its place, while those of the columns are kept up
-exchange          the gradient of one sim, to both its locations
-take_16, give_16  a 16 × 16 block of float32, transposed, on its way into and out of those gradients
-stream            write a line that nobody will read soon
-fetch             bring memory near that will be read soon
+product_tile  products of a few rows with a few vectors of columns, accumulated in registers
+square_sums   the squared lengths of up to 64 columns
+row_maximum   the maximum of a row of sims and its place, while those of the columns are kept up
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from numba.extending import intrinsic as _intrinsic
 
 intrinsic: Any = _intrinsic  # its own type does not know that the typing context is passed for you
 LANES = 16
-BLOCK = 2 * LANES  # channels that `exchange` adds at once
+BLOCK = 2 * LANES  # channels that gradients go through at a time
 LINE = 64  # bytes of a cache line
 F32, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32x16, I32x16 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -41,41 +37,41 @@ MOST_VECTORS = 3 if HAS_AVX512 else 1
 FEW_ROWS, FEW_VECTORS = (4, 4) if HAS_AVX512 else (3, 2)
 
 
-def _pointer(builder: Any, address: Any, offset_bytes: int = 0) -> Any:
+def pointer(builder: Any, address: Any, offset_bytes: int = 0) -> Any:
     if offset_bytes:
         address = builder.add(address, ir.Constant(I64, offset_bytes))
     return builder.inttoptr(address, ir.PointerType())
 
 
-def _load(builder: Any, address: Any, offset_bytes: int, kind: Any) -> Any:
-    return builder.load(_pointer(builder, address, offset_bytes), typ=kind, align=4)
+def load(builder: Any, address: Any, offset_bytes: int, kind: Any) -> Any:
+    return builder.load(pointer(builder, address, offset_bytes), typ=kind, align=4)
 
 
-def _store(builder: Any, value: Any, address: Any, offset_bytes: int) -> None:
-    builder.store(value, _pointer(builder, address, offset_bytes), align=4)
+def store(builder: Any, value: Any, address: Any, offset_bytes: int) -> None:
+    builder.store(value, pointer(builder, address, offset_bytes), align=4)
 
 
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
+def splat(builder: Any, value: Any, kind: Any) -> Any:
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
-def _multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
-    function = _declared(builder, "llvm.fma.v16f32", F32x16, [F32x16] * 3)
+def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    function = declared(builder, "llvm.fma.v16f32", F32x16, [F32x16] * 3)
     return builder.call(function, [left, right, total])
 
 
-def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     """LLVM's own function of that name."""
     kind = ir.FunctionType(result, arguments)
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
-def _fetch(builder: Any, address: Any) -> None:
-    function = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+def prefetch(builder: Any, address: Any) -> None:
+    function = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(), I32, I32, I32])
     read, near, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
-    builder.call(function, [_pointer(builder, address), read, near, data])
+    builder.call(function, [pointer(builder, address), read, near, data])
 
 
 def _call_one(builder: Any, number: Any, functions: dict[int, Any], arguments: list[Any]) -> Any:
@@ -104,11 +100,11 @@ class _Columns:
 
     def load(self, address: Any, kind: Any) -> list[Any]:
         add = self._builder.add
-        return [_load(self._builder, add(address, offset), 0, kind) for offset in self._offsets]
+        return [load(self._builder, add(address, offset), 0, kind) for offset in self._offsets]
 
     def store(self, values: list[Any], address: Any) -> None:
         for value, offset in zip(values, self._offsets, strict=True):
-            _store(self._builder, value, self._builder.add(address, offset), 0)
+            store(self._builder, value, self._builder.add(address, offset), 0)
 
 
 def _tile_function(module: Any, rows: int, vectors: int) -> Any:
@@ -131,13 +127,13 @@ def _tile_function(module: Any, rows: int, vectors: int) -> Any:
     for value, start, stride in (*moving, (next_line, ahead, pace)):
         value.add_incoming(start, entry)
         value.add_incoming(builder.add(value, stride), loop)
-    _fetch(builder, next_line)
+    prefetch(builder, next_line)
     values = columns.load(b_row, F32x16)
     for row, row_sums in enumerate(sums):
-        one = _splat(builder, _load(builder, a_row, 4 * row, F32), F32x16)
+        one = splat(builder, load(builder, a_row, 4 * row, F32), F32x16)
         for total, value in zip(row_sums, values, strict=True):
             total.add_incoming(ir.Constant(F32x16, [0.0] * LANES), entry)
-            total.add_incoming(_multiply_add(builder, one, value, total), loop)
+            total.add_incoming(multiply_add(builder, one, value, total), loop)
     builder.cbranch(builder.icmp_signed("<", step.incomings[1][0], steps), loop, end)
 
     builder.position_at_end(end)
@@ -213,7 +209,7 @@ def _squares_function(module: Any, vectors: int) -> Any:
     def add(step: Any, sums: list[Any]) -> None:
         address = builder.add(a, builder.mul(step, stride))
         for value, total in zip(columns.load(address, F32x16), sums, strict=True):
-            builder.store(_multiply_add(builder, value, value, builder.load(total)), total)
+            builder.store(multiply_add(builder, value, value, builder.load(total)), total)
 
     with cgutils.for_range(builder, builder.lshr(steps, ir.Constant(I64, 1))) as loop:
         even = builder.shl(loop.index, ir.Constant(I64, 1))
@@ -247,8 +243,8 @@ def row_maximum(
 
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         row, sims, blocks, valid, scale, column_maxima, column_places, place = arguments
-        rows = _splat(builder, builder.trunc(row, I32), I32x16)
-        scales = _splat(builder, scale, F32x16)
+        rows = splat(builder, builder.trunc(row, I32), I32x16)
+        scales = splat(builder, scale, F32x16)
         lowest = ir.Constant(F32x16, [float("-inf")] * LANES)
         best = cgutils.alloca_once_value(builder, lowest)
         mask = builder.bitcast(builder.trunc(valid, I16), ir.VectorType(I1, LANES))
@@ -256,7 +252,7 @@ def row_maximum(
 
         def scaled(index: Any) -> tuple[Any, Any]:
             offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
-            return offset, builder.fmul(_load(builder, builder.add(sims, offset), 0, F32x16), scales)
+            return offset, builder.fmul(load(builder, builder.add(sims, offset), 0, F32x16), scales)
 
         def larger(one: Any, other: Any) -> Any:
             return builder.fcmp_ordered(">", one, other)
@@ -265,20 +261,20 @@ def row_maximum(
             offset, found = scaled(index)
             found = builder.select(mask, found, lowest) if masked else found
             columns, places = builder.add(column_maxima, offset), builder.add(column_places, offset)
-            before = _load(builder, columns, 0, F32x16)
-            places_before = _load(builder, places, 0, I32x16)
-            _store(builder, builder.select(larger(found, before), found, before), columns, 0)
-            _store(builder, builder.select(larger(found, before), rows, places_before), places, 0)
+            before = load(builder, columns, 0, F32x16)
+            places_before = load(builder, places, 0, I32x16)
+            store(builder, builder.select(larger(found, before), found, before), columns, 0)
+            store(builder, builder.select(larger(found, before), rows, places_before), places, 0)
             so_far = builder.load(best)
             builder.store(builder.select(larger(found, so_far), found, so_far), best)
 
         with cgutils.for_range(builder, last) as loop:
             take(loop.index, False)
         take(last, True)
-        reduce = _declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
+        reduce = declared(builder, "llvm.vector.reduce.fmax.v16f32", F32, [F32x16])
         top = builder.call(reduce, [builder.load(best)], fastmath=("nnan",))
 
-        tops = _splat(builder, top, F32x16)
+        tops = splat(builder, top, F32x16)
         first = cgutils.alloca_once_value(builder, ir.Constant(I32, 0))
 
         def find(index: Any, masked: bool) -> None:
@@ -294,121 +290,8 @@ def row_maximum(
         find(last, True)
         with cgutils.for_range(builder, last) as loop:
             find(builder.sub(builder.sub(last, loop.index), ir.Constant(I64, 1)), False)
-        builder.store(builder.load(first), _pointer(builder, place), align=4)
+        builder.store(builder.load(first), pointer(builder, place), align=4)
         return top
 
     kinds = [*[types.int64] * 4, types.float32, *[types.int64] * 3]
     return types.float32(*kinds), codegen
-
-
-@intrinsic
-def exchange(typing: Any, weight: Any, a: Any, b: Any, a_gradient: Any, b_gradient: Any) -> Any:
-    """b_gradient += weight · a and a_gradient += weight · b, each of BLOCK float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        weight, a, b, a_gradient, b_gradient = arguments
-        weights = _splat(builder, weight, F32x16)
-        for offset in range(0, 4 * BLOCK, 4 * LANES):
-            for source, target in ((a, b_gradient), (b, a_gradient)):
-                value = _load(builder, source, offset, F32x16)
-                total = _load(builder, target, offset, F32x16)
-                _store(builder, _multiply_add(builder, weights, value, total), target, offset)
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.float32, *[types.int64] * 4), codegen
-
-
-@intrinsic
-def stream(typing: Any, source: Any, target: Any) -> Any:
-    """Copy a cache line past the caches, to a target that is a multiple of its size."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        value = _load(builder, values[0], 0, F32x16)
-        store = builder.store(value, _pointer(builder, values[1]), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def fetch(typing: Any, address: Any) -> Any:
-    """Bring the cache line at an address near."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _fetch(builder, values[0])
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def take_16(
-    typing: Any, source: Any, source_stride: Any, scales: Any, target: Any, target_stride: Any
-) -> Any:
-    """target[j, i] = scales[j] · source[i, j] of a 16 × 16 float32 block; strides in bytes."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        source, source_stride, scales, target, target_stride = values
-        factors = _load(builder, scales, 0, F32x16)
-        rows = [
-            builder.fmul(_load(builder, start, 0, F32x16), factors)
-            for start in _starts(builder, source, source_stride)
-        ]
-        _store_transposed(builder, rows, target, target_stride)
-        return ir.Constant(I64, 0)
-
-    return types.int64(*[types.int64] * 5), codegen
-
-
-@intrinsic
-def give_16(
-    typing: Any,
-    gradients: Any,
-    locations: Any,
-    stride: Any,
-    scales: Any,
-    parallels: Any,
-    target: Any,
-    target_stride: Any,
-) -> Any:
-    """target[j, i] = scales[i] · gradients[i, j] − parallels[i] · locations[i, j] of a 16 × 16 block."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        gradients, locations, stride, scales, parallels, target, target_stride = values
-        sources = zip(_starts(builder, gradients, stride), _starts(builder, locations, stride), strict=True)
-        rows = []
-        for row, (gradient, location) in enumerate(sources):
-            scale = _splat(builder, _load(builder, scales, 4 * row, F32), F32x16)
-            parallel = _splat(builder, builder.fneg(_load(builder, parallels, 4 * row, F32)), F32x16)
-            across = builder.fmul(scale, _load(builder, gradient, 0, F32x16))
-            rows.append(_multiply_add(builder, parallel, _load(builder, location, 0, F32x16), across))
-        _store_transposed(builder, rows, target, target_stride)
-        return ir.Constant(I64, 0)
-
-    return types.int64(*[types.int64] * 7), codegen
-
-
-def _starts(builder: Any, address: Any, stride: Any) -> list[Any]:
-    return [builder.add(address, builder.mul(stride, ir.Constant(I64, row))) for row in range(LANES)]
-
-
-def _store_transposed(builder: Any, rows: list[Any], target: Any, stride: Any) -> None:
-    for distance in (8, 4, 2, 1):
-        rows = _exchanged(builder, rows, distance)
-    for value, start in zip(rows, _starts(builder, target, stride), strict=True):
-        _store(builder, value, start, 0)
-
-
-def _exchanged(builder: Any, rows: list[Any], distance: int) -> list[Any]:
-    """Swap the off-diagonal blocks of every 2·distance square: one of four steps of a transpose."""
-    upper = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
-    lower = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
-    result = list(rows)
-    for row in range(LANES):
-        if not row & distance:
-            pair = rows[row], rows[row + distance]
-            for target, lanes in ((row, upper), (row + distance, lower)):
-                mask = ir.Constant(ir.VectorType(I32, LANES), lanes)
-                result[target] = builder.shuffle_vector(*pair, mask)
-    return result

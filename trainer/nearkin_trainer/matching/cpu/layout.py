@@ -18,7 +18,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, square_sums, take_16
+from nearkin_trainer.matching.cpu.exchanges import take_16
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, LINE, square_sums
 
 EPSILON = np.float32(1e-12)
 Floats = NDArray[np.float32]
@@ -188,3 +189,9 @@ def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
                 probes.rest[b, c, p - columns] = row[c, p] * scales[p]
         for block in range(probes.units.shape[0]):
             block_of(row, block, scales, probes.units[block, b])
+
+
+@compiled
+def pace(size: int, steps: int) -> int:
+    """How many bytes to fetch at each step, so that it is done in all of them; a line at most."""
+    return min((size + steps - 1) // steps, LINE)

@@ -35,6 +35,7 @@ from nearkin_trainer.matching.cpu.layout import (
     lines,
     measure,
     of,
+    pace,
     strict,
 )
 
@@ -88,18 +89,12 @@ def _even(total: int, most: int) -> int:
 
 
 @compiled
-def _pace(size: int, steps: int) -> int:
-    """How many bytes to fetch at each step, so that it is done in all of them; a line at most."""
-    return min((size + steps - 1) // steps, LINE)
-
-
-@compiled
 def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
     """Sims [Q, columns] of a class [C, Q] and a panel [C, columns]; fetches the class at `ahead`."""
     steps, locations = row.shape
     vectors = panel.shape[1] // LANES
     height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
-    pace = _pace(4 * row.size, steps * _parts(locations, height) * _parts(vectors, width))
+    fetched = pace(4 * row.size, steps * _parts(locations, height) * _parts(vectors, width))
     for first in range(0, vectors, width):
         some = min(width, vectors - first)
         for q in range(0, locations, height):
@@ -115,9 +110,9 @@ def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
                 sims.ctypes.data + q * sims.strides[0] + first * LINE,
                 sims.strides[0],
                 ahead,
-                pace,
+                fetched,
             )
-            ahead += pace * steps
+            ahead += fetched * steps
 
 
 @compiled
