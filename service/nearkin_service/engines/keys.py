@@ -66,31 +66,35 @@ class KeyedRows:
 
     def write_keys(
         self, keys_BD: NDArray[np.float32], block_BR: NDArray[Any], names: NDArray[np.int64], what: str
-    ) -> NDArray[np.float64]:
-        """`keys_of`, in place; returns by what each row was multiplied.
+    ) -> None:
+        """`keys_of`, in place.
 
         Norms are float64, so that rows of 1e30 and of 1e-40 are as good as any.
         """
-        factors_B, step = np.empty(len(block_BR)), _rows_at_once(block_BR.shape[1])
-        for top in range(0, len(block_BR), step):
-            some = slice(top, top + step)
-            factors_B[some] = self._write_some(keys_BD[some], block_BR[some], names[some], what)
-        return factors_B
-
-    def _write_some(
-        self, keys_BD: NDArray[np.float32], block_BR: NDArray[Any], names: NDArray[np.int64], what: str
-    ) -> NDArray[np.float64]:
         values = block_BR.astype(np.float64, order="C")
         if self.key != "flat":
             values = values.reshape(len(values), self.row_shape[0], -1).mean(axis=2)
-        norms = np.sqrt(_squared_lengths(values))
+        values *= self._factors(values, names, what)[:, None]
+        keys_BD[:] = values
+
+    def factors_of(self, block_BR: NDArray[Any], names: NDArray[np.int64]) -> NDArray[np.float64]:
+        """By what rows must be multiplied to become keys "flat"."""
+        factors_B, step = np.empty(len(block_BR)), _rows_at_once(block_BR.shape[1])
+        for top in range(0, len(block_BR), step):
+            some = slice(top, top + step)
+            factors_B[some] = self._factors(
+                block_BR[some].astype(np.float64, order="C"), names[some], "class"
+            )
+        return factors_B
+
+    def _factors(
+        self, values_BD: NDArray[np.float64], names: NDArray[np.int64], what: str
+    ) -> NDArray[np.float64]:
+        norms = np.sqrt(_squared_lengths(values_BD))
         bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
         if len(bad):
             raise ValueError(f"{what} {names[bad[0]]}: {self._fault(float(norms[bad[0]]))}")
-        factors_B: NDArray[np.float64] = 1 / norms
-        values *= factors_B[:, None]
-        keys_BD[:] = values
-        return factors_B
+        return np.asarray(1 / norms)
 
     def _fault(self, norm: float) -> str:
         if norm != 0:

@@ -81,15 +81,20 @@ class ImpliedKeys:
             factors = self.factors_M
         else:
             rows, factors = self._present[used], self.factors_M[used]
-        rows_UE = self._source.rows[rows, columns]
-        rows_UE.flags.writeable = False  # one type for the compiler, wherever the rows come from
-        multiply_rows(rows_UE, factors, part_UE)
+        multiply_rows(as_read_only(self._source.rows[rows, columns]), factors, part_UE)
 
     def whole(self) -> NDArray[np.float32]:
         if self._whole is None:
             self._whole = aligned(self.shape, np.float32)
             fill_keys(self._whole, self._source, self._present, self._monitor)
         return self._whole
+
+
+def as_read_only(rows_UE: NDArray[Any]) -> NDArray[Any]:
+    """The same rows, of one type for the compiler, wherever they come from."""
+    view_UE = rows_UE.view()
+    view_UE.flags.writeable = False
+    return view_UE
 
 
 @compiled

@@ -24,7 +24,7 @@ from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.keys import KeyedRows, each_block, fill_keys
 from nearkin_service.engines.mixed.blocks import LANES
 from nearkin_service.engines.mixed.fixed import FixedKeys
-from nearkin_service.engines.mixed.held import ImpliedKeys, KeptKeys, Keys
+from nearkin_service.engines.mixed.held import ImpliedKeys, KeptKeys, Keys, as_read_only, multiply_rows
 from nearkin_service.engines.mixed.kernels import Sieve, sieve_columns, sieve_rows
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rounded import RoundedKeys
@@ -111,7 +111,8 @@ def _implied(
         if not hasattr(local, "keys"):
             local.keys = np.empty((len(ids), keys.shape[1]), np.float32)
         keys_BD = local.keys[: len(ids)]
-        keys.factors_M[start : start + len(ids)] = source.write_keys(keys_BD, block_BR, ids, "class")
+        keys.factors_M[start : start + len(ids)] = factors = source.factors_of(block_BR, ids)
+        multiply_rows(as_read_only(block_BR), factors, keys_BD)
         packed.put(start, keys_BD)
 
     each_block(source, present, convert, monitor, LANES)
