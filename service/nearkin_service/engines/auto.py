@@ -5,6 +5,8 @@
 - its packages are installed (`nearkin-service[mixed]`) and the processor multiplies
   int16 or bfloat16 quicker than float32;
 - the device is the CPU;
+- keys have at most 2,048 elements, or there are 512 classes at least: among fewer, most of the time goes into
+  reading the rows, which `flat` does less often;
 - there are few enough classes to compute all products at once, or k is at most a quarter of them: above, the
   k-th neighbour's similarity is near or below zero, where its sieve does not work, and little is left to
   leave out.
@@ -17,9 +19,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from nearkin_service.engines.contract import AT_ONCE
+from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
+_WORTH_A_SCAN = 512
 _PACKAGES = ("torch", "numba")
 _INSTRUCTIONS = ("avx512_vnni", "amx_bf16")
 
@@ -48,6 +51,8 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         return "flat", f"auto, since {lacking}"
     if device != "cpu":
         return "flat", f"auto, since FAISS searches on {device}"
+    if job.key_size > LONGEST_AT_ONCE and job.classes < _WORTH_A_SCAN:
+        return "flat", "auto, since there are few classes of many elements"
     if job.classes > AT_ONCE and 4 * job.k > job.classes:
         return "flat", "auto, since k is more than a quarter of the classes"
     return "mixed", "auto, since it computes each product once"

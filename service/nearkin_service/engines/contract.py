@@ -16,7 +16,8 @@ KeyName = Literal["flat", "pooled", "qaconv"]
 NO_NEIGHBOUR = -1
 """The id where a class has no neighbour; its score is -inf."""
 AT_ONCE = 2048
-"""Classes up to which `mixed` computes all products at once."""
+"""Classes up to which `mixed` computes all products at once, unless their keys are longer than this:"""
+LONGEST_AT_ONCE = 2048
 _MOST_IN_RESERVE = 16
 
 

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 
 from nearkin_service.engines.auto import Job
-from nearkin_service.engines.contract import AT_ONCE
+from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
 from nearkin_service.engines.pacing import Silence
 
 log = logging.getLogger("nearkin.engines")
@@ -26,7 +26,7 @@ _started: set[str] = set()
 
 def ready(job: Job) -> bool:
     """Whether `mixed` is to build this; if not, it is being loaded from now on."""
-    need = _need(job.classes)
+    need = _need(job.classes, job.key_size)
     if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
         return True
     with _starting:
@@ -36,20 +36,20 @@ def ready(job: Job) -> bool:
     return False
 
 
-def loaded(classes: int) -> None:
+def loaded(classes: int, key_size: int) -> None:
     """A table of so many classes was built by `mixed`."""
-    _loaded[_need(classes)].set()
+    _loaded[_need(classes, key_size)].set()
 
 
 def wait(job: Job) -> None:
     """Return once `ready` says yes."""
     if not ready(job):
-        _loaded[_need(job.classes)].wait()
+        _loaded[_need(job.classes, job.key_size)].wait()
 
 
-def _need(classes: int) -> str:
+def _need(classes: int, key_size: int) -> str:
     """Which loops so many classes need."""
-    return "at once" if classes <= AT_ONCE else "scan"
+    return "at once" if classes <= AT_ONCE and key_size <= LONGEST_AT_ONCE else "scan"
 
 
 def _load(need: str) -> None:

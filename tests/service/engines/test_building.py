@@ -82,6 +82,16 @@ def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureF
         assert "each product once" in caplog.text or "more than a quarter" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("job", "engine"),
+    [((256, 131_072, 10), "flat"), ((100, 2048, 64), "mixed"), ((512, 25_088, 32), "mixed")],
+)
+def test_auto_leaves_few_long_keys_to_flat(job: tuple[int, int, int], engine: str) -> None:
+    if auto.mixed_lacks():
+        pytest.skip("auto does not take engine mixed here")
+    assert auto.choose("auto", auto.Job(*job), "cpu")[0] == engine
+
+
 def test_a_quick_table_does_not_wait_for_compiled_loops(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
-from nearkin_service.engines.contract import AT_ONCE, BuildMonitor, BuiltTable
+from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE, BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
@@ -35,15 +35,13 @@ _PANELS_AT_A_TIME = 4096
 def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
     """The exact neighbour table [N, k + spare], whose spare places may be empty for want of proof.
 
-    Few classes are computed at once, more by a certified pass that is quick.
+    Few classes are computed at once, more or longer ones by a certified pass that is quick.
     """
-    count = len(source.rows)
-    if count <= AT_ONCE:
-        table = build_direct(source, k + spare, monitor)
-    else:
-        table = scanned(source, k, monitor, spare)
-    if count <= AT_ONCE or not short_enough(count, source.key_size, k):
-        loaded(count)
+    count, size = len(source.rows), source.key_size
+    at_once = count <= AT_ONCE and size <= LONGEST_AT_ONCE
+    table = build_direct(source, k + spare, monitor) if at_once else scanned(source, k, monitor, spare)
+    if at_once or not short_enough(count, size, k):
+        loaded(count, size)
     return table
 
 

@@ -1,7 +1,8 @@
 """Small tables: all products at once, and of each row those that can be among its k best, in order.
 
-Up to `AT_ONCE` classes that is quicker than leaving some out, at 32 MiB for the products. Where k is large,
-products are float64 and are scores themselves. Else they are float32, and what may matter is scored again.
+Up to `AT_ONCE` classes that is quicker than leaving some out, at 32 MiB for the products, unless their keys
+are long. Where k is large, products are float64 and are scores themselves. Else they are float32, and what
+may matter is scored again.
 
 Dimension letters: N classes, M present classes (M <= N), D elements of a key, k neighbours.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,8 @@ from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
 
-_PART = 8192  # elements of a key between two looks at the monitor
 _FEW = 1 / 16  # of all classes: for fewer neighbours it pays to score them again
 _SHARED = 1 << 17  # products: sharing the work of fewer among threads costs more than it saves
-
-Floats = TypeVar("Floats", np.float32, np.float64)
 
 
 def build_direct(source: KeyedRows, k: int, monitor: BuildMonitor) -> BuiltTable:
@@ -57,9 +54,8 @@ def _self_join(
     pace = Pace(monitor, "search", count)
     few = k < _FEW * count
     error = product_error(size) if few else 0.0
-    products_MM: NDArray[np.float32] | NDArray[np.float64] = (
-        _products(keys_MD, monitor) if few else _products(keys_MD.astype(np.float64), monitor)
-    )
+    factors_MD = keys_MD if few else keys_MD.astype(np.float64)
+    products_MM = factors_MD @ factors_MD.T  # of a matrix with its own transpose NumPy computes half
     rounded_safely = 0.5 - doubtful_distance(size)
     doubtful = np.zeros(count, np.bool_)
     step = count if products_MM.size < _SHARED else math.ceil(count / (4 * worker_count()))
@@ -75,15 +71,3 @@ def _self_join(
         ids[present[redo]], scores[present[redo]] = unpack(ranks, present)
     pace.done(count)
     return len(redo)
-
-
-def _products(keys_MD: NDArray[Floats], monitor: BuildMonitor) -> NDArray[Floats]:
-    """All pairs' products [M, M]; NumPy computes half of a matrix's product with its own transpose."""
-    size = keys_MD.shape[1]
-    first = keys_MD[:, :_PART]
-    products_MM: NDArray[Floats] = first @ first.T
-    for left in range(_PART, size, _PART):
-        monitor.check()
-        part = keys_MD[:, left : left + _PART]
-        products_MM += part @ part.T
-    return products_MM
