@@ -33,14 +33,14 @@ def gathered(probes_BCP: Tensor, table: Tensor, candidates_BM: Tensor) -> Tensor
     return maxima(torch.einsum("bcp,bmcq->bmpq", units_BCP, units_BMCP))
 
 
-def dense(probes_BCP: Tensor, table: Tensor) -> Tensor:
-    """All classes for every sample, in blocks of classes: [B, N, 2·P]."""
+def dense(probes_BCP: Tensor, table: Tensor, block: int = DENSE_BLOCK) -> Tensor:
+    """All classes for every sample, in blocks of classes, which may be all at once: [B, N, 2·P]."""
     units_BCP = F.normalize(probes_BCP, dim=1)
     units_NCP = F.normalize(table.view(len(table), *probes_BCP.shape[1:]), dim=1)
     return torch.cat(
         [
             maxima(torch.einsum("bcp,ncq->bnpq", units_BCP, block_nCP))
-            for block_nCP in torch.split(units_NCP, DENSE_BLOCK)
+            for block_nCP in torch.split(units_NCP, block)
         ],
         dim=1,
     )
