@@ -40,6 +40,10 @@ class Rows(Protocol):
     def dtype(self) -> str: ...
     @property
     def row_bytes(self) -> int: ...
+    @property
+    def in_place(self) -> bool:
+        """Whether their bytes are the caller's own, which stay as they are until all is sent."""
+
     def payload(self, start: int, stop: int) -> memoryview:
         """The bytes of rows start..stop-1, in place if they can be; valid until this thread's next."""
 
@@ -90,6 +94,10 @@ class _Described:
         self.dtype = dtype
         self.row_bytes = int(np.prod(shape, dtype=np.int64)) * WIRE_DTYPES[dtype].itemsize
 
+    @property
+    def in_place(self) -> bool:
+        return False
+
     def payload(self, start: int, stop: int) -> memoryview:
         raise NotImplementedError
 
@@ -106,6 +114,10 @@ class _Described:
 
 
 class _ArrayRows(_Described):
+    @property
+    def in_place(self) -> bool:
+        return bool(self.values.flags.c_contiguous and self.values.dtype == WIRE_DTYPES[self.dtype])
+
     def payload(self, start: int, stop: int) -> memoryview:
         with np.errstate(over="ignore"):  # what overflows float16 becomes Inf, which the service names by row
             chunk = np.ascontiguousarray(self.values[start:stop], WIRE_DTYPES[self.dtype])

@@ -70,8 +70,10 @@ def after(count: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) 
     sent: list[int] = []
     send = lane.send_rows
 
-    def counting(connection: socket.socket, message: bulk.WriteRows) -> int:
-        crc = send(connection, message)
+    def counting(
+        connection: socket.socket, message: bulk.WriteRows, way: Callable[[memoryview], None]
+    ) -> int:
+        crc = send(connection, message, way)
         sent.append(message.payload.nbytes)
         if len(sent) == count:
             act()
@@ -219,14 +221,14 @@ from nearkin.v1 import bulk, frames
 from nearkin_client import NeighbourClient, lane
 
 send, sent = lane.send_rows, []
-def dying(connection, message):
+def dying(connection, message, way):
     if len(sent) == 3:
         head = bulk.write_rows_head(message)
         frames.send_head(connection, head, message.payload.nbytes + bulk.WRITE_ROWS_TAIL_BYTES)
         connection.sendall(message.payload.cast("B")[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
     sent.append(1)
-    return send(connection, message)
+    return send(connection, message, way)
 lane.send_rows = dying
 NeighbourClient(sys.argv[1], run=sys.argv[2], shared_memory=False).push(
     np.load(sys.argv[3]), epoch=0, k=4, commit=False)
