@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_client import ranges
@@ -14,9 +16,12 @@ from nearkin_client.arrays import Rows
 from nearkin_client.decoding import DTYPES, KEYS, chosen
 from nearkin_client.errors import InvalidArgument, invalid
 from nearkin_client.lane import SMALLEST_BYTES
+from nearkin_client.values import Retention
 
 MOST_ABSENT = 1 << 20
 """Of one message: five bytes each at most."""
+_MOST_INT32 = 2**31 - 1
+_MOST_SECONDS = 366 * 86_400
 
 
 def begin_request(
@@ -35,6 +40,8 @@ def begin_request(
     base_generation: int | None = None,
     qaconv_candidates: int | None = None,
     qaconv_weights: Any = None,
+    retention: Retention | None = None,
+    build_timeout: float | None = None,
 ) -> pb.BeginPushRequest:
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
@@ -66,7 +73,25 @@ def begin_request(
         row_count=rows.count,
         qaconv_candidates=_candidates(qaconv_candidates, key, k),
         qaconv_weights=_weights(qaconv_weights, key, rows.shape),
+        retention=None if retention is None else _retention(retention),
+        build_timeout=None if build_timeout is None else _duration("build_timeout", build_timeout),
     )
+
+
+def _retention(retention: Retention) -> pb.Retention:
+    numbers = asdict(retention)
+    for name, number in numbers.items():
+        if not 0 <= number <= _MOST_INT32:
+            invalid(f"retention.{name}", number, f"is not in 0..{_MOST_INT32}")
+    return pb.Retention(**numbers)
+
+
+def _duration(field: str, seconds: float) -> Duration:
+    if not 0 < seconds <= _MOST_SECONDS:
+        invalid(field, seconds, "is not more than 0 and at most a year, in seconds")
+    duration = Duration()
+    duration.FromNanoseconds(max(1, round(seconds * 1e9)))
+    return duration
 
 
 def begin_parts(request: pb.BeginPushRequest) -> Iterator[pb.BeginPushRequest]:

@@ -43,6 +43,7 @@ from nearkin_client.values import (
     NearestClasses,
     NeighbourTable,
     Push,
+    Retention,
     Run,
     RunEvent,
     ServerInfo,
@@ -130,6 +131,8 @@ class NeighbourClient:
         base_generation: int | None = None,
         qaconv_candidates: int | None = None,
         qaconv_weights: Sequence[float] | NDArray[np.floating[Any]] | None = None,
+        retention: Retention | None = None,
+        build_timeout: float | None = None,
         timeout: float | None = None,
     ) -> Push:
         """Send this rank's rows of one epoch; return when the service has them (they survive its death).
@@ -159,6 +162,8 @@ class NeighbourClient:
                 service decides (8 k).
             qaconv_weights: key "qaconv" sums the location maxima by these [2 * H * W] weights of a head
                 (probe locations, then class locations) instead of taking their mean.
+            retention: what the run keeps from this push on; by default what the service keeps anyway.
+            build_timeout: seconds after which the build is given up, and the push fails; by default never.
             timeout: seconds until this rank's rows have to be there; default `Patience.push`.
 
         Returns:
@@ -195,6 +200,8 @@ class NeighbourClient:
             base_generation=base_generation,
             qaconv_candidates=qaconv_candidates,
             qaconv_weights=qaconv_weights,
+            retention=retention,
+            build_timeout=build_timeout,
         )
         if base_generation is not None:
             self._require_feature("base_generation", timeout)

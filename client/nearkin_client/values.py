@@ -82,6 +82,21 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """What a run keeps from this push on. 0 is the service's own choice of each.
+
+    Attributes:
+        keep_embeddings: those of the last this many generations (0: 2).
+        keep_tables: those of the last this many generations (0: all).
+        keep_every: generations whose number is a multiple of this stay for good (0: none).
+    """
+
+    keep_embeddings: int = 0
+    keep_tables: int = 0
+    keep_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One published, immutable pair of embeddings and table.
 

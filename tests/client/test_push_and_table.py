@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import random
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +22,7 @@ from nearkin_client import (
     NotFound,
     NotReadyInTime,
     PushFailed,
+    Retention,
 )
 from nearkin_client.arrays import WIRE_DTYPES
 from nearkin_client.local import LocalService
@@ -32,6 +35,13 @@ generator = np.random.default_rng(3)
 
 def maps(count: int, *shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return generator.standard_normal((count, *shape)).astype(np.float32)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -165,6 +175,43 @@ def test_an_epoch_has_one_set_of_arguments(nearkin: NeighbourClient) -> None:
 
 
 # ------------------------------------------------------------------------------------- commit and abort
+
+
+def test_a_run_keeps_what_its_pushes_ask_for(nearkin: NeighbourClient) -> None:
+    rows, little = maps(20, 6), Retention(keep_embeddings=1, keep_tables=2, keep_every=2)
+    for epoch in range(6):
+        nearkin.push(rows + epoch, epoch=epoch, k=3, retention=little)
+        nearkin.table(epoch=epoch, timeout=30)
+    eventually(lambda: {each.generation for each in nearkin.generations()} == {2, 4, 5, 6})
+    eventually(lambda: nearkin.generation(5).embeddings == "dropped")
+    assert all(nearkin.generation(number).embeddings != "dropped" for number in (2, 4, 6))
+
+
+def test_a_build_is_given_up_in_time_and_the_epoch_can_be_pushed_again(nearkin: NeighbourClient) -> None:
+    rows = maps(20_000, 64)
+    push = nearkin.push(rows, epoch=0, k=64, engine="flat", build_timeout=0.02)
+    eventually(lambda: nearkin.push_state(push).state == "failed")
+    assert "build_timeout" in nearkin.push_state(push).error
+    nearkin.push(rows[:50], epoch=0, k=3, build_timeout=60)
+    assert nearkin.table(epoch=0, timeout=60).ids.shape == (50, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"),
+    [
+        ("build_timeout", {"build_timeout": 0}),
+        ("build_timeout", {"build_timeout": float("nan")}),
+        ("build_timeout", {"build_timeout": float("inf")}),
+        ("retention.keep_every", {"retention": Retention(keep_every=-1)}),
+        ("retention.keep_tables", {"retention": Retention(keep_tables=2**31)}),
+    ],
+)
+def test_options_out_of_their_range_are_named(
+    nearkin: NeighbourClient, field: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidArgument, match=field) as wrong:
+        nearkin.push(maps(20, 6), epoch=0, k=3, **arguments)
+    assert wrong.value.field == field
 
 
 def test_commit_false_only_stores(nearkin: NeighbourClient) -> None:
