@@ -18,7 +18,8 @@ import numpy as np
 log = logging.getLogger("nearkin.client.splicing")
 
 _PIPE_BYTES = 1 << 20  # what anybody may have
-_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
+_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EFAULT)
+"""The last one: memory of a device's driver, which can be read and not be lent."""
 
 
 class Splice:

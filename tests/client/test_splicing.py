@@ -68,14 +68,15 @@ def test_what_cannot_be_changed_is_sent_as_well() -> None:
 
 
 @pytest.mark.parametrize("refused_at", [0, 1, 3])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM, errno.EFAULT])
 def test_a_kernel_that_does_not_splice_gets_copies_and_nothing_twice(
-    refused_at: int, monkeypatch: pytest.MonkeyPatch
+    code: int, refused_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splice, calls = os.splice, iter(range(1000))
 
     def refusing(src: int, dst: int, count: int) -> int:
         if next(calls) >= refused_at:
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(code, os.strerror(code))
         return splice(src, dst, min(count, 50_000))
 
     monkeypatch.setattr(os, "splice", refusing)
