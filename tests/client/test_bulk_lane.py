@@ -94,6 +94,24 @@ def test_rows_take_the_lane_and_the_log_says_so(
         assert_pushed(client)
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="this system splices nothing")
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
+def test_rows_that_lie_ready_go_into_a_unix_socket_without_a_copy(
+    address: str, run: str, wire_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splice, moved = os.splice, [0]
+
+    def counting(*arguments: int) -> int:
+        moved[0] += (went := splice(*arguments))
+        return went
+
+    monkeypatch.setattr(os, "splice", counting)
+    with connected(address, run) as client:
+        client.push(np.tile(ROWS, (2, 1)), epoch=0, k=4, wire_dtype=wire_dtype, commit=False)
+    ready = address.startswith("unix:") and wire_dtype == "float32"
+    assert moved[0] == (2 * ROWS.nbytes if ready else 0)
+
+
 def test_few_rows_do_not(address: str, run: str, log: pytest.LogCaptureFixture) -> None:
     with connected(address, run) as client:
         client.push(ROWS[:9], epoch=0, k=4, commit=False)
