@@ -6,13 +6,13 @@ float32; 16 of them are under way at once. Elsewhere the compiler takes what the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from nearkin_service.engines.mixed.simd import everywhere, intrinsic
 
 LANES = 16
 """Rows of a group: the packed keys hold pairs of elements of so many rows side by side."""
@@ -26,18 +26,8 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _HALVES = ir.VectorType(_SHORT, LANES)
 
 
-def _intrinsic(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
-
-
 def _address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
     return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
-
-
-def _everywhere(builder: Any, value: Any, vector: Any) -> Any:
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _INT(0))
-    lanes = ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
 
 
 def _function(builder: Any, name: str, takes: list[Any], gives: Any) -> Any:
@@ -72,7 +62,7 @@ def _pair_sums(context: Any, builder: Any, first: Any, second: Any) -> Any:
     return total
 
 
-@_intrinsic
+@intrinsic
 def add_group_products(typing: Any, groups: Any, sums: Any, begins: Any) -> Any:
     """Add to float32 sums the products of the rows of two groups; if it `begins`, to nothing.
 
@@ -91,7 +81,7 @@ def add_group_products(typing: Any, groups: Any, sums: Any, begins: Any) -> Any:
     return types.void(groups, sums, types.boolean), generate
 
 
-@_intrinsic
+@intrinsic
 def put_group_products(typing: Any, groups: Any, scales: Any, tile: Any) -> Any:
     """Write the products of two groups, scaled and rounded to int16.
 
@@ -106,7 +96,7 @@ def put_group_products(typing: Any, groups: Any, scales: Any, tile: Any) -> Any:
     return types.void(groups, scales, tile), generate
 
 
-@_intrinsic
+@intrinsic
 def put_group_sums(typing: Any, sums: Any, scales: Any, tile: Any) -> Any:
     """Write the sums that `add_group_products` made, scaled and rounded to int16."""
 
@@ -139,7 +129,7 @@ def _integer_sums(context: Any, builder: Any, groups: Any) -> list[Any]:
     for row, total in enumerate(sums):
         total.add_incoming(ir.Constant(_INTS, [0] * LANES), before)
         two = builder.load(_address(builder, first, builder.add(offset, _LONG(4 * row)), _INT), align=4)
-        repeated = builder.bitcast(_everywhere(builder, two, _INTS), _SHORTS)
+        repeated = builder.bitcast(everywhere(builder, two, _INTS), _SHORTS)
         added.append(builder.add(total, _pair_sums(context, builder, repeated, columns)))
     following = builder.add(pair, _LONG(1))
     pair.add_incoming(following, loop)
@@ -156,7 +146,7 @@ def _put_scaled(builder: Any, sums: list[Any], scales: Any, tile: Any) -> None:
     columns = builder.load(_address(builder, other_scales, _LONG(0), _FLOATS), align=4)
     for row, place in enumerate(_places(builder, tile, _HALVES)):
         own = builder.load(_address(builder, own_scales, _LONG(4 * row), ir.FloatType()), align=4)
-        value = builder.fmul(builder.fmul(sums[row], _everywhere(builder, own, _FLOATS)), columns)
+        value = builder.fmul(builder.fmul(sums[row], everywhere(builder, own, _FLOATS)), columns)
         for sign, order in ((1.0, "<"), (-1.0, ">")):  # errors of very wide keys may lead beyond an int16
             limit = ir.Constant(_FLOATS, [sign * _UTMOST] * LANES)
             value = builder.select(builder.fcmp_ordered(order, value, limit), value, limit)

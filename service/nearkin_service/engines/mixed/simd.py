@@ -8,13 +8,22 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 WIDTH = 32
 
 
-def _intrinsic(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Numba's, which has no types."""
+    return _intrinsic(function)
+
+
+def everywhere(builder: Any, value: Any, vector: Any) -> Any:
+    """A vector that holds one value in all its places."""
+    undefined, first = ir.Constant(vector, ir.Undefined), ir.IntType(32)(0)
+    one = builder.insert_element(undefined, value, first)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(one, undefined, places)
 
 
 _VECTOR = ir.VectorType(ir.IntType(16), WIDTH)
@@ -27,20 +36,18 @@ def _load(builder: Any, address: Any) -> Any:
     return builder.load(pointer, typ=_VECTOR, align=2)
 
 
-@_intrinsic
+@intrinsic
 def above(typing: Any, address: Any, limit: Any) -> Any:
     """Bit b of the result: the b-th of 32 int16 from `address` on is greater than `limit`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[1], ir.IntType(32)(0))
-        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-        limits = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), everywhere)
+        limits = everywhere(builder, arguments[1], _VECTOR)
         return builder.bitcast(builder.icmp_signed(">", _load(builder, arguments[0]), limits), _MASK)
 
     return types.uint32(types.intp, types.int16), generate
 
 
-@_intrinsic
+@intrinsic
 def above_each(typing: Any, address: Any, limits_address: Any) -> Any:
     """Bit b of the result: the b-th of 32 int16 is greater than the b-th of 32 limits."""
 
@@ -51,22 +58,20 @@ def above_each(typing: Any, address: Any, limits_address: Any) -> Any:
     return types.uint32(types.intp, types.intp), generate
 
 
-@_intrinsic
+@intrinsic
 def reaching(typing: Any, address: Any, least: Any) -> Any:
     """Bit b of the result: the b-th of 32 float32 from `address` on is `least` or more."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], cgutils.voidptr_t)
         values = builder.load(pointer, typ=_FLOATS, align=4)
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), arguments[1], ir.IntType(32)(0))
-        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-        leasts = builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), everywhere)
+        leasts = everywhere(builder, arguments[1], _FLOATS)
         return builder.bitcast(builder.fcmp_ordered(">=", values, leasts), _MASK)
 
     return types.uint32(types.intp, types.float32), generate
 
 
-@_intrinsic
+@intrinsic
 def take(typing: Any, address: Any, amount: Any) -> Any:
     """Add to the int64 at `address` as one step among all threads; what it was before."""
 
@@ -77,7 +82,7 @@ def take(typing: Any, address: Any, amount: Any) -> Any:
     return types.int64(types.intp, types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def count_bits(typing: Any, mask: Any) -> Any:
     """How many bits are set."""
 
@@ -87,7 +92,7 @@ def count_bits(typing: Any, mask: Any) -> Any:
     return types.int64(types.uint32), generate
 
 
-@_intrinsic
+@intrinsic
 def first_bit(typing: Any, mask: Any) -> Any:
     """The place of the lowest bit that is set; the mask must not be 0."""
 
