@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -225,12 +226,19 @@ class NeighbourClient:
     def _push_rows(
         self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline
     ) -> Push:
-        """All rows given. Who has the whole epoch commits it with its digest; else the last row does."""
-        whole = request.commit_when_complete and rows.count == request.num_classes
-        request.commit_when_complete = request.commit_when_complete and not whole
+        """All rows given, then their digest, without which nothing is built."""
+        commits = request.commit_when_complete
+        vouches = commits and "part_digest" in self._limits(deadline.remaining).features
+        request.commit_when_complete = commits and not vouches
         sender = self._begin(request, rows, row_start, deadline)
         push = sender.send_all()
-        return self._commit_whole(push.push_id, sender.digest(), deadline) if whole else decoding.push(push)
+        if not vouches:
+            return decoding.push(push)
+        part = pb.RowRange(start=row_start, count=rows.count)
+        digest = sender.digest() if rows.count else None
+        return self._vouch(
+            pb.CommitPushRequest(push_id=push.push_id, rows_crc32c=digest, part=part), deadline
+        )
 
     def _begin(self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline) -> Sender:
         for part in begin_parts(request):
@@ -246,14 +254,15 @@ class NeighbourClient:
             self._borrows = False
         return Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
 
-    def _commit_whole(self, push_id: str, digest: int | None, deadline: Deadline) -> Push:
+    def _vouch(self, request: pb.CommitPushRequest, deadline: Deadline) -> Push:
         """PushFailed: it was aborted meanwhile. DataLoss: not what was sent; nothing is left of the push."""
         try:
-            return self._commit(pb.CommitPushRequest(push_id=push_id, rows_crc32c=digest), deadline.remaining)
+            return self._commit(request, deadline.remaining)
         except FailedPrecondition as error:
             raise PushFailed(error.message) from error
         except DataLoss:
-            self.abort(push_id, timeout=deadline.remaining)
+            with suppress(FailedPrecondition):  # published before: by others, who had sent the same rows
+                self.abort(request.push_id, timeout=deadline.remaining)
             raise
 
     def _commit_changes(self, push: Push, deadline: Deadline) -> Push:

@@ -1,4 +1,4 @@
-"""The CRC32C of a whole push, put together from those of its messages."""
+"""The CRC32C of all rows that one rank sends, put together from those of its messages."""
 
 from __future__ import annotations
 

@@ -350,6 +350,7 @@ class RecoveredPush:
     stored: RowSet
     zeros: RowSet
     absent: RowSet
+    vouched: RowSet
     commit_when_complete: bool
     error: str = ""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
+from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import followed_by, of_zeros
-from nearkin_client import DataLoss, NeighbourClient
+from nearkin_client import DataLoss, NeighbourClient, lane
 from nearkin_client.arrays import as_rows
 from nearkin_client.digest import Digest
 from nearkin_client.local import LocalService
@@ -61,7 +64,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_who_pushes_everything_commits_it_with_its_digest(
+def test_every_push_ends_with_the_digest_of_its_rows(
     nearkin_server: LocalService, digests: list[int], shared: bool
 ) -> None:
     run = f"digest-{shared}".lower()
@@ -74,7 +77,34 @@ def test_who_pushes_everything_commits_it_with_its_digest(
         client.table(epoch=1, timeout=60)
         client.push(ROWS, epoch=2, k=4, absent=[3])
         client.table(epoch=2, timeout=60)
-    assert digests == [crc32c(ROWS.data.cast("B"))] * 2
+    whole, first, second = (crc32c(rows.data.cast("B")) for rows in (ROWS, ROWS[:32], ROWS[32:]))
+    assert digests == [whole, whole, first, second, whole]
+
+
+@pytest.fixture
+def misplacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit flips in the header of two messages: no checksum of theirs notices, all rows are there."""
+    send = lane.send_rows
+
+    def sent_wrongly(connection: Any, message: bulk.WriteRows, *rest: Any) -> int:
+        rows = message.payload.nbytes // ROWS[0].nbytes
+        return send(connection, replace(message, row_start=message.row_start ^ rows), *rest)
+
+    monkeypatch.setattr(lane, "send_rows", sent_wrongly)
+
+
+@pytest.mark.usefixtures("misplacing")
+@pytest.mark.parametrize("cuts", [[0, 64], [0, 32, 64], [0, 48, 64]])
+def test_rows_that_went_to_each_others_places_are_data_loss(
+    nearkin_server: LocalService, cuts: list[int]
+) -> None:
+    run = f"misplaced-{len(cuts)}-{cuts[1]}"
+    with NeighbourClient(nearkin_server.address, run=run, shared_memory=False) as client:
+        with pytest.raises(DataLoss, match="rows_crc32c"):
+            for start, stop in pairwise(cuts):
+                client.push(ROWS[start:stop], epoch=0, row_start=start, num_classes=64, k=4)
+        assert client.generations() == ()
+        assert client.run_info().pushes == ()
 
 
 def test_rows_that_are_not_what_was_sent_are_data_loss(

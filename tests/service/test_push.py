@@ -342,3 +342,41 @@ def test_a_disk_without_room_refuses_the_push_and_serves_on(start_service: Calla
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "min_free_disk_bytes" in error.details()
     assert caller.stub.GetServerInfo(pb.GetServerInfoRequest()).version
+
+
+def test_a_push_closes_once_all_rows_are_vouched_for(caller: Caller) -> None:
+    rows = random_rows(20, 4)
+    push_id = caller.begin(rows, commit_when_complete=False).push.push_id
+    caller.write(push_id, rows[:12])
+    assert refusal(lambda: caller.vouch(push_id, rows[10:], 10)).code() is PRECONDITION
+    assert caller.vouch(push_id, rows[:10]).state == pb.PUSH_STATE_OPEN
+    caller.write(push_id, rows[12:], start=12)
+    assert refusal(lambda: caller.vouch(push_id, rows[:10], 10)).code() is grpc.StatusCode.DATA_LOSS
+    assert caller.state(push_id).state == pb.PUSH_STATE_OPEN
+    assert caller.vouch(push_id, rows[10:], 10).state != pb.PUSH_STATE_OPEN
+    assert caller.ended(push_id).state == pb.PUSH_STATE_PUBLISHED
+    caller.vouch(push_id, rows[3:7], 3)
+    error = refusal(lambda: caller.vouch(push_id, rows[3:7], 2))
+    assert error.code() is grpc.StatusCode.DATA_LOSS
+
+
+def test_absent_classes_need_nobody_to_vouch_for_them(caller: Caller) -> None:
+    rows = random_rows(20, 4)
+    sent = rows.copy()
+    sent[3] = np.nan
+    push_id = caller.begin(rows, absent=[3], commit_when_complete=False).push.push_id
+    caller.write(push_id, sent[:18])
+    assert caller.vouch(push_id, sent[:18]).state == pb.PUSH_STATE_OPEN
+    caller.begin(rows, absent=[18, 19], commit_when_complete=False)
+    assert caller.ended(push_id).state == pb.PUSH_STATE_PUBLISHED
+    caller.vouch(push_id, sent[:18])
+    np.testing.assert_array_equal(caller.table().ids, brute_force(rows, 5, absent=[3, 18, 19]))
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 3), (18, 3), (2, -1), (2**62, 2**62), (0, 2**63 - 1)])
+def test_nobody_vouches_for_rows_that_there_are_not(caller: Caller, start: int, count: int) -> None:
+    push_id = caller.begin(random_rows(20, 4), commit_when_complete=False).push.push_id
+    request = pb.CommitPushRequest(push_id=push_id, part=pb.RowRange(start=start, count=count))
+    error = refusal(lambda: caller.stub.CommitPush(request))
+    assert error.code() is INVALID
+    assert bad_field(error) == "part"

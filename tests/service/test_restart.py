@@ -82,6 +82,19 @@ def test_killed_right_after_the_last_row(serve: Serve) -> None:
     assert caller.ended(push_id).generation == 1
 
 
+def test_who_has_vouched_for_rows_need_not_do_so_again(serve: Serve) -> None:
+    first = serve()
+    caller = first.caller()
+    push_id = caller.begin(ROWS, commit_when_complete=False).push.push_id
+    caller.write(push_id, ROWS)
+    assert caller.vouch(push_id, ROWS[:300]).state == pb.PUSH_STATE_OPEN
+    first.kill()
+    caller = serve().caller()
+    assert caller.state(push_id).state == pb.PUSH_STATE_OPEN
+    caller.vouch(push_id, ROWS[300:], 300)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
 def test_killed_after_publications(serve: Serve, tmp_path: Path) -> None:
     first = serve()
     caller = first.caller()

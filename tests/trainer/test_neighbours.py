@@ -4,13 +4,14 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nearkin_client import NeighbourClient, NeighbourTable, Push
-from nearkin_client.errors import InvalidArgument
+from nearkin_client import NeighbourClient, NeighbourTable, Push, lane
+from nearkin_client.errors import DataLoss, InvalidArgument
 from nearkin_client.local import LocalService
 from nearkin_trainer.classes import ClassEmbeddings, Rows
 from nearkin_trainer.distributed import World
@@ -215,3 +216,26 @@ def test_what_fails_in_the_background_is_raised(nearkin: NeighbourClient) -> Non
         neighbours.refresh(1, embeddings)
         with pytest.raises(InvalidArgument, match="7"):
             neighbours.settle()
+
+
+def test_rows_that_went_astray_reach_no_table(
+    nearkin_server: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are pushed behind training carry a digest too: here a bit flips in each message's header."""
+    send = lane.send_rows
+
+    def sent_wrongly(connection: Any, message: Any, *rest: Any) -> int:
+        rows = message.payload.nbytes // embeddings.weight[0].nbytes
+        return send(connection, replace(message, row_start=message.row_start ^ rows), *rest)
+
+    monkeypatch.setattr(lane, "send_rows", sent_wrongly)
+    monkeypatch.setattr("nearkin_trainer.neighbours.BLOCK_BYTES", 1 << 20)
+    embeddings = ClassEmbeddings(64, 1 << 14, 1, 1)
+    with (
+        NeighbourClient(nearkin_server.address, run="astray", shared_memory=False) as client,
+        Neighbours(World(), client, NeighbourConfig(k=3), 64, staleness=1) as neighbours,
+    ):
+        neighbours._begin(0, embeddings, training=True)
+        with pytest.raises(DataLoss, match="rows_crc32c"):
+            neighbours.settle()
+        assert client.generations() == ()

@@ -661,18 +661,26 @@ class CommitPushRequest(_message.Message):
 
     PUSH_ID_FIELD_NUMBER: _builtins.int
     ROWS_CRC32C_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     push_id: _builtins.str
     rows_crc32c: _builtins.int
     """CRC32C over all rows 0..num_classes-1 in order; absent rows count as zero bytes unless they were sent."""
+    @_builtins.property
+    def part(self) -> Global___RowRange:
+        """The caller's own rows; `rows_crc32c` is then of them alone, and not compared if a class of them is absent, as what
+        such a row holds is ignored. Feature `part_digest`.
+        """
+
     def __init__(
         self,
         *,
         push_id: _builtins.str = ...,
         rows_crc32c: _builtins.int | None = ...,
+        part: Global___RowRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rows_crc32c", b"_rows_crc32c", "rows_crc32c", b"rows_crc32c"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rows_crc32c", b"_rows_crc32c", "part", b"part", "rows_crc32c", b"rows_crc32c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rows_crc32c", b"_rows_crc32c", "push_id", b"push_id", "rows_crc32c", b"rows_crc32c"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rows_crc32c", b"_rows_crc32c", "part", b"part", "push_id", b"push_id", "rows_crc32c", b"rows_crc32c"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rows_crc32c: _TypeAlias = _typing.Literal["rows_crc32c"]  # noqa: Y015
     _WhichOneofArgType__rows_crc32c: _TypeAlias = _typing.Literal["_rows_crc32c", b"_rows_crc32c"]  # noqa: Y015

@@ -158,9 +158,11 @@ class NeighbourServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CommitPush(self, request, context):
-        """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
-        FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
+        """Closes a push whose rows are all there and starts the build; returns at once. Idempotent. With `part` its caller
+        only vouches for rows of his own, and the push closes by itself once all rows are vouched for, or absent.
+        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed. Or `part` is
+        out of range.
+        FAILED_PRECONDITION: rows (of the part) are missing (the first range is named), or the push was aborted or failed.
         DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -66,9 +66,11 @@ class NeighbourServiceStub:
     GetPush: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.GetPushRequest, _neighbours_pb2.Push]
     """What has arrived of a push, and its state. NOT_FOUND: no such push."""
     CommitPush: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.CommitPushRequest, _neighbours_pb2.Push]
-    """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
-    FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
+    """Closes a push whose rows are all there and starts the build; returns at once. Idempotent. With `part` its caller
+    only vouches for rows of his own, and the push closes by itself once all rows are vouched for, or absent.
+    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed. Or `part` is
+    out of range.
+    FAILED_PRECONDITION: rows (of the part) are missing (the first range is named), or the push was aborted or failed.
     DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
     """
     AbortPush: _grpc.UnaryUnaryMultiCallable[_neighbours_pb2.AbortPushRequest, _neighbours_pb2.Push]
@@ -141,9 +143,11 @@ class NeighbourServiceAsyncStub(NeighbourServiceStub):
     GetPush: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.GetPushRequest, _neighbours_pb2.Push]  # type: ignore[assignment]
     """What has arrived of a push, and its state. NOT_FOUND: no such push."""
     CommitPush: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.CommitPushRequest, _neighbours_pb2.Push]  # type: ignore[assignment]
-    """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
-    FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
+    """Closes a push whose rows are all there and starts the build; returns at once. Idempotent. With `part` its caller
+    only vouches for rows of his own, and the push closes by itself once all rows are vouched for, or absent.
+    INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed. Or `part` is
+    out of range.
+    FAILED_PRECONDITION: rows (of the part) are missing (the first range is named), or the push was aborted or failed.
     DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
     """
     AbortPush: _aio.UnaryUnaryMultiCallable[_neighbours_pb2.AbortPushRequest, _neighbours_pb2.Push]  # type: ignore[assignment]
@@ -237,9 +241,11 @@ class NeighbourServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _neighbours_pb2.CommitPushRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_neighbours_pb2.Push, _abc.Awaitable[_neighbours_pb2.Push]]:
-        """Closes a push whose rows are all there and starts the build; returns at once. Idempotent.
-        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed.
-        FAILED_PRECONDITION: rows are missing (the first range is named), or the push was aborted or failed.
+        """Closes a push whose rows are all there and starts the build; returns at once. Idempotent. With `part` its caller
+        only vouches for rows of his own, and the push closes by itself once all rows are vouched for, or absent.
+        INVALID_ARGUMENT: a row is zero and not declared absent; its number is named, and the push has failed. Or `part` is
+        out of range.
+        FAILED_PRECONDITION: rows (of the part) are missing (the first range is named), or the push was aborted or failed.
         DATA_LOSS: `rows_crc32c` is given and differs from what is stored. NOT_FOUND: no such push.
         """
 

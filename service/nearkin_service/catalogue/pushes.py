@@ -24,6 +24,7 @@ class Push:
         self.absent = RowSet.empty()
         self._both = 0  # rows that are stored and absent: counted, as there may be millions of ranges
         self.commit_when_complete = False
+        self.vouched = RowSet.empty()  # rows that a sender has summed up, as they are to close the push
         self.publishing = False
         self.generation = 0
         self.announced = 0.0  # when watchers last heard of arriving rows, on the monotonic clock
@@ -39,7 +40,7 @@ class Push:
         push.state, push.error = found.state, found.error
         push.stored, push.zeros = found.stored, found.zeros
         push.declare(found.absent, found.stored.overlap(found.absent), found.stored)
-        push.commit_when_complete = found.commit_when_complete
+        push.commit_when_complete, push.vouched = found.commit_when_complete, found.vouched
         return push
 
     @staticmethod
@@ -62,6 +63,13 @@ class Push:
     def complete(self) -> bool:
         """Whether no row is missing."""
         return not self.missing_count
+
+    @property
+    def closes_itself(self) -> bool:
+        """Whether the last row closes it: somebody said so, or every sender has vouched for his."""
+        if self.commit_when_complete or not len(self.vouched):
+            return self.commit_when_complete
+        return len(self.vouched.union(self.absent)) == self.spec.num_classes
 
     @property
     def missing_count(self) -> int:
@@ -105,15 +113,19 @@ class Push:
                 f"the push of epoch {self.spec.epoch} {was}{self.state}{why}; begin the epoch again"
             )
 
-    def require_complete(self) -> None:
-        """FailedPreconditionError: rows are missing. InvalidArgumentError: a row is zero and not absent."""
-        missing = self.missing
+    def require_stored(self, rows: RowRange) -> None:
+        """FailedPreconditionError: some of these are missing."""
+        missing = self.missing.within(rows.start, rows.stop)
         gap = missing.first
         if gap is not None:
             raise FailedPreconditionError(
                 f"{len(missing)} rows are missing, the first are {gap.start}..{gap.stop - 1}; send them, "
                 "or declare their classes absent"
             )
+
+    def require_complete(self) -> None:
+        """FailedPreconditionError: rows are missing. InvalidArgumentError: a row is zero and not absent."""
+        self.require_stored(RowRange(0, self.spec.num_classes))
         zero = self.zeros.minus(self.absent).first
         if zero is not None:
             raise InvalidArgumentError(

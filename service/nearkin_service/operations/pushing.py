@@ -163,16 +163,19 @@ class Pushing:
         return None
 
     async def _require_declared_before(self, push: Push, declared: RowSet) -> None:
-        known = push.absent
-        if push.state is PushState.PUBLISHED and len(declared):
-            generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-            known = await self._core.io(lambda: RowSet.from_ids(self._core.directory.absent(generation)))
+        known = await self._absent(push) if len(declared) else push.absent
         new = (await self._core.io(declared.minus, known)).first
         if new is not None:
             raise AlreadyExistsError(
                 f"epoch {push.spec.epoch} of run {push.spec.run!r} is {push.state} already, and in it class "
                 f"{new.start} is not absent"
             )
+
+    async def _absent(self, push: Push) -> RowSet:
+        if push.state is not PushState.PUBLISHED:
+            return push.absent
+        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+        return await self._core.io(lambda: RowSet.from_ids(self._core.directory.absent(generation)))
 
     # ------------------------------------------------------------------------------------------- closing
 
@@ -184,9 +187,30 @@ class Pushing:
             await self._composing.compose(push)
             await self._require_complete(push)
         if rows_crc is not None:
-            await self._require_checksum(push, rows_crc)
+            await self._blank(push)
+            everything = RowRange(0, push.spec.num_classes)
+            async with push.claim(everything):  # its files stay open meanwhile
+                await self._require_checksum(push, everything, rows_crc)
         push.require_usable()
         await self._close(push)
+        return push.view()
+
+    async def vouch(self, push_id: str, rows: RowRange, rows_crc: int | None) -> PushView:
+        """Takes a sender's word for his rows; with the last such the push closes. The errors of `commit`."""
+        push = self._core.catalogue.push(push_id)
+        if not 0 <= rows.start <= rows.stop <= push.spec.num_classes:
+            raise InvalidArgumentError("part", f"it is not within 0..{push.spec.num_classes - 1}")
+        async with push.claim(rows):
+            push.require_usable()
+            await self._core.io(push.require_stored, rows)
+            absent = await self._absent(push)
+            if rows_crc is not None and not len(absent.within(rows.start, rows.stop)):
+                await self._require_checksum(push, rows, rows_crc)
+            if push.state is PushState.OPEN and len(rows):
+                await self._core.io(self._core.files[push_id].note_vouched, rows)
+                push.vouched = push.vouched.union(RowSet.of(rows.start, rows.stop))
+        await self.commit_if_complete(push)
+        push.require_usable()
         return push.view()
 
     async def resume(self, push: Push) -> None:
@@ -194,8 +218,8 @@ class Pushing:
         await self.commit_if_complete(push)
 
     async def commit_if_complete(self, push: Push) -> None:
-        """Closes a push that is to be closed with its last row, if that is there. The errors of `commit`."""
-        if push.state is PushState.OPEN and push.commit_when_complete and push.complete:
+        """Closes a push that is to be closed by itself, if its last row is there. The errors of `commit`."""
+        if push.state is PushState.OPEN and push.complete and await self._core.io(lambda: push.closes_itself):
             await self._require_complete(push)
             await self._close(push)
 
@@ -214,19 +238,17 @@ class Pushing:
             if push.state is PushState.OPEN and len(never):
                 await self._core.io(self._core.files[push.push_id].blank, never)
 
-    async def _require_checksum(self, push: Push, expected: int) -> None:
-        await self._blank(push)
-        async with push.claim(RowRange(0, push.spec.num_classes)):  # its files stay open meanwhile
-            found = await self._core.io(self._checksum_of_all, push)
+    async def _require_checksum(self, push: Push, rows: RowRange, expected: int) -> None:
+        found = await self._core.io(self._checksum_on_arrival, push, rows)
         if found != expected:
             raise DataLossError(
                 f"rows_crc32c is {expected:#010x} but that of the stored rows is {found:#010x}; abort the "
                 "push and send its rows again"
             )
 
-    def _checksum_of_all(self, push: Push) -> int:
+    def _checksum_on_arrival(self, push: Push, rows: RowRange) -> int:
         files = self._core.files.get(push.push_id)
-        return files.checksum() if files else self.checksum(push, RowRange(0, push.spec.num_classes))
+        return files.checksum(rows) if files else self.checksum(push, rows)
 
     def checksum(self, push: Push, rows: RowRange) -> int:
         """Of rows of a push that is closed, as they lie in its file."""

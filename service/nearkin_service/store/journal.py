@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from nearkin.v1.checksums import followed_by, of_zeros
 from numpy.typing import NDArray
 
-from nearkin_service.ranges import RowSet
+from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.values import MAX_INT32
 
 _FIELDS = struct.Struct("<IIqqI")
@@ -45,7 +45,7 @@ class Kind(IntEnum):
     ROWS = 1  # these rows are in rows.bin
     ZERO = 2  # these rows arrived and hold nothing but zeros
     ABSENT = 3  # these classes have no embedding
-    AUTOCOMMIT = 4  # commit as soon as the last row is in
+    AUTOCOMMIT = 4  # commit as soon as the last row is in; of some rows: once all are vouched for like these
     COMMITTED = 5  # closed: to be built
 
 
@@ -98,16 +98,30 @@ def _unpack(data: bytes) -> Record | None:
     return Record(Kind(kind), start, count, crc) if sound else None
 
 
-def checksum(path: Path, num_rows: int, row_bytes: int) -> int:
-    """CRC32C over all rows in order, put together from those of the records; rows of no record are zeros."""
-    arrived = sorted((r for r in read(path)[0] if r.kind is Kind.ROWS), key=lambda record: record.start)
-    crc = at = 0
-    for record in [*arrived, Record(Kind.ROWS, num_rows)]:
-        gap, nbytes = (record.start - at) * row_bytes, record.count * row_bytes
+def checksum(path: Path, rows: RowRange, row_bytes: int, read_again: Callable[[RowRange], int]) -> int:
+    """CRC32C over these rows in order, put together from those of the records; rows of no record are zeros.
+
+    `read_again`: that of rows whose record goes beyond `rows`.
+    """
+    crc, at = 0, rows.start
+    for record in [*_arrived(path, rows), Record(Kind.ROWS, rows.stop)]:
+        within = RowRange(max(record.start, rows.start), min(record.start + record.count, rows.stop))
+        part = record.crc if len(within) == record.count else read_again(within)
+        gap = (within.start - at) * row_bytes
         crc = followed_by(crc, of_zeros(gap), gap)
-        crc = followed_by(crc, record.crc, nbytes)
-        at = record.start + record.count
+        crc = followed_by(crc, part, len(within) * row_bytes)
+        at = within.stop
     return crc
+
+
+def _arrived(path: Path, rows: RowRange) -> list[Record]:
+    """The records of any of these rows, in their order. Looks at no other: there may be many."""
+    data = path.read_bytes()
+    records = np.frombuffer(data, _RECORD, len(data) // RECORD_BYTES)
+    starts, stops = records["start"], records["start"] + records["count"]
+    chosen = records[(records["kind"] == Kind.ROWS) & (starts < rows.stop) & (stops > rows.start)]
+    found = [_unpack(record.tobytes()) for record in np.sort(chosen, order="start")]
+    return [record for record in found if record is not None]
 
 
 def row_set(records: Iterable[Record], kind: Kind) -> RowSet:

@@ -207,6 +207,9 @@ class PushFiles:
     def note_commit_when_complete(self) -> None:
         self.note([Record(Kind.AUTOCOMMIT)])
 
+    def note_vouched(self, rows: RowRange) -> None:
+        self.note([Record(Kind.AUTOCOMMIT, rows.start, len(rows))])
+
     def note_committed(self) -> None:
         self.note([Record(Kind.COMMITTED)], durable=True)
         faults.point("commit.noted")
@@ -222,15 +225,19 @@ class PushFiles:
         for each in rows:
             self.rows.blank(each.start, len(each))
 
-    def checksum(self) -> int:
-        """CRC32C over all rows in order; what was never sent counts as zero bytes.
+    def checksum(self, rows: RowRange) -> int:
+        """CRC32C over these rows in order; what was never sent counts as zero bytes.
 
         That of the rows as they arrived; whether they still lie there like that is for the build to see.
         """
+
+        def read_again(some: RowRange) -> int:
+            return self.rows.checksum(some.start, len(some))
+
         try:
-            return journal.checksum(self.directory / JOURNAL, self._spec.num_classes, self._spec.row_bytes)
+            return journal.checksum(self.directory / JOURNAL, rows, self._spec.row_bytes, read_again)
         except FileNotFoundError:  # published meanwhile: the journal has moved, the rows are open
-            return self.rows.checksum(0, self._spec.num_classes)
+            return read_again(rows)
 
     def require_undamaged(self, check: Callable[[], None]) -> None:
         """DataLossError: a stored row is not what arrived. `check` is called often, and may raise."""
@@ -287,6 +294,7 @@ def recover(directory: Path, run: str) -> RecoveredPush:
         records = _still_there(directory, spec, records)
     kinds = {record.kind for record in records}
     state = PushState.BUILDING if Kind.COMMITTED in kinds else PushState.OPEN
+    vouched = journal.row_set([r for r in records if r.count], Kind.AUTOCOMMIT)
     return RecoveredPush(
         push_id=about["push_id"],
         spec=spec,
@@ -295,7 +303,8 @@ def recover(directory: Path, run: str) -> RecoveredPush:
         stored=journal.row_set(records, Kind.ROWS),
         zeros=journal.row_set(records, Kind.ZERO),
         absent=journal.row_set(records, Kind.ABSENT),
-        commit_when_complete=Kind.AUTOCOMMIT in kinds,
+        vouched=vouched,
+        commit_when_complete=any(r.kind is Kind.AUTOCOMMIT and not r.count for r in records),
     )
 
 
@@ -311,6 +320,7 @@ def _recover_finished(directory: Path, about: dict[str, Any], spec: PushSpec) ->
         stored=RowSet.empty(),
         zeros=RowSet.empty(),
         absent=RowSet.empty(),
+        vouched=RowSet.empty(),
         commit_when_complete=False,
         error=outcome["error"],
     )

@@ -15,7 +15,7 @@ from nearkin_service.operations import Administering, Core, Reading
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context
 
-_FEATURES = ("shared_memory", "bulk_lane", "base_generation", "pin", "qaconv")
+_FEATURES = ("shared_memory", "bulk_lane", "base_generation", "pin", "qaconv", "part_digest")
 _PACKAGES = ("grpcio", "numpy", "protobuf", "nearkin-protos")
 
 

@@ -16,6 +16,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import ServiceConfig
 from nearkin_service.errors import InvalidArgumentError
 from nearkin_service.operations import Core, Lending, Loan, Message, Pushing, Writing
+from nearkin_service.ranges import RowRange
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
 from nearkin_service.wire.handlers import Context, is_local
@@ -116,7 +117,10 @@ class PushMethods:
 
     async def CommitPush(self, request: pb.CommitPushRequest, _context: Context) -> pb.Push:
         crc = request.rows_crc32c if request.HasField("rows_crc32c") else None
-        return convert.push(await self._pushing.commit(request.push_id, crc))
+        if not request.HasField("part"):
+            return convert.push(await self._pushing.commit(request.push_id, crc))
+        part = RowRange(request.part.start, request.part.start + request.part.count)
+        return convert.push(await self._pushing.vouch(request.push_id, part, crc))
 
     async def AbortPush(self, request: pb.AbortPushRequest, _context: Context) -> pb.Push:
         return convert.push(await self._pushing.abort(request.push_id))
