@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -99,7 +98,6 @@ class NeighbourClient:
             invalid("shared_memory", shared_memory, 'is not "auto", True or False')
         self._run = run
         self._shared_memory = shared_memory
-        self._borrows = True
         self._info: ServerInfo | None = None
         self._wire = Wire(
             Endpoint.resolve(
@@ -138,8 +136,9 @@ class NeighbourClient:
     ) -> Push:
         """Send this rank's rows of one epoch; return when the service has them (they survive its death).
 
-        Every rank of an epoch calls this with the same arguments and its own rows, in any order. Once the
-        last row is in, from whichever rank, the build starts. The same rows again are harmless.
+        Every rank of an epoch calls this with the same arguments and its own rows, in any order. Once the last
+        rank's are in, and all that were sent are what the service has, the build starts. The same rows again
+        are harmless.
 
         Args:
             embeddings: [n, D] or [n, C, H, W]; a NumPy array or a torch tensor on any device, of float32,
@@ -154,7 +153,7 @@ class NeighbourClient:
             engine: what builds the table; "auto" leaves it to the service.
             wire_dtype: convert to this dtype before sending: "float32", "float16" or "bfloat16".
             absent: classes that have no embedding yet, given by any one rank; their rows are ignored.
-            commit: start the build with the last row; False only stores rows (see `commit()`).
+            commit: start the build with the last rank; False only stores rows (see `commit()`).
             changed_rows: send only these of the rows given (class ids) and take every other class's row from
                 `base_generation`. Should that be gone, all rows given are sent, and the log says so. Several
                 ranks push with `commit=False`; one of them calls `commit()` once all have.
@@ -197,7 +196,7 @@ class NeighbourClient:
             engine=engine,
             absent=absent,
             commit=commit,
-            shared=self._accepts_shared and (self._borrows or self._shared_memory is True),
+            shared=self._accepts_shared,
             base_generation=base_generation,
             qaconv_candidates=qaconv_candidates,
             qaconv_weights=qaconv_weights,
@@ -241,18 +240,17 @@ class NeighbourClient:
         )
 
     def _begin(self, request: pb.BeginPushRequest, rows: Rows, row_start: int, deadline: Deadline) -> Sender:
-        for part in begin_parts(request):
-            begun = self._wire.ask(
-                lambda stub: stub.BeginPush,
-                part,
-                doing=f"beginning epoch {request.epoch} of run {request.run!r}",
-                timeout=deadline.remaining,
-            )
-        if begun.HasField("lent_rows") and _out_of_reach(Path(begun.lent_rows.path)):
-            # Rows that are lent wait for their borrower, even if he sends them through the connection.
-            log.info("the service's files cannot be written here: later pushes borrow no rows")
-            self._borrows = False
-        return Sender(self._wire, begun, rows, row_start, deadline, shared_memory=self._shared_memory)
+        def begin() -> pb.BeginPushResponse:
+            for part in begin_parts(request):
+                begun = self._wire.ask(
+                    lambda stub: stub.BeginPush,
+                    part,
+                    doing=f"beginning epoch {request.epoch} of run {request.run!r}",
+                    timeout=deadline.remaining,
+                )
+            return begun
+
+        return Sender(self._wire, begin, rows, row_start, deadline, shared_memory=self._shared_memory)
 
     def _vouch(self, request: pb.CommitPushRequest, deadline: Deadline) -> Push:
         """PushFailed: it was aborted meanwhile. DataLoss: not what was sent; nothing is left of the push."""
@@ -573,12 +571,6 @@ class NeighbourClient:
         if self._run is None:
             raise InvalidArgument("run: this client was made without one; pass run=", field="run")
         return self._run
-
-
-def _out_of_reach(rows: Path) -> bool:
-    """Whether we cannot write the service's files, and not only because this push is gone already."""
-    pushes = rows.parent.parent
-    return not os.access(rows, os.W_OK) and (rows.exists() or not os.access(pushes, os.X_OK))
 
 
 def _push_id(push: Push | str) -> str:

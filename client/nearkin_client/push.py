@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,14 +44,17 @@ class Sender:
     def __init__(
         self,
         wire: Wire,
-        begun: pb.BeginPushResponse,
+        begin: Callable[[], pb.BeginPushResponse],
         rows: Rows,
         row_start: int,
         deadline: Deadline,
         *,
         shared_memory: Literal["auto"] | bool = "auto",
     ) -> None:
+        """`begin` begins the push, or joins it again."""
+        begun = begin()
         self._wire = wire
+        self._begin = begin
         self._push = begun.push
         self._offer = begun.bulk_lane
         self._most_message_bytes = begun.max_message_bytes
@@ -65,6 +68,8 @@ class Sender:
         self._digest = Digest(rows)
         wanted = shared_memory if rows.count else False
         self._lent = lent(begun, rows, row_start, wanted, wire.endpoint)
+        self._loan = begun.lent_rows.loan  # others wait for it, even if we cannot write in place
+        self._loan_lost = self._asked_again = False
         self._paces = _Paces.of(begun, rows)
         self._lane = self._find_lane() if self._lent is None and rows.count else None
 
@@ -116,10 +121,12 @@ class Sender:
             except grpc.RpcError as error:
                 damaged = self._judge(error, persistence, damaged)
                 arrived = self._arrived(sent)
-            if arrived:
-                damaged = 0
-                persistence.progressed()
             todo = ranges.subtract(todo, arrived)
+            if arrived:
+                damaged, self._asked_again = 0, False
+                persistence.progressed()
+            if self._loan_lost:
+                self._borrow_again(todo)
         self._raise_if_failed()
         return self._push
 
@@ -164,7 +171,7 @@ class Sender:
         if lent is not None and not ranges.intersect([piece], self._foreign):
             return lent.write(start, stop)
         payload = self._rows.payload(start - self._row_start, stop - self._row_start)
-        message = bulk.WriteRows(self._push.push_id, start, payload, loan=lent.loan if lent else "")
+        message = bulk.WriteRows(self._push.push_id, start, payload, loan=self._loan)
         if self._lane is None:  # which sums it up while it sends
             message = replace(message, crc32c=crc32c(payload))
         return message
@@ -184,8 +191,8 @@ class Sender:
         if self._failure is not None:
             raise self._failure
         code, _ = status_of(error)
-        if code is grpc.StatusCode.INVALID_ARGUMENT and self._lent and error_from_rpc(error).field == "loan":
-            self._not_in_place(error_from_rpc(error).message)
+        if code is grpc.StatusCode.INVALID_ARGUMENT and error_from_rpc(error).field == "loan":
+            self._loan_lost = True
             return damaged
         if code is grpc.StatusCode.DATA_LOSS and damaged + 1 < DAMAGED_ATTEMPTS:
             log.warning("%s: %s; sending it again", self._doing, error_from_rpc(error).message)
@@ -198,6 +205,21 @@ class Sender:
             raise error_from_rpc(error) from error
         persistence.pause_or_raise(error, self._doing)
         return damaged
+
+    def _borrow_again(self, todo: list[ranges.Range]) -> None:
+        """The service was started again, or took back what we did not use in time."""
+        self._loan, self._loan_lost = "", False
+        if self._lent is None:
+            return
+        if not self._asked_again:
+            self._asked_again = True
+            begun = self._begin()
+            if self._lent.renewed(begun):
+                self._loan = begun.lent_rows.loan
+                self._foreign += ranges.intersect(todo, _stored(begun.push))
+                log.info("%s: rows were lent to us again", self._doing)
+                return
+        self._not_in_place("they are not lent to us any more")
 
     def _not_in_place(self, why: str) -> None:
         log.info("%s: what is left goes through the connection (%s)", self._doing, why)

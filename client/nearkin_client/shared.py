@@ -72,7 +72,8 @@ class LentRows:
     """Rows of one push that are ours to write in place."""
 
     def __init__(self, begun: pb.BeginPushResponse, rows: Rows, row_start: int, descriptor: int) -> None:
-        self._push_id, self.loan = begun.push.push_id, begun.lent_rows.loan
+        self._push_id, self._path = begun.push.push_id, begun.lent_rows.path
+        self._loan = begun.lent_rows.loan
         self._rows, self._row_start = rows, row_start
         self._descriptor = descriptor
 
@@ -89,11 +90,19 @@ class LentRows:
             push_id=self._push_id,
             row_start=start,
             shared_row_count=stop - start,
-            loan=self.loan,
+            loan=self._loan,
             crc32c=crc,
             sound=all_sound,
             payload=memoryview(b""),
         )
+
+    def renewed(self, begun: pb.BeginPushResponse) -> bool:
+        """Goes on with the loan of an answer that came later, if it is one of the same file."""
+        offer = begun.lent_rows
+        if not offer.loan or (begun.push.push_id, offer.path) != (self._push_id, self._path):
+            return False
+        self._loan = offer.loan
+        return True
 
     def close(self) -> None:
         """Nothing is written any more. Idempotent."""
@@ -111,13 +120,16 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 def in_advance(make: Callable[[Range], T], pieces: Iterable[Range]) -> Iterator[T]:
     """`map`, on threads that are a little ahead: writing and summing leave the GIL."""
     ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(_WRITERS, "nearkin-write") as writers:
+    writers = ThreadPoolExecutor(_WRITERS, "nearkin-write")
+    try:
         for piece in pieces:
             ahead.append(writers.submit(make, piece))
             if len(ahead) > _WRITERS:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+    finally:
+        writers.shutdown(wait=False, cancel_futures=True)  # one of them may be who drops what is left of this
 
 
 def joined(messages: Iterable[bulk.WriteRows], row_bytes: int, most_rows: int) -> Iterator[bulk.WriteRows]:

@@ -20,7 +20,7 @@ from nearkin_service.config import KIB, MIB, ServiceConfig
 from nearkin_service.health import HealthThreads, RunHealth
 from nearkin_service.http import HealthServer
 from nearkin_service.observing import RunMetrics
-from nearkin_service.operations import Builds, Core, Engines, Pushing, Reading, Searching, Writing
+from nearkin_service.operations import Builds, Core, Engines, Lending, Pushing, Reading, Searching, Writing
 from nearkin_service.store import DataDirectory
 from nearkin_service.values import EmbeddingsState, PushState
 
@@ -71,9 +71,16 @@ class NeighbourServer:
         core.catalogue.restore(await asyncio.to_thread(core.directory.recover))
         faults.point("start.recovered")
         pushing, reading = Pushing(core, self._builds), Reading(core)
-        writing = Writing(core, pushing)
-        self._lane = wire.BulkLane(core, pushing, writing, reading, self._count_error)
-        self._server = self._make_server(pushing, writing, reading)
+        writing, lending = Writing(core, pushing), Lending(core.catalogue)
+        self._lane = wire.BulkLane(
+            core,
+            pushing=pushing,
+            writing=writing,
+            lending=lending,
+            reading=reading,
+            count_error=self._count_error,
+        )
+        self._server = self._make_server(pushing, writing, lending, reading)
         self.addresses = self._bind()
         self._lane.open(self.addresses, tls=self._config.tls is not None)
         await self._server.start()
@@ -86,7 +93,9 @@ class NeighbourServer:
             self._health_threads.set_serving()
         self._ready = True
 
-    def _make_server(self, pushing: Pushing, writing: Writing, reading: Reading) -> grpc.aio.Server:
+    def _make_server(
+        self, pushing: Pushing, writing: Writing, lending: Lending, reading: Reading
+    ) -> grpc.aio.Server:
         core = self.core
         # Only who the gate lets in leaves a trace.
         interceptors = [self._make_gate(), *tracing.server_interceptors()]
@@ -97,6 +106,7 @@ class NeighbourServer:
             self._searching,
             pushing=pushing,
             writing=writing,
+            lending=lending,
             reading=reading,
             lane=self._lane,
         )

@@ -100,8 +100,8 @@ def test_rows_that_went_to_each_others_places_are_data_loss(
 ) -> None:
     run = f"misplaced-{len(cuts)}-{cuts[1]}"
     with NeighbourClient(nearkin_server.address, run=run, shared_memory=False) as client:
-        with pytest.raises(DataLoss, match="rows_crc32c"):
-            for start, stop in pairwise(cuts):
+        for start, stop in pairwise(cuts):
+            with pytest.raises(DataLoss, match="rows_crc32c"):
                 client.push(ROWS[start:stop], epoch=0, row_start=start, num_classes=64, k=4)
         assert client.generations() == ()
         assert client.run_info().pushes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient, NotFound
-from nearkin_client.client import _out_of_reach
 from nearkin_client.local import LocalService
+from nearkin_client.push import Sender
+from nearkin_client.shared import LentRows
 from nearkin_client.testing import neighbour_service
 from nearkin_client.wire import Wire
 
@@ -123,42 +126,45 @@ def test_where_it_cannot_be_had_the_rows_go_through_the_connection(
         client.push(rows, epoch=1, k=4)
 
 
-def test_who_cannot_reach_the_files_borrows_once(
-    service: LocalService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A loan that nobody uses holds up its rows, through the connection too, for two seconds."""
-    caplog.set_level(logging.INFO, "nearkin.client.shared")
+@pytest.fixture
+def from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that sees the socket but not the data directory."""
     ask: Any = Wire.ask
-    accepted = []
 
-    def from_elsewhere(*args: Any, **kwargs: Any) -> Any:
+    def asked(*args: Any, **kwargs: Any) -> Any:
         reply: Any = ask(*args, **kwargs)
-        if isinstance(reply, pb.BeginPushResponse):
-            accepted.append(args[2].accept_shared_memory)
-            if reply.HasField("lent_rows"):
-                reply.lent_rows.path = f"/nowhere{reply.lent_rows.path}"
+        if isinstance(reply, pb.BeginPushResponse) and reply.HasField("lent_rows"):
+            reply.lent_rows.path = f"/nowhere{reply.lent_rows.path}"
         return reply
 
-    monkeypatch.setattr("nearkin_client.wire.Wire.ask", from_elsewhere)
-    rows = generator.standard_normal((40, 8)).astype(np.float32)
-    with NeighbourClient(service.address, run="far-files") as client:
-        for epoch in range(3):
+    monkeypatch.setattr("nearkin_client.wire.Wire.ask", asked)
+
+
+@pytest.mark.usefixtures("from_elsewhere")
+@pytest.mark.parametrize("width", [8, 1 << 16], ids=["grpc", "bulk lane"])
+def test_who_borrows_rows_and_cannot_reach_them_sends_them_under_the_name_of_his_loan(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, width: int
+) -> None:
+    """So that they do not wait for their own loan to end."""
+    caplog.set_level(logging.INFO, "nearkin.client")
+    loans, message = set(), Sender._message
+
+    def seen(self: Sender, piece: tuple[int, int]) -> bulk.WriteRows:
+        made = message(self, piece)
+        loans.add(made.loan)
+        return made
+
+    monkeypatch.setattr(Sender, "_message", seen)
+    rows = generator.standard_normal((40, width)).astype(np.float32)
+    with NeighbourClient(service.address, run=f"far-files-{width}") as client:
+        for epoch in range(2):
             client.push(rows, epoch=epoch, k=4)
-        table = client.table(epoch=2, timeout=60)
-    assert accepted == [True, False, False]
-    assert caplog.text.count("rows go through the connection") == 3
+        table = client.table(epoch=1, timeout=60)
+    assert caplog.text.count("rows go through the connection") == 2
+    assert len(loans) == 2
+    assert "" not in loans
     assert table.scores is not None
     assert_is_table(table.ids, table.scores, similarities(rows))
-
-
-def test_a_push_that_is_gone_is_no_reason_to_borrow_no_more(service: LocalService) -> None:
-    rows = generator.standard_normal((40, 8)).astype(np.float32)
-    with NeighbourClient(service.address, run="gone", shared_memory="auto") as client:
-        client.push(rows, epoch=0, k=4)
-        client.table(epoch=0, timeout=60)
-        gone = service.data_dir / "runs" / "gone" / "pushes" / "0123" / "rows.bin"
-        assert not _out_of_reach(gone)
-    assert _out_of_reach(Path("/nowhere/runs/gone/pushes/0123/rows.bin"))
 
 
 def test_a_loan_that_was_taken_back_is_no_error(
@@ -257,7 +263,33 @@ def test_a_client_that_dies_leaves_nothing_and_another_goes_on(service: LocalSer
     assert_is_table(table.ids, table.scores, similarities(rows))
 
 
-def test_a_push_through_shared_memory_goes_on_after_the_service_was_killed() -> None:
+def test_a_push_goes_on_in_place_after_the_service_was_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.client.push")
+    rows = generator.standard_normal((64, 1 << 18)).astype(np.float32)
+    pieces, write = itertools.count(), LentRows.write
+
+    def killing(self: LentRows, start: int, stop: int) -> bulk.WriteRows:
+        if next(pieces) == 9:
+            started.kill()
+            started.start()
+        return write(self, start, stop)
+
+    monkeypatch.setattr(LentRows, "write", killing)
+    with (
+        neighbour_service() as started,
+        NeighbourClient(started.address, run="killed", shared_memory=True) as client,
+    ):
+        client.push(rows, epoch=0, k=4, timeout=60)
+        table = client.table(epoch=0, timeout=60)
+    assert "rows were lent to us again" in caplog.text
+    assert "goes through the connection" not in caplog.text
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_a_push_through_shared_memory_goes_on_whenever_the_service_is_killed() -> None:
     rows = generator.standard_normal((48, 1 << 20)).astype(np.float32)
     with (
         neighbour_service() as service,

@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
+from nearkin_service.operations import lending
 from nearkin_service.store import as_bytes
 from nearkin_service.wire.lane import lane as lane_module
 from nearkin_service.wire.lane import rows as rows_module
@@ -604,3 +605,32 @@ def test_a_reader_that_leaves_is_no_error(tall: Caller, caplog: pytest.LogCaptur
         pass
     tall.table()
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+def test_a_borrower_may_send_his_rows_all_the_same(
+    start_service: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One who cannot open the file names his loan, and so does not wait for it to end."""
+    monkeypatch.setattr(lending, "UNUSED_SECONDS", 10 * WAIT)
+    caller = start_service(listen=(f"unix://{tmp_path}/socket",)).caller()
+    asked = {"accept_bulk_lane": True, "accept_shared_memory": True, "row_count": len(ROWS)}
+    begun = caller.begin(ROWS, **asked)
+    with let_in(caller, begun.bulk_lane) as connection:
+        for each in messages(begun.push.push_id, ROWS, 0, 20):
+            each.loan = begun.lent_rows.loan
+            say(connection, each)
+        connection.shutdown(socket.SHUT_WR)
+        assert hear(connection).stored.complete
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+def test_a_loan_that_there_is_not_is_refused_on_the_lane_too(start_service: Start, tmp_path: Path) -> None:
+    caller = start_service(listen=(f"unix://{tmp_path}/socket",)).caller()
+    push_id, lane = offered(caller)
+    with let_in(caller, lane) as connection:
+        (each,) = messages(push_id, ROWS, 0, 60)
+        each.loan = "no-such-loan"
+        say(connection, each)
+        status = status_pb2.Status.FromString(hear(connection).status)
+    assert status.message.startswith("loan")
+    assert caller.state(push_id).rows_stored == 0

@@ -221,7 +221,7 @@ def test_what_fails_in_the_background_is_raised(nearkin: NeighbourClient) -> Non
 def test_rows_that_went_astray_reach_no_table(
     nearkin_server: LocalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that are pushed behind training carry a digest too: here a bit flips in each message's header."""
+    """Blocks pushed behind training carry a digest too: here a bit flips in each message's header."""
     send = lane.send_rows
 
     def sent_wrongly(connection: Any, message: Any, *rest: Any) -> int:

@@ -346,7 +346,7 @@ class LentRows(_message.Message):
     LOAN_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """a caller who cannot open it sends payloads"""
+    """a caller who cannot open it sends payloads, with the name of the loan"""
     loan: _builtins.str
     """its name in WriteRowsRequest; empty: somebody writes some of them just now"""
     max_bytes: _builtins.int

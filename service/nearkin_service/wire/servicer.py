@@ -28,13 +28,14 @@ def behaviours(
     *,
     pushing: Pushing,
     writing: Writing,
+    lending: Lending,
     reading: Reading,
     lane: BulkLane,
 ) -> tuple[object, ...]:
     """Objects whose methods carry the protocol's names; each of those is in exactly one of them."""
     administering = Administering(core, builds, searching)
     return (
-        PushMethods(core, pushing, writing, Lending(core.catalogue), lane),
+        PushMethods(core, pushing, writing, lending, lane),
         TableMethods(core, reading, lane),
         NearestMethods(core, reading, searching, Comparing(core)),
         CatalogueMethods(core, administering, reading),

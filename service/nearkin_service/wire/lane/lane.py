@@ -17,7 +17,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service import listening
 from nearkin_service.errors import InvalidArgumentError, UnavailableError
-from nearkin_service.operations import Core, Pushing, Reading, Writing
+from nearkin_service.operations import Core, Lending, Pushing, Reading, Writing
 from nearkin_service.wire.lane.rows import RowsReceiver
 from nearkin_service.wire.lane.tables import TableSender
 from nearkin_service.wire.lane.tickets import Grant, RowsGrant, Ticket, Tickets
@@ -43,15 +43,18 @@ class BulkLane:
     def __init__(
         self,
         core: Core,
+        *,
         pushing: Pushing,
         writing: Writing,
+        lending: Lending,
         reading: Reading,
         count_error: Callable[[str, str], None],
     ) -> None:
         self._core = core
         self._count_error = count_error
         self._idle_seconds = core.config.limits.max_stream_idle_seconds
-        self._rows = RowsReceiver(pushing, writing, asyncio.get_running_loop(), core.config.limits)
+        loop, limits = asyncio.get_running_loop(), core.config.limits
+        self._rows = RowsReceiver(pushing, writing, lending, loop, limits)
         self._tables = TableSender(core, reading)
         self._tickets = Tickets()
         self._listeners: list[socket.socket] = []
