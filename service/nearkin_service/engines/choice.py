@@ -166,7 +166,9 @@ def describe_engines() -> list[EngineDescription]:
     lacking = mixed_lacks()
     return [
         EngineDescription("flat", True, faiss_version(), exact=True),
-        EngineDescription("mixed", lacking is None, lacking or "bfloat16 instructions are there", exact=True),
+        EngineDescription(
+            "mixed", lacking is None, lacking or "the processor multiplies int16 quickly", exact=True
+        ),
         EngineDescription("ivf", True, faiss_version(), exact=False),
     ]
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from nearkin_service.engines import auto
@@ -77,3 +82,18 @@ def test_products_of_the_longest_parts_fit_an_int32() -> None:
     tile = keys.multiplier().tile(0, 0)[:34, :34] / STEPS
     true = rows.astype(np.float64) @ rows.T.astype(np.float64)
     assert np.abs(tile - true).max() <= keys.errors.max()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86 processors")
+@pytest.mark.parametrize(
+    ("processor", "features"),
+    [("haswell", "+avx2,+fma"), pytest.param("nehalem", "+sse4.2", marks=pytest.mark.soak)],
+)
+def test_products_as_compiled_for_a_processor_with_shorter_registers(processor: str, features: str) -> None:
+    if features.startswith("+avx2") and auto.mixed_lacks():
+        pytest.skip("this processor does not have AVX2")
+    told = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
+    some = "within_the_bound and int16 and random and (7 or 513) or longest"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", some]
+    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, check=False)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
