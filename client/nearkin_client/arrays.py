@@ -154,6 +154,15 @@ class _TensorRows(_Described):
         return _DEVICE_BLOCK_BYTES if self.values.device.type != "cpu" else PIECE_BYTES
 
 
+def in_pieces(data: memoryview, row_bytes: int, most: int) -> Iterator[memoryview]:
+    """Whole rows in pieces of at most so many bytes, of whole rows or of one row."""
+    step = max(row_bytes, most // row_bytes * row_bytes)
+    for at in range(0, len(data), step):
+        block = data[at : at + step]
+        for begin in range(0, len(block), max(most, 1)):
+            yield block[begin : begin + most]
+
+
 def sound(piece: memoryview, rows: Rows) -> bool:
     """Whether all of a piece is finite and no row in it is all zero, as far as one quick look can tell."""
     width = min(rows.row_bytes, len(piece))

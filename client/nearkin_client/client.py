@@ -136,9 +136,9 @@ class NeighbourClient:
     ) -> Push:
         """Send this rank's rows of one epoch; return when the service has them (they survive its death).
 
-        Every rank of an epoch calls this with the same arguments and its own rows, in any order. Once the last
-        rank's are in, and all that were sent are what the service has, the build starts. The same rows again
-        are harmless.
+        Every rank of an epoch calls this with the same arguments and its own rows, in any order. Once the
+        last rank's are in, and all that were sent are what the service has, the build starts. The same rows
+        again are harmless.
 
         Args:
             embeddings: [n, D] or [n, C, H, W]; a NumPy array or a torch tensor on any device, of float32,

@@ -28,6 +28,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import followed_by
 from numpy.typing import NDArray
 
+from nearkin_client.arrays import Rows, in_pieces, sound
 from nearkin_client.channel import Endpoint, socket_path
 from nearkin_client.errors import Cancelled, DataLoss
 from nearkin_client.splicing import Splice
@@ -144,12 +145,9 @@ class Lane:
         messages: Iterable[bulk.WriteRows],
         seconds: float,
         sent: Callable[[bulk.WriteRows, int], None],
-        *,
-        lasting: bool,
+        rows: Rows,
     ) -> pb.WriteRowsResponse:
-        """One stream of messages, summed up while they go; `sent` hears of each with its CRC32C.
-
-        `lasting`: their payloads stay as they are until this returns.
+        """One stream of messages of these rows; `sent` hears of each, and its CRC32C.
 
         LaneError; NoLane: nothing was sent.
         """
@@ -158,14 +156,14 @@ class Lane:
         with (
             self._sockets.holding(connection),
             call.lost_as_error(),
-            _sending(connection, lasting=lasting) as send,
+            _sending(connection, lasting=rows.in_place) as send,
         ):
             try:
                 for message in messages:
                     call.wait_no_longer(connection)
                     if _has_answer(connection):
                         break
-                    sent(message, send_rows(connection, message, send))
+                    sent(message, send_rows(connection, message, rows, send))
                 connection.shutdown(socket.SHUT_WR)
             except BlockingIOError:
                 raise
@@ -255,16 +253,18 @@ def _sending(connection: socket.socket, *, lasting: bool) -> Iterator[Callable[[
         yield splice.send
 
 
-def send_rows(connection: socket.socket, message: bulk.WriteRows, send: Callable[[memoryview], None]) -> int:
-    """A message, each piece of it summed up and sent while it is in a core's cache; the CRC32C."""
-    payload, crc = message.payload.cast("B"), 0
+def send_rows(
+    connection: socket.socket, message: bulk.WriteRows, rows: Rows, send: Callable[[memoryview], None]
+) -> int:
+    """A message, each piece of it looked at, summed up and sent while it is in a core's cache; the CRC32C."""
+    payload, crc, all_sound = message.payload.cast("B"), 0, True
     head = bulk.write_rows_head(message)
     frames.send_head(connection, head, len(payload) + bulk.WRITE_ROWS_TAIL_BYTES)
-    for at in range(0, len(payload), _SENT_BYTES):
-        piece = payload[at : at + _SENT_BYTES]
+    for piece in in_pieces(payload, rows.row_bytes, _SENT_BYTES):
         crc = crc32c(piece, crc)
+        all_sound = all_sound and sound(piece, rows)
         send(piece)
-    connection.sendall(bulk.write_rows_tail(crc))
+    connection.sendall(bulk.write_rows_tail(crc, sound=all_sound))
     return crc
 
 

@@ -133,9 +133,7 @@ class Sender:
     def _write(self, messages: Iterator[bulk.WriteRows]) -> pb.WriteRowsResponse:
         if self._lane is not None:
             try:
-                return self._lane.write_rows(
-                    messages, self._seconds(), self._sent, lasting=self._rows.in_place
-                )
+                return self._lane.write_rows(messages, self._seconds(), self._sent, self._rows)
             except NoLane as why:
                 log.info("%s: what is left goes through gRPC: %s", self._doing, why)
                 self._lane = None

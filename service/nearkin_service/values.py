@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -337,6 +337,19 @@ class RunRemoved:
 
 
 RunEvent = RunView | PushView | BuildProgress | Generation | GenerationRemoved | RunRemoved
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a message ends whose rows are received as they come.
+
+    Attributes:
+        said: to be called once all are here: their CRC32C, and whether they are sound, as the sender says.
+        looked: whether the sender has looked at them; then nobody else does, if they are.
+    """
+
+    said: Callable[[], tuple[int | None, bool]]
+    looked: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from nearkin.v1 import bulk, frames
 from nearkin_client import AlreadyExists, Cancelled, InvalidArgument, NeighbourClient, NeighbourTable, lane
+from nearkin_client.arrays import Rows
 from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
@@ -71,9 +72,9 @@ def after(count: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) 
     send = lane.send_rows
 
     def counting(
-        connection: socket.socket, message: bulk.WriteRows, way: Callable[[memoryview], None]
+        connection: socket.socket, message: bulk.WriteRows, rows: Rows, way: Callable[[memoryview], None]
     ) -> int:
-        crc = send(connection, message, way)
+        crc = send(connection, message, rows, way)
         sent.append(message.payload.nbytes)
         if len(sent) == count:
             act()
@@ -239,14 +240,14 @@ from nearkin.v1 import bulk, frames
 from nearkin_client import NeighbourClient, lane
 
 send, sent = lane.send_rows, []
-def dying(connection, message, way):
+def dying(connection, message, rows, way):
     if len(sent) == 3:
         head = bulk.write_rows_head(message)
         frames.send_head(connection, head, message.payload.nbytes + bulk.WRITE_ROWS_TAIL_BYTES)
         connection.sendall(message.payload.cast("B")[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
     sent.append(1)
-    return send(connection, message, way)
+    return send(connection, message, rows, way)
 lane.send_rows = dying
 NeighbourClient(sys.argv[1], run=sys.argv[2], shared_memory=False).push(
     np.load(sys.argv[3]), epoch=0, k=4, commit=False)
@@ -305,8 +306,8 @@ def test_a_flipped_bit_is_sent_again(
     tails: list[bytes] = []
     write_rows_tail = bulk.write_rows_tail
 
-    def flipping(crc: int) -> bytes:
-        tails.append(write_rows_tail(crc ^ 1024 if len(tails) == 2 else crc))
+    def flipping(crc: int, *, sound: bool) -> bytes:
+        tails.append(write_rows_tail(crc ^ 1024 if len(tails) == 2 else crc, sound=sound))
         return tails[-1]
 
     monkeypatch.setattr(bulk, "write_rows_tail", flipping)

@@ -174,16 +174,17 @@ def lane_rows(data: bytes) -> None:
     if split is None:
         return
     found, head, nbytes = split
-    crc, tail = found.crc32c, data[head + nbytes :]
+    crc, sound, tail = found.crc32c, found.sound, data[head + nbytes :]
     if tail:
         try:
-            crc = bulk.split_write_rows_tail(tail)
+            crc, said = bulk.split_write_rows_tail(tail)
         except DecodeError:
             return
+        sound = said if len(tail) == bulk.WRITE_ROWS_TAIL_BYTES else sound
     expected = pb.WriteRowsRequest.FromString(data)
     assert data[head : head + nbytes] == expected.payload
     assert crc == (expected.crc32c if expected.HasField("crc32c") else None)
-    assert (found.push_id, found.row_start, found.shared_row_count, found.loan, found.sound) == (
+    assert (found.push_id, found.row_start, found.shared_row_count, found.loan, sound) == (
         expected.push_id,
         expected.row_start,
         expected.shared_row_count,

@@ -371,15 +371,15 @@ def test_what_came_of_half_a_message_is_in_no_later_push(caller: Caller, end: st
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids[present], expected)
 
 
-def test_a_checksum_may_follow_the_rows(either: Caller) -> None:
+@pytest.mark.parametrize("tail_bytes", [5, 7], ids=["checksum", "checksum and sound"])
+@pytest.mark.parametrize("sound", [True, False])
+def test_what_is_known_of_rows_may_follow_them(either: Caller, tail_bytes: int, sound: bool) -> None:
     push_id, lane = offered(either)
     half = [bulk.WriteRows(push_id, start, as_bytes(ROWS[start : start + 30])) for start in (0, 30)]
     with let_in(either, lane) as connection:
         for each in half:
-            crc = crc32c(each.payload)
-            frames.send(
-                connection, bulk.write_rows_head(each), bytes(each.payload) + bulk.write_rows_tail(crc)
-            )
+            tail = bulk.write_rows_tail(crc32c(each.payload), sound=sound)[:tail_bytes]
+            frames.send(connection, bulk.write_rows_head(each), bytes(each.payload) + tail)
         connection.shutdown(socket.SHUT_WR)
         assert hear(connection).stored.complete
     np.testing.assert_array_equal(either.table(min_epoch=0).ids, brute_force(ROWS, 5))
@@ -388,12 +388,13 @@ def test_a_checksum_may_follow_the_rows(either: Caller) -> None:
 @pytest.mark.parametrize(
     ("tail", "expected"),
     [
-        (bulk.write_rows_tail(1), grpc.StatusCode.DATA_LOSS),
+        (bulk.write_rows_tail(1, sound=True), grpc.StatusCode.DATA_LOSS),
         (b"\x28" + bytes(4), grpc.StatusCode.INVALID_ARGUMENT),
         (b"\x25\x00", grpc.StatusCode.INVALID_ARGUMENT),
         (b"\x25" + bytes(4) + b"\x25", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x25" + bytes(4) + b"\x40\x02", grpc.StatusCode.INVALID_ARGUMENT),
     ],
-    ids=["another", "no checksum", "short", "long"],
+    ids=["another", "no checksum", "short", "long", "neither sound nor not"],
 )
 def test_a_wrong_end_is_refused(caller: Caller, tail: bytes, expected: grpc.StatusCode) -> None:
     push_id, lane = offered(caller)
@@ -405,6 +406,29 @@ def test_a_wrong_end_is_refused(caller: Caller, tail: bytes, expected: grpc.Stat
     assert caller.state(push_id).rows_stored == 0
     caller.write(push_id, ROWS)
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(ROWS, 5))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("sound", [True, False])
+def test_rows_that_are_not_sound_reach_no_table(caller: Caller, odd: float, sound: bool) -> None:
+    """Whether their sender says so, or the build finds out."""
+    rows = ROWS.copy()
+    rows[17] = odd
+    push_id, lane = offered(caller, rows)
+    with let_in(caller, lane) as connection:
+        message = bulk.WriteRows(push_id, 0, as_bytes(rows))
+        tail = bulk.write_rows_tail(crc32c(message.payload), sound=sound)
+        frames.send(connection, bulk.write_rows_head(message), bytes(message.payload) + tail)
+        connection.shutdown(socket.SHUT_WR)
+        reply = hear(connection)
+    if sound:
+        assert reply.WhichOneof("outcome") == "stored"
+        assert caller.ended(push_id).state == pb.PUSH_STATE_FAILED
+    else:
+        told = status_pb2.Status.FromString(reply.status)
+        assert told.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert "row 17" in told.message
+    assert caller.generations() == []
 
 
 def test_a_push_that_is_aborted_meanwhile_takes_nothing_more(caller: Caller) -> None:

@@ -87,19 +87,23 @@ def write_rows_head(message: WriteRows) -> bytes:
     return head.SerializeToString() + _length_prefix(_PAYLOAD, message.payload.nbytes)
 
 
-def write_rows_tail(crc: int) -> bytes:
-    """The crc32c of a message, known once its payload has been sent."""
-    return bytes([_CRC32C << 3 | _FIXED32]) + crc.to_bytes(4, "little")
+def write_rows_tail(crc: int, *, sound: bool) -> bytes:
+    """What is known of a message once its payload has been sent."""
+    return bytes([_CRC32C << 3 | _FIXED32, *crc.to_bytes(4, "little"), _SOUND << 3 | _VARINT, sound])
 
 
-WRITE_ROWS_TAIL_BYTES = len(write_rows_tail(0))
+WRITE_ROWS_TAIL_BYTES = len(write_rows_tail(0, sound=False))
+_SOUND_FIELD = {b"": False} | {bytes([_SOUND << 3 | _VARINT, sound]): sound for sound in (False, True)}
+_CRC_BYTES = 5  # a tail may end there: its sender has not looked at the rows
 
 
-def split_write_rows_tail(tail: Buffer) -> int:
-    """What `write_rows_tail` was given. DecodeError: it is something else."""
-    if tail[0] != _CRC32C << 3 | _FIXED32:
-        raise DecodeError("what follows the payload is no crc32c")
-    return int.from_bytes(tail[1:], "little")
+def split_write_rows_tail(tail: Buffer) -> tuple[int, bool]:
+    """What `write_rows_tail` was given: crc32c and whether all is sound. DecodeError: it is something else."""
+    data = bytes(tail)
+    crc, sound = int.from_bytes(data[1:_CRC_BYTES], "little"), data[_CRC_BYTES:]
+    if data[0] != _CRC32C << 3 | _FIXED32 or sound not in _SOUND_FIELD:
+        raise DecodeError("what follows the payload is no crc32c, or more than that and `sound`")
+    return crc, _SOUND_FIELD[sound]
 
 
 MOST_WRITE_ROWS_HEAD = 256
@@ -127,7 +131,7 @@ def split_write_rows(start: memoryview, length: int) -> tuple[WriteRows, int, in
         fields[number] = value
     nbytes, position = read_varint(start, position)
     tail_bytes = 0 if _CRC32C in fields else length - position - nbytes
-    if position < 0 or not nbytes or tail_bytes not in (0, WRITE_ROWS_TAIL_BYTES):
+    if position < 0 or not nbytes or tail_bytes not in (0, _CRC_BYTES, WRITE_ROWS_TAIL_BYTES):
         return None
     message = _write_rows(fields, memoryview(b""))
     if message is None or position + nbytes + tail_bytes != length:

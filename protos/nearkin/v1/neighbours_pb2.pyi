@@ -525,7 +525,9 @@ class WriteRowsRequest(_message.Message):
     """LentRows.loan, in every message of who has one"""
     sound: _builtins.bool
     """The sender has looked at every row: all is finite, and none is all zero. Rows in place are then compared with their
-    crc32c when the table is built, not before; a row that is not sound all the same ends the push in that build.
+    crc32c when the table is built, not before; a row that is not sound all the same ends the push in that build. On the
+    bulk lane a message may end with crc32c and this field, known once its payload is sent: the service then looks at
+    its rows only if they are not sound.
     """
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""

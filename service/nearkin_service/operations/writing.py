@@ -17,7 +17,7 @@ from nearkin_service.operations.lending import Loan
 from nearkin_service.operations.pushing import Pushing
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import PushFiles
-from nearkin_service.values import Generation, PushState, PushView
+from nearkin_service.values import Ending, Generation, PushState, PushView
 
 _ANNOUNCE_SECONDS = 0.2
 _MOST_BYTES_IN_PLACE = 256 << 20  # a look at them takes one of the threads for files 50 milliseconds
@@ -60,17 +60,18 @@ class Held:
         self,
         fill: Callable[[memoryview], None],
         room: Callable[[int], memoryview],
-        crc: Callable[[], int | None],
+        ending: Ending,
     ) -> RowSet:
-        """The same for bytes that `fill` receives into a `room` of so many; then `crc` is asked.
+        """The same for bytes that `fill` receives into a `room` of so many.
 
-        If they are new, each piece is looked at and written while it is in a core's cache.
+        If they are new, each piece is summed up and written while it is in a core's cache.
         """
         if self.files is not None:
-            return self.files.receive_as_they_come(self.rows, fill, room, crc, self.push.absent)
+            return self.files.receive_as_they_come(self.rows, fill, room, ending, self.push.absent)
         payload = room(len(self.rows) * self.push.spec.row_bytes)
         fill(payload)
-        return self.store(payload, crc())
+        crc, _ = ending.said()
+        return self.store(payload, crc)
 
 
 class Writing:

@@ -70,13 +70,17 @@ class Examiner:
 
     def look(self, piece_nR: NDArray[Any]) -> None:
         """At the next rows."""
-        self._crc = crc32c.crc32c(as_bytes(piece_nR), self._crc)
+        self.add_up(as_bytes(piece_nR))
         odd = _odd(piece_nR) if self._dtype == "float32" else np.arange(len(piece_nR))
         if len(odd):
             largest = _largest(piece_nR[odd])
             self._infinite.append(odd[largest >= _INFINITY[self._dtype]] + self._count)
             self._zeros.append(odd[largest == 0] + self._count)
         self._count += len(piece_nR)
+
+    def add_up(self, data: memoryview) -> None:
+        """The same for rows that somebody else has looked at."""
+        self._crc = crc32c.crc32c(data, self._crc)
 
     def found(self) -> Examined:
         """In all rows so far."""

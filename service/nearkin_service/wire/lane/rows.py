@@ -22,6 +22,7 @@ from nearkin_service.config import KIB, Limits
 from nearkin_service.errors import InvalidArgumentError, LimitExceededError, UnavailableError
 from nearkin_service.operations import Held, Lending, Loan, Pushing, Writing
 from nearkin_service.ranges import RowSet
+from nearkin_service.values import Ending
 from nearkin_service.wire import convert
 
 STALL_SECONDS = 10.0
@@ -108,16 +109,17 @@ class RowsReceiver:
     def _received(
         self, connection: socket.socket, held: Held, room: _Room, head: bulk.WriteRows, tail: bytearray
     ) -> RowSet:
-        def crc() -> int | None:
+        def said() -> tuple[int | None, bool]:
             if not tail:
-                return head.crc32c
+                return head.crc32c, head.sound
             frames.fill(connection, memoryview(tail))
             return bulk.split_write_rows_tail(tail)
 
         seconds = min(self._idle_seconds, STALL_SECONDS)
         frames.limit_silence(connection, seconds)
         try:
-            return held.receive(partial(frames.fill, connection), room.of, crc)
+            ending = Ending(said, looked=head.sound or len(tail) == bulk.WRITE_ROWS_TAIL_BYTES)
+            return held.receive(partial(frames.fill, connection), room.of, ending)
         except BlockingIOError:
             raise UnavailableError(f"nothing moved for {seconds:g} s in the middle of a message") from None
         except DecodeError:
