@@ -21,7 +21,7 @@ from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
 _BLOCK_ELEMENTS = 1 << 16  # half a MiB in float64: stays in a core's own cache
-_SUMMED = 4096
+_SUMMED, _SUMMED_ROWS = 4096, 8  # a quarter of a MiB in float64
 _ALONE = 1 << 22  # elements: so few are done before other threads are of help
 
 
@@ -79,17 +79,9 @@ class KeyedRows:
 
     def factors_of(self, block_BR: NDArray[Any], names: NDArray[np.int64]) -> NDArray[np.float64]:
         """By what rows must be multiplied to become keys "flat"."""
-        factors_B, step = np.empty(len(block_BR)), _rows_at_once(block_BR.shape[1])
-        for top in range(0, len(block_BR), step):
-            some = slice(top, top + step)
-            factors_B[some] = self._factors(
-                block_BR[some].astype(np.float64, order="C"), names[some], "class"
-            )
-        return factors_B
+        return self._factors(block_BR, names, "class")
 
-    def _factors(
-        self, values_BD: NDArray[np.float64], names: NDArray[np.int64], what: str
-    ) -> NDArray[np.float64]:
+    def _factors(self, values_BD: NDArray[Any], names: NDArray[np.int64], what: str) -> NDArray[np.float64]:
         norms = np.sqrt(_squared_lengths(values_BD))
         bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
         if len(bad):
@@ -107,12 +99,17 @@ def _rows_at_once(row_size: int) -> int:
     return max(1, _BLOCK_ELEMENTS // max(1, row_size))
 
 
-def _squared_lengths(values_BD: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each row's, the same bits wherever it lies: einsum would cut sums of more than 8,192 by place."""
+def _squared_lengths(values_BD: NDArray[Any]) -> NDArray[np.float64]:
+    """Each row's, the same bits wherever it lies: einsum would cut sums of more than 8,192 by place.
+
+    They become float64 part by part, while the part is in a core's cache.
+    """
     lengths_B = np.zeros(len(values_BD))
-    for left in range(0, values_BD.shape[1], _SUMMED):
-        part = values_BD[:, left : left + _SUMMED]
-        lengths_B += np.einsum("bd,bd->b", part, part)
+    for top in range(0, len(values_BD), _SUMMED_ROWS):
+        some = slice(top, top + _SUMMED_ROWS)
+        for left in range(0, values_BD.shape[1], _SUMMED):
+            part = values_BD[some, left : left + _SUMMED].astype(np.float64, order="C", copy=False)
+            lengths_B[some] += np.einsum("bd,bd->b", part, part)
     return lengths_B
 
 
