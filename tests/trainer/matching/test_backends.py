@@ -32,6 +32,9 @@ SHAPES = {
     "bigger class maps": ((20, 2, 2), (9, 9), (3, 3, 4)),
     "1,024 locations": ((8, 2, 3), (32, 32), (2, 2, 3)),
     "crowded": ((16, 3, 3), (3, 3), (9, 12, 2)),
+    # Of the 49 and 51 locations, 1 and 3 are multiplied by themselves, with more than 64 of the other map.
+    "many channels": ((150, 7, 7), (7, 10), (3, 4, 5)),
+    "three over": ((129, 3, 17), (5, 19), (2, 3, 4)),
 }
 
 
@@ -129,12 +132,15 @@ def test_the_first_of_equal_locations_gets_the_gradient(backend: str) -> None:
     assert gradients["probe_visibility"].flatten().tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0])
 
 
+@pytest.mark.parametrize("channels", [37, 150])
 @pytest.mark.parametrize("places", [(2, 3), (7, 7), (5, 10)], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-def test_equal_locations_have_equal_sims_wherever_they_lie(backend: str, places: tuple[int, int]) -> None:
+def test_equal_locations_have_equal_sims_wherever_they_lie(
+    backend: str, places: tuple[int, int], channels: int
+) -> None:
     # 49 locations are 48 and one more to the processor, whose products take another way.
     torch.manual_seed(0)
-    maps = torch.randn(1, 37, 1, 1).expand(1, 37, *places).contiguous()
+    maps = torch.randn(1, channels, 1, 1).expand(1, channels, *places).contiguous()
     visibility = torch.ones(1, *places)
     weights = torch.ones(1, 1, 2 * places[0] * places[1])
     case = Case(maps, maps.clone(), torch.zeros(1, 1, dtype=torch.int64), weights, visibility, visibility)

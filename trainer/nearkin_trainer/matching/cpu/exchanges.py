@@ -10,6 +10,7 @@ fetch             bring a line near that will be read soon
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -18,6 +19,7 @@ from numba.core import cgutils, types
 from nearkin_trainer.matching.cpu.instructions import (
     BLOCK,
     F32,
+    HAS_AVX512,
     I32,
     I64,
     LANES,
@@ -31,6 +33,10 @@ from nearkin_trainer.matching.cpu.instructions import (
     splat,
     store,
 )
+
+# Rows of a square that is transposed in registers, which have to hold all of it.
+_SIDE = F32x16 if HAS_AVX512 else ir.VectorType(F32, LANES // 2)
+_SQUARES = tuple(itertools.product(range(0, LANES, _SIDE.count), repeat=2))
 
 
 @intrinsic
@@ -129,14 +135,15 @@ def take_16(
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         source, source_stride, scales, target, target_stride = values
-        factors = load(builder, scales, 0, F32x16)
-        rows = [
-            builder.fmul(load(builder, start, 0, F32x16), factors)
-            for start in _starts(builder, source, source_stride)
-        ]
-        starts = _starts(builder, target, target_stride)
-        for row, start in zip(_transposed(builder, rows), starts, strict=True):
-            store(builder, row, start, 0)
+        for i, j in _SQUARES:
+            factors = load(builder, scales, 4 * j, _SIDE)
+            rows = [
+                builder.fmul(load(builder, start, 4 * j, _SIDE), factors)
+                for start in _starts(builder, source, source_stride, i)
+            ]
+            starts = _starts(builder, target, target_stride, j)
+            for row, start in zip(_transposed(builder, rows), starts, strict=True):
+                store(builder, row, start, 4 * i)
         return ir.Constant(I64, 0)
 
     return types.int64(*[types.int64] * 5), codegen
@@ -158,36 +165,45 @@ def give_16(
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         gradients, gradient_stride, scales, factors, row, row_stride, target, target_stride = values
-        scale, factor = load(builder, scales, 0, F32x16), builder.fneg(load(builder, factors, 0, F32x16))
-        rows = [load(builder, start, 0, F32x16) for start in _starts(builder, gradients, gradient_stride)]
-        starts = zip(_starts(builder, row, row_stride), _starts(builder, target, target_stride), strict=True)
-        for line, (source, end) in zip(_transposed(builder, rows), starts, strict=True):
-            along = builder.fmul(factor, load(builder, source, 0, F32x16))
-            store(builder, multiply_add(builder, scale, line, along), end, 0)
+        for i, j in _SQUARES:
+            scale = load(builder, scales, 4 * i, _SIDE)
+            factor = builder.fneg(load(builder, factors, 4 * i, _SIDE))
+            starts = _starts(builder, gradients, gradient_stride, i)
+            rows = [load(builder, start, 4 * j, _SIDE) for start in starts]
+            sources = _starts(builder, row, row_stride, j)
+            targets = _starts(builder, target, target_stride, j)
+            for line, source, end in zip(_transposed(builder, rows), sources, targets, strict=True):
+                along = builder.fmul(factor, load(builder, source, 4 * i, _SIDE))
+                store(builder, multiply_add(builder, scale, line, along), end, 4 * i)
         return ir.Constant(I64, 0)
 
     return types.int64(*[types.int64] * 8), codegen
 
 
-def _starts(builder: Any, address: Any, stride: Any) -> list[Any]:
-    return [builder.add(address, builder.mul(stride, ir.Constant(I64, row))) for row in range(LANES)]
+def _starts(builder: Any, address: Any, stride: Any, first: int) -> list[Any]:
+    """Where the rows of a square begin."""
+    rows = range(first, first + _SIDE.count)
+    return [builder.add(address, builder.mul(stride, ir.Constant(I64, row))) for row in rows]
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    for distance in (8, 4, 2, 1):
+    distance = len(rows) // 2
+    while distance:
         rows = _swapped(builder, rows, distance)
+        distance //= 2
     return rows
 
 
 def _swapped(builder: Any, rows: list[Any], distance: int) -> list[Any]:
-    """Swap the off-diagonal blocks of every 2·distance square: one of four steps of a transpose."""
-    upper = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
-    lower = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
+    """Swap the off-diagonal blocks of every 2·distance square: one step of a transpose."""
+    side = len(rows)
+    upper = [lane if not lane & distance else lane - distance + side for lane in range(side)]
+    lower = [lane + distance if not lane & distance else lane + side for lane in range(side)]
     result = list(rows)
-    for row in range(LANES):
+    for row in range(side):
         if not row & distance:
             pair = rows[row], rows[row + distance]
             for target, lanes in ((row, upper), (row + distance, lower)):
-                mask = ir.Constant(ir.VectorType(I32, LANES), lanes)
+                mask = ir.Constant(ir.VectorType(I32, side), lanes)
                 result[target] = builder.shuffle_vector(*pair, mask)
     return result

@@ -33,8 +33,12 @@ HAS_AVX512 = "+avx512f" in _FEATURES
 # Accumulators must fit the registers: 32 of 16 lanes with AVX-512, else 16 of 8 lanes.
 ROWS = 8 if HAS_AVX512 else 6
 MOST_VECTORS = 3 if HAS_AVX512 else 1
-# A tile of few rows takes more vectors.
-FEW_ROWS, FEW_VECTORS = (4, 4) if HAS_AVX512 else (3, 2)
+# A tile of few rows takes more vectors: how many one of 1, 2, … rows takes.
+FEW_VECTORS = (4, 4, 4, 4) if HAS_AVX512 else (4, 3, 2)
+FEW_ROWS = len(FEW_VECTORS)
+# Channels that all tiles of a pair of maps go through at a time. Where a tile is small, it needs so much
+# of the maps for each product that they have to lie in the innermost cache.
+STEPS = 1 << 15 if HAS_AVX512 else 64
 
 
 def pointer(builder: Any, address: Any, offset_bytes: int = 0) -> Any:
@@ -58,7 +62,8 @@ def splat(builder: Any, value: Any, kind: Any) -> Any:
 
 
 def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
-    function = declared(builder, "llvm.fma.v16f32", F32x16, [F32x16] * 3)
+    kind = total.type
+    function = declared(builder, f"llvm.fma.v{kind.count}f32", kind, [kind] * 3)
     return builder.call(function, [left, right, total])
 
 
@@ -108,38 +113,47 @@ class _Columns:
 
 
 def _tile_function(module: Any, rows: int, vectors: int) -> Any:
-    """void(a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace)."""
+    """void(a, a_stride, b, b_stride, last, steps, out, out_stride, begins, ahead, pace)."""
     name = f"nearkin_tile_{rows}x{vectors}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    a, a_stride, b, b_stride, last, steps, out, out_stride, ahead, pace = function.args
-    entry, loop, end = (function.append_basic_block(part) for part in ("entry", "loop", "end"))
-    ir.IRBuilder(entry).branch(loop)
+    a, a_stride, b, b_stride, last, steps, out, out_stride, begins, ahead, pace = function.args
+    parts = ("entry", "resume", "loop", "end")
+    entry, resume, loop, end = (function.append_basic_block(part) for part in parts)
 
-    builder = ir.IRBuilder(loop)
+    builder = ir.IRBuilder(entry)
     columns = _Columns(builder, vectors, last)
+    starts = [builder.add(out, builder.mul(out_stride, ir.Constant(I64, row))) for row in range(rows)]
+    builder.cbranch(builder.trunc(begins, I1), loop, resume)
+
+    builder.position_at_end(resume)
+    before = [columns.load(start, F32x16) for start in starts]
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
     step, a_row, b_row, next_line = (builder.phi(I64) for _ in range(4))
     sums = [[builder.phi(F32x16) for _ in range(vectors)] for _ in range(rows)]
     moving = ((step, ir.Constant(I64, 0), ir.Constant(I64, 1)), (a_row, a, a_stride), (b_row, b, b_stride))
     for value, start, stride in (*moving, (next_line, ahead, pace)):
         value.add_incoming(start, entry)
+        value.add_incoming(start, resume)
         value.add_incoming(builder.add(value, stride), loop)
     prefetch(builder, next_line)
     values = columns.load(b_row, F32x16)
-    for row, row_sums in enumerate(sums):
+    for row, (row_sums, row_before) in enumerate(zip(sums, before, strict=True)):
         one = splat(builder, load(builder, a_row, 4 * row, F32), F32x16)
-        for total, value in zip(row_sums, values, strict=True):
+        for total, value, so_far in zip(row_sums, values, row_before, strict=True):
             total.add_incoming(ir.Constant(F32x16, [0.0] * LANES), entry)
+            total.add_incoming(so_far, resume)
             total.add_incoming(multiply_add(builder, one, value, total), loop)
-    builder.cbranch(builder.icmp_signed("<", step.incomings[1][0], steps), loop, end)
+    builder.cbranch(builder.icmp_signed("<", step.incomings[-1][0], steps), loop, end)
 
     builder.position_at_end(end)
-    for row, row_sums in enumerate(sums):
-        start = builder.add(out, builder.mul(out_stride, ir.Constant(I64, row)))
-        columns.store([total.incomings[1][0] for total in row_sums], start)
+    for start, row_sums in zip(starts, sums, strict=True):
+        columns.store([total.incomings[-1][0] for total in row_sums], start)
     builder.ret_void()
     return function
 
@@ -157,14 +171,16 @@ def product_tile(
     steps: Any,
     out: Any,
     out_stride: Any,
+    begins: Any,
     ahead: Any,
     pace: Any,
 ) -> Any:
-    """out[r, column] = sum over steps of a[step, r] · b[step, column].
+    """out[r, column] += sum over steps of a[step, r] · b[step, column]; if it `begins`, = instead of +=.
 
-    rows ≤ ROWS and vectors ≤ MOST_VECTORS, or rows ≤ FEW_ROWS and vectors ≤ FEW_VECTORS. The last vector
-    lies `last` bytes from the first. Each sum runs through the steps in order, so that equal locations have
-    equal sims. From `ahead` on, memory is fetched that will be read soon, `pace` bytes at each step.
+    rows ≤ ROWS and vectors ≤ MOST_VECTORS, or rows ≤ FEW_ROWS and vectors ≤ FEW_VECTORS[rows − 1]. The last
+    vector lies `last` bytes from the first. Each sum runs through the steps in order, wherever they are cut,
+    so that equal locations have equal sims. From `ahead` on, memory is fetched that will be read soon,
+    `pace` bytes at each step.
     """
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -173,11 +189,11 @@ def product_tile(
         functions = {
             8 * r + v: _tile_function(builder.module, r, v)
             for r in range(1, ROWS + 1)
-            for v in range(1, (FEW_VECTORS if r <= FEW_ROWS else MOST_VECTORS) + 1)
+            for v in range(1, (FEW_VECTORS[r - 1] if r <= FEW_ROWS else MOST_VECTORS) + 1)
         }
         return _call_one(builder, chosen, functions, rest)
 
-    return types.int64(*[types.int64] * 12), codegen
+    return types.int64(*[types.int64] * 13), codegen
 
 
 @intrinsic
@@ -254,8 +270,12 @@ def row_maximum(
             offset = builder.mul(index, ir.Constant(I64, 4 * LANES))
             return offset, builder.fmul(load(builder, builder.add(sims, offset), 0, F32x16), scales)
 
-        def larger(one: Any, other: Any) -> Any:
-            return builder.fcmp_ordered(">", one, other)
+        def highest(one: Any, other: Any) -> Any:
+            if HAS_AVX512:
+                return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+            # Of a choice LLVM makes a masked store, which costs a dozen cycles on AVX2.
+            function = declared(builder, "llvm.maxnum.v16f32", F32x16, [F32x16] * 2)
+            return builder.call(function, [one, other], fastmath=("nnan",))
 
         def take(index: Any, masked: bool) -> None:
             offset, found = scaled(index)
@@ -263,10 +283,10 @@ def row_maximum(
             columns, places = builder.add(column_maxima, offset), builder.add(column_places, offset)
             before = load(builder, columns, 0, F32x16)
             places_before = load(builder, places, 0, I32x16)
-            store(builder, builder.select(larger(found, before), found, before), columns, 0)
-            store(builder, builder.select(larger(found, before), rows, places_before), places, 0)
-            so_far = builder.load(best)
-            builder.store(builder.select(larger(found, so_far), found, so_far), best)
+            store(builder, highest(found, before), columns, 0)
+            larger = builder.fcmp_ordered(">", found, before)
+            store(builder, builder.select(larger, rows, places_before), places, 0)
+            builder.store(highest(found, builder.load(best)), best)
 
         with cgutils.for_range(builder, last) as loop:
             take(loop.index, False)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from nearkin_trainer.matching.cpu.instructions import (
     BLOCK,
-    FEW_ROWS,
     FEW_VECTORS,
     LANES,
     LINE,
     MOST_VECTORS,
     ROWS,
+    STEPS,
     product_tile,
     row_maximum,
 )
@@ -83,32 +83,38 @@ def _parts(total: int, size: int) -> int:
 
 
 @compiled
-def _even(total: int, most: int) -> int:
-    """The size of as few equal parts of `total` as are no larger than `most`."""
-    return _parts(total, _parts(total, most))
+def _cut(total: int, parts: int, index: int) -> int:
+    """Where part `index` begins of parts that differ by one at most."""
+    return total * index // parts
 
 
 @compiled
-def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
-    """Sims [Q, columns] of a class [C, Q] and a panel [C, columns]; fetches the class at `ahead`."""
-    steps, locations = row.shape
-    vectors = panel.shape[1] // LANES
-    height, width = _even(locations, ROWS), _even(vectors, MOST_VECTORS)
-    fetched = pace(4 * row.size, steps * _parts(locations, height) * _parts(vectors, width))
-    for first in range(0, vectors, width):
-        some = min(width, vectors - first)
-        for q in range(0, locations, height):
+def _products(row: Floats, panel: Floats, sims: Floats, channel: int, steps: int, ahead: int) -> None:
+    """Add some channels to sims [Q, columns] of a class [C, Q] and a panel [C, columns].
+
+    Those of the class at `ahead` are fetched.
+    """
+    locations, vectors = row.shape[1], panel.shape[1] // LANES
+    a, b = row.ctypes.data + channel * row.strides[0], panel.ctypes.data + channel * panel.strides[0]
+    ahead += channel * row.strides[0]
+    high, wide = _parts(locations, ROWS), _parts(vectors, MOST_VECTORS)
+    fetched = pace(steps * row.strides[0], steps * high * wide)
+    for column in range(wide):
+        first, end = _cut(vectors, wide, column), _cut(vectors, wide, column + 1)
+        for part in range(high):
+            q = _cut(locations, high, part)
             product_tile(
-                min(height, locations - q),
-                some,
-                row.ctypes.data + 4 * q,
+                _cut(locations, high, part + 1) - q,
+                end - first,
+                a + 4 * q,
                 row.strides[0],
-                panel.ctypes.data + first * LINE,
+                b + first * LINE,
                 panel.strides[0],
-                (some - 1) * LINE,
+                (end - first - 1) * LINE,
                 steps,
                 sims.ctypes.data + q * sims.strides[0] + first * LINE,
                 sims.strides[0],
+                channel == 0,
                 ahead,
                 fetched,
             )
@@ -116,27 +122,32 @@ def _products(row: Floats, panel: Floats, sims: Floats, ahead: int) -> None:
 
 
 @compiled
-def _rest_products(row: Floats, rest: Floats, sims: Floats) -> None:
-    """Sims [P − columns, Q] of the locations that are not in the panel; Q ≥ 16."""
-    steps, locations = row.shape
-    for r in range(0, rest.shape[1], FEW_ROWS):
-        for start in range(0, locations, FEW_VECTORS * LANES):
-            first = min(start, locations - LANES)
-            columns = min(FEW_VECTORS * LANES, locations - first)
-            product_tile(
-                min(FEW_ROWS, rest.shape[1] - r),
-                (columns + LANES - 1) // LANES,
-                rest.ctypes.data + 4 * r,
-                rest.strides[0],
-                row.ctypes.data + 4 * first,
-                row.strides[0],
-                4 * (columns - LANES),
-                steps,
-                sims.ctypes.data + r * sims.strides[0] + 4 * first,
-                sims.strides[0],
-                row.ctypes.data,
-                0,
-            )
+def _rest_products(row: Floats, rest: Floats, sims: Floats, channel: int, steps: int) -> None:
+    """Add some channels to sims [P − columns, Q] of the locations that are not in the panel; Q ≥ 16."""
+    locations, count = row.shape[1], rest.shape[1]
+    a, b = rest.ctypes.data + channel * rest.strides[0], row.ctypes.data + channel * row.strides[0]
+    vectors = _parts(locations, LANES)
+    wide = _parts(vectors, FEW_VECTORS[count - 1])
+    for column in range(wide):
+        # The last tile has two vectors at least if there are two: none overlaps another tile's, which
+        # would add to its sims again.
+        first, end = _cut(vectors, wide, column), _cut(vectors, wide, column + 1)
+        start = first * LANES
+        product_tile(
+            count,
+            end - first,
+            a,
+            rest.strides[0],
+            b + 4 * start,
+            row.strides[0],
+            4 * (min(end * LANES, locations) - LANES - start),
+            steps,
+            sims.ctypes.data + 4 * start,
+            sims.strides[0],
+            channel == 0,
+            b,
+            0,
+        )
 
 
 @compiled
@@ -237,10 +248,14 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
             b = pair // pairs.candidates
             maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
             if np.isfinite(top) and np.isfinite(probes.tops[b]):
-                _products(row, probes.panels[b], room.sims, ahead)
+                panel, rest = probes.panels[b], probes.rest[b]
+                for channel in range(0, row.shape[0], STEPS):
+                    steps = min(STEPS, row.shape[0] - channel)
+                    _products(row, panel, room.sims, channel, steps, ahead)
+                    if probe_locations > columns:
+                        _rest_products(row, rest, room.rest, channel, steps)
                 _highest(room, scales, valid)
                 if probe_locations > columns:
-                    _rest_products(row, probes.rest[b], room.rest)
                     _highest_of_rest(room, scales)
                 _write(room, maxima, where, dots)
             else:
