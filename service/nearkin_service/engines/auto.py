@@ -4,7 +4,8 @@
 
 - its packages are installed (`nearkin-service[mixed]`) and the processor has AVX2: such multiply int16
   quicker than float32, others were not measured;
-- the device is the CPU;
+- the device is the CPU, or torch sees a GPU whose memory holds the keys of more than 2,048 classes: unlike
+  `flat`, it scores what it found there, too;
 - keys have at most 2,048 elements, or there are 512 classes at least: among fewer, most of the time goes into
   reading the rows, which `flat` does less often;
 - there are few enough classes to compute all products at once, or k is at most a quarter of them: above, the
@@ -47,15 +48,27 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         raise ValueError(f"engine: mixed cannot be used: {lacking}; use engine auto or flat")
     if wanted != "auto":
         return wanted, "asked for"
+    if device != "cpu":
+        return _choose_on_gpu(job)
     if lacking:
         return "flat", f"auto, since {lacking}"
-    if device != "cpu":
-        return "flat", f"auto, since FAISS searches on {device}"
     if job.key_size > LONGEST_AT_ONCE and job.classes < _WORTH_A_SCAN:
         return "flat", "auto, since there are few classes of many elements"
     if job.classes > AT_ONCE and 4 * job.k > job.classes:
         return "flat", "auto, since k is more than a quarter of the classes"
     return "mixed", "auto, since it computes each product once"
+
+
+def _choose_on_gpu(job: Job) -> tuple[str, str]:
+    if missing := mixed_packages_missing():
+        return "flat", f"auto, since {missing}"
+    if job.classes <= AT_ONCE:
+        return "flat", "auto, since there are few classes"
+    from nearkin_service.engines.mixed.gpu import gpu_lacks
+
+    if lacking := gpu_lacks(job.classes, job.key_size):
+        return "flat", f"auto, since {lacking}"
+    return "mixed", "auto, since torch sees a GPU"
 
 
 @cache

@@ -66,6 +66,10 @@ def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: Build
     engine, why = _engine(request, job, device)
     spare = _spare(source, job, engine, device)
     log.info("%d x %d, key %s, k %d: engine %s; %s", *source.rows.shape, source.key, request.k, engine, why)
+    if engine == "mixed" and device != "cpu":
+        from nearkin_service.engines.mixed.gpu import build_on_gpu
+
+        return build_on_gpu(source, request.k, monitor)
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed
 
@@ -116,7 +120,7 @@ def update_table(
 def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
     """What builds this now, and why."""
     engine, why = choose(request.engine, job, device)
-    if engine == "mixed" and request.engine == "auto" and not ready(job):
+    if engine == "mixed" and request.engine == "auto" and device == "cpu" and not ready(job):
         return "flat", "auto, since it is quick and the loops of mixed are still being loaded"
     return engine, why
 

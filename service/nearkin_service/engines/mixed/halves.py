@@ -1,0 +1,73 @@
+"""Keys on a GPU: in float32, and in float16 for products that its matrix units make many times as fast.
+
+Dimension letters: M keys, P keys and what pads them to whole groups, D elements of a key, B keys of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearkin_service.engines.mixed.tiles import product_errors
+
+GROUP = 32
+"""Products of a row of which first only the largest is looked at."""
+_PART = 2048  # elements that the hardware sums in its own order; these sums are added up in float32
+_BLOCK = 1 << 26  # elements that are rounded at once
+
+
+class HalfKeys:
+    """Keys float32 [M, D] on a device of torch, rounded to float16 besides.
+
+    Attributes:
+        whole: float32 [M, D], on the device.
+        errors: float64 [M], by how much at most a value of `products` can differ from the true score.
+    """
+
+    def __init__(self, keys_MD: NDArray[np.float32], device: str) -> None:
+        import torch
+
+        count, size = keys_MD.shape
+        self.whole = torch.from_numpy(keys_MD).to(device)
+        self._halves_PD = torch.zeros(
+            math.ceil(count / GROUP) * GROUP, size, dtype=torch.float16, device=device
+        )
+        lost_M = np.empty(count)
+        step = max(1, _BLOCK // max(1, size))
+        for start in range(0, count, step):
+            some = slice(start, min(count, start + step))
+            halves_BD = self._halves_PD[some]
+            halves_BD.copy_(self.whole[some])
+            away_BD = self.whole[some] - halves_BD.float()  # exact
+            lost_M[some] = away_BD.norm(dim=1, dtype=torch.float64).cpu().numpy() * (1 + 1e-9)
+        cut_off = 2 * (min(size, _PART) + self._parts)  # matrix units do not round, which loses twice as much
+        self.errors = product_errors(lost_M, cut_off) + self._rounded_away()
+
+    @property
+    def _parts(self) -> int:
+        return math.ceil(self.whole.shape[1] / _PART)
+
+    def _rounded_away(self) -> float:
+        """What storing parts of a product in float16 takes: a share of |a||b|, or half a least step."""
+        return 2.0**-11 * 1.001 + self._parts * 2.0**-24
+
+    def products(self, some: Any) -> Any:
+        """Of the keys in some positions with all, float16 or float32 [B, P]; beyond the last key -inf."""
+        import torch
+
+        parts = [slice(start, start + _PART) for start in range(0, self.whole.shape[1], _PART)]
+        rows_BD = self._halves_PD[some]
+        products_BP = rows_BD[:, parts[0]] @ self._halves_PD[:, parts[0]].T
+        if len(parts) > 1:
+            products_BP = products_BP.float()
+            for part in parts[1:]:
+                products_BP += rows_BD[:, part] @ self._halves_PD[:, part].T
+        products_BP[:, len(self.whole) :] = -torch.inf
+        return products_BP
+
+    def bytes_per_row(self) -> int:
+        """Of a block's products, while they are made."""
+        return len(self._halves_PD) * (2 if self._parts == 1 else 6)
