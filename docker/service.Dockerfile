@@ -2,6 +2,8 @@
 #   docker build -f docker/service.Dockerfile --target cpu -t nearkin/service .
 #   docker build -f docker/service.Dockerfile --target gpu -t nearkin/service:gpu .
 # The gpu target brings FAISS with its own CUDA 12 libraries; the host needs the NVIDIA driver and container toolkit.
+# --build-arg EXTRAS=tracing,mixed adds engine mixed, and with it PyTorch: from PyPI gigabytes on x86, since it holds
+# CUDA. PIP_EXTRA_INDEX_URL, another build argument, is for an index that has it without.
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/nearkin
@@ -11,10 +13,12 @@ COPY protos ./protos
 COPY service ./service
 
 FROM build AS build-cpu
-RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[cpu,tracing]'
+ARG EXTRAS=tracing PIP_EXTRA_INDEX_URL
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[cpu,$EXTRAS]"
 
 FROM build AS build-gpu
-RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos './service[gpu,tracing]'
+ARG EXTRAS=tracing PIP_EXTRA_INDEX_URL
+RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[gpu,$EXTRAS]"
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime
 # libgomp: FAISS's threads. The user's number is fixed so that volumes keep their owner across images.
@@ -22,7 +26,8 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin nearkin \
     && install -d -o nearkin -g nearkin -m 0700 /data /run/nearkin
-ENV PATH=/opt/nearkin/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Engine mixed keeps its compiled loops where a read-only root lets it.
+ENV PATH=/opt/nearkin/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR=/tmp/numba
 USER nearkin
 VOLUME /data
 EXPOSE 50051 50052 9100
