@@ -2,8 +2,7 @@
 #   docker build -f docker/service.Dockerfile --target cpu -t nearkin/service .
 #   docker build -f docker/service.Dockerfile --target gpu -t nearkin/service:gpu .
 # The gpu target brings FAISS with its own CUDA 12 libraries; the host needs the NVIDIA driver and container toolkit.
-# --build-arg EXTRAS=tracing,mixed adds engine mixed, and with it PyTorch: from PyPI gigabytes on x86, since it holds
-# CUDA. PIP_EXTRA_INDEX_URL, another build argument, is for an index that has it without.
+# --build-arg EXTRAS=tracing,mixed adds engine mixed, and with it PyTorch: on x86 PyPI's holds CUDA, some gigabytes.
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/nearkin
@@ -13,11 +12,11 @@ COPY protos ./protos
 COPY service ./service
 
 FROM build AS build-cpu
-ARG EXTRAS=tracing PIP_EXTRA_INDEX_URL
+ARG EXTRAS=tracing
 RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[cpu,$EXTRAS]"
 
 FROM build AS build-gpu
-ARG EXTRAS=tracing PIP_EXTRA_INDEX_URL
+ARG EXTRAS=tracing
 RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[gpu,$EXTRAS]"
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime

@@ -48,6 +48,8 @@ def build_on_gpu(source: KeyedRows, k: int, monitor: BuildMonitor, device: str =
         ValueError: the keys do not fit into the GPU's memory, or torch has none.
         RuntimeError: the GPU's answer to a small question is wrong.
     """
+    import torch
+
     began = time.monotonic()
     present = source.present()
     lacking = gpu_lacks(len(present), source.key_size) if device == "cuda" else None
@@ -58,6 +60,7 @@ def build_on_gpu(source: KeyedRows, k: int, monitor: BuildMonitor, device: str =
     fill_keys(keys_MD, source, present, monitor)
     keyed = time.monotonic()
     ranks_Mk, redone, seconds = self_join(keys_MD, k, monitor, device)
+    torch.cuda.empty_cache()  # FAISS may want it
     ids, scores = spread(ranks_Mk, present, len(source.rows))
     return BuiltTable(
         ids, scores, "mixed", device, True, redone, {"keys": keyed - began, **seconds}, versions()
