@@ -86,7 +86,7 @@ def test_rows_in_doubt_look_at_more_and_then_at_everybody(device: str) -> None:
     assert table.recomputed_rows > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_small_table_is_right(data: Any) -> None:
     count = data.draw(st.integers(2, 200))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nearkin_trainer.matching.cpu.instructions import HAS_AVX512
 
 ROOT = Path(__file__).parents[3]
 AVX2 = {
@@ -26,6 +27,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+@pytest.mark.skipif(not HAS_AVX512, reason="the other tests run these loops here")
 def test_sixteen_registers_of_eight_floats() -> None:
     # Tiles, stretches of channels and transposes are smaller than with AVX-512.
     command = [sys.executable, "-c", SCRIPT, "tests/trainer/matching/test_backends.py"]
