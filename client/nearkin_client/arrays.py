@@ -104,9 +104,7 @@ class _Described:
     def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
         step = max(1, self._block_bytes() // self.row_bytes)
         for at in range(start, stop, step):
-            block = self.payload(at, min(at + step, stop))
-            for begin in range(0, len(block), PIECE_BYTES):
-                yield block[begin : begin + PIECE_BYTES]
+            yield from in_pieces(self.payload(at, min(at + step, stop)), self.row_bytes, PIECE_BYTES)
 
     def _block_bytes(self) -> int:
         """What is converted at a time."""
@@ -159,7 +157,7 @@ def in_pieces(data: memoryview, row_bytes: int, most: int) -> Iterator[memoryvie
     step = max(row_bytes, most // row_bytes * row_bytes)
     for at in range(0, len(data), step):
         block = data[at : at + step]
-        for begin in range(0, len(block), max(most, 1)):
+        for begin in range(0, len(block), most):
             yield block[begin : begin + most]
 
 

@@ -123,3 +123,17 @@ def test_a_row_larger_than_a_piece_is_looked_at_in_parts(monkeypatch: pytest.Mon
     assert all(arrays.sound(piece, rows) for piece in rows.pieces(0, 2))
     values[1, 99] = np.nan
     assert [arrays.sound(piece, rows) for piece in rows.pieces(0, 2)] == [True, True, True, False]
+
+
+def test_pieces_hold_whole_rows_if_more_than_a_piece_is_converted_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, whose blocks are larger."""
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(arrays._Described, "_block_bytes", lambda self: 4000)
+    values = np.ones((25, 100), np.float32)
+    rows = as_rows("embeddings", values, None)
+    pieces = list(rows.pieces(0, 25))
+    assert {len(piece) for piece in pieces} == {800, 400}
+    assert b"".join(pieces) == values.tobytes()
+    assert all(arrays.sound(piece, rows) for piece in pieces)
