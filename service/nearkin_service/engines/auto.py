@@ -25,7 +25,7 @@ from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
 ENGINES = ("auto", "flat", "mixed", "ivf")
 _WORTH_A_SCAN = 512
 _PACKAGES = ("torch", "numba")
-_INSTRUCTIONS = "avx2"
+_INSTRUCTION = "avx2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +90,4 @@ def _instructions_missing() -> str | None:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return "the processor's instructions are unknown"
-    return None if _INSTRUCTIONS in flags.split() else f"this processor does not have {_INSTRUCTIONS}"
+    return None if _INSTRUCTION in flags.split() else f"this processor does not have {_INSTRUCTION}"

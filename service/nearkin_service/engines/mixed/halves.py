@@ -31,6 +31,7 @@ class HalfKeys:
         import torch
 
         count, size = keys_MD.shape
+        self._parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
         self.whole = torch.from_numpy(keys_MD).to(device)
         self._halves_PD = torch.zeros(
             math.ceil(count / GROUP) * GROUP, size, dtype=torch.float16, device=device
@@ -43,31 +44,28 @@ class HalfKeys:
             halves_BD.copy_(self.whole[some])
             away_BD = self.whole[some] - halves_BD.float()  # exact
             lost_M[some] = away_BD.norm(dim=1, dtype=torch.float64).cpu().numpy() * (1 + 1e-9)
-        cut_off = 2 * (min(size, _PART) + self._parts)  # matrix units do not round, which loses twice as much
+        cut_off = 2 * (
+            min(size, _PART) + len(self._parts)
+        )  # matrix units do not round, which loses twice as much
         self.errors = product_errors(lost_M, cut_off) + self._rounded_away()
-
-    @property
-    def _parts(self) -> int:
-        return math.ceil(self.whole.shape[1] / _PART)
 
     def _rounded_away(self) -> float:
         """What storing parts of a product in float16 takes: a share of |a||b|, or half a least step."""
-        return 2.0**-11 * 1.001 + self._parts * 2.0**-24
+        return 2.0**-11 * 1.001 + len(self._parts) * 2.0**-24
 
     def products(self, some: Any) -> Any:
         """Of the keys in some positions with all, float16 or float32 [B, P]; beyond the last key -inf."""
         import torch
 
-        parts = [slice(start, start + _PART) for start in range(0, self.whole.shape[1], _PART)]
-        rows_BD = self._halves_PD[some]
-        products_BP = rows_BD[:, parts[0]] @ self._halves_PD[:, parts[0]].T
-        if len(parts) > 1:
+        rows_BD, (first, *others) = self._halves_PD[some], self._parts
+        products_BP = rows_BD[:, first] @ self._halves_PD[:, first].T
+        if others:
             products_BP = products_BP.float()
-            for part in parts[1:]:
-                products_BP += rows_BD[:, part] @ self._halves_PD[:, part].T
+        for part in others:
+            products_BP += rows_BD[:, part] @ self._halves_PD[:, part].T
         products_BP[:, len(self.whole) :] = -torch.inf
         return products_BP
 
     def bytes_per_row(self) -> int:
         """Of a block's products, while they are made."""
-        return len(self._halves_PD) * (2 if self._parts == 1 else 6)
+        return len(self._halves_PD) * (2 if len(self._parts) == 1 else 6)
