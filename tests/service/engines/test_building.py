@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,24 @@ def test_auto_leaves_few_long_keys_to_flat(job: tuple[int, int, int], engine: st
     if auto.mixed_lacks():
         pytest.skip("auto does not take engine mixed here")
     assert auto.choose("auto", auto.Job(*job), "cpu")[0] == engine
+
+
+@pytest.mark.parametrize(
+    ("flags", "engine"), [("fpu sse4_2 avx avx2 fma", "mixed"), ("fpu sse4_2 avx", "flat")]
+)
+def test_auto_asks_for_avx2(flags: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if auto.mixed_packages_missing():
+        pytest.skip("nearkin-service[mixed] is not installed")
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"flags\t\t: {flags}\n", encoding="ascii")
+    monkeypatch.setattr(auto, "Path", lambda name: told)
+    auto.mixed_lacks.cache_clear()
+    try:
+        chosen, why = auto.choose("auto", auto.Job(20_000, 512, 32), "cpu")
+    finally:
+        auto.mixed_lacks.cache_clear()
+    assert chosen == engine
+    assert engine == "mixed" or "does not have avx2" in why
 
 
 def test_a_quick_table_does_not_wait_for_compiled_loops(
