@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-NEARKIN := -e ./protos -e ./client -e './service[cpu]' -e ./trainer
+NEARKIN := -e ./protos -e ./client -e './service[cpu,mixed]' -e ./trainer
 MANIFESTS := constraints.txt $(wildcard */pyproject.toml)
 
 .PHONY: setup demo test check format stubs bench fuzz soak constraints clean

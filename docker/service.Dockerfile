@@ -2,7 +2,7 @@
 #   docker build -f docker/service.Dockerfile --target cpu -t nearkin/service .
 #   docker build -f docker/service.Dockerfile --target gpu -t nearkin/service:gpu .
 # The gpu target brings FAISS with its own CUDA 12 libraries; the host needs the NVIDIA driver and container toolkit.
-# --build-arg EXTRAS=tracing,mixed adds engine mixed, and with it PyTorch: on x86 PyPI's holds CUDA, some gigabytes.
+# Engine mixed needs PyTorch on GPUs, and gains from it where there is AMX; PyPI's brings gigabytes of CUDA libraries.
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/nearkin
@@ -12,11 +12,11 @@ COPY protos ./protos
 COPY service ./service
 
 FROM build AS build-cpu
-ARG EXTRAS=tracing
+ARG EXTRAS=tracing,mixed
 RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[cpu,$EXTRAS]"
 
 FROM build AS build-gpu
-ARG EXTRAS=tracing
+ARG EXTRAS=tracing,mixed,torch
 RUN /opt/nearkin/bin/pip install --quiet -c constraints.txt ./protos "./service[gpu,$EXTRAS]"
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime

@@ -4,8 +4,8 @@
 
 - its packages are installed (`nearkin-service[mixed]`) and the processor has AVX2: such multiply int16
   quicker than float32, others were not measured;
-- the device is the CPU, or torch sees a GPU whose memory holds the keys of more than 2,048 classes: unlike
-  `flat`, it scores what it found there, too;
+- the device is the CPU, or torch (`nearkin-service[torch]`) sees a GPU whose memory holds the keys of more
+  than 2,048 classes: unlike `flat`, it scores what it found there, too;
 - keys have at most 2,048 elements, or there are 512 classes at least: among fewer, most of the time goes into
   reading the rows, which `flat` does less often;
 - there are few enough classes to compute all products at once, or k is at most a quarter of them: above, the
@@ -18,13 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
+from nearkin_service.engines.devices import processor_flags
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
 _WORTH_A_SCAN = 512
-_PACKAGES = ("torch", "numba")
+_PACKAGES = {"numba": "mixed", "threadpoolctl": "mixed"}  # and the extra that brings it
+_PACKAGES_ON_GPU = {**_PACKAGES, "torch": "torch"}
 _INSTRUCTION = "avx2"
 
 
@@ -43,14 +44,14 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
     Raises:
         ValueError: it was asked for by name and cannot be used here.
     """
-    lacking = mixed_lacks()
-    if wanted == "mixed" and mixed_packages_missing():
-        raise ValueError(f"engine: mixed cannot be used: {lacking}; use engine auto or flat")
+    missing = mixed_packages_missing(device)
+    if wanted == "mixed" and missing:
+        raise ValueError(f"engine: mixed cannot be used on {device}: {missing}; use engine auto or flat")
     if wanted != "auto":
         return wanted, "asked for"
     if device != "cpu":
-        return _choose_on_gpu(job)
-    if lacking:
+        return _choose_on_gpu(job, missing)
+    if lacking := mixed_lacks():
         return "flat", f"auto, since {lacking}"
     if job.key_size > LONGEST_AT_ONCE and job.classes < _WORTH_A_SCAN:
         return "flat", "auto, since there are few classes of many elements"
@@ -59,8 +60,8 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
     return "mixed", "auto, since it computes each product once"
 
 
-def _choose_on_gpu(job: Job) -> tuple[str, str]:
-    if missing := mixed_packages_missing():
+def _choose_on_gpu(job: Job, missing: str | None) -> tuple[str, str]:
+    if missing:
         return "flat", f"auto, since {missing}"
     if job.classes <= AT_ONCE:
         return "flat", "auto, since there are few classes"
@@ -73,21 +74,22 @@ def _choose_on_gpu(job: Job) -> tuple[str, str]:
 
 @cache
 def mixed_lacks() -> str | None:
-    """What keeps `mixed` from paying here, or None."""
+    """What keeps `mixed` from paying on the CPU, or None."""
     return mixed_packages_missing() or _instructions_missing()
 
 
-def mixed_packages_missing() -> str | None:
-    """What to install before `mixed` can be used, or None."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
+def mixed_packages_missing(device: str = "cpu") -> str | None:
+    """What to install before `mixed` can be used there, or None."""
+    needed = _PACKAGES if device == "cpu" else _PACKAGES_ON_GPU
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed (pip install 'nearkin-service[mixed]')"
+        extras = ",".join(dict.fromkeys(needed[name] for name in missing))
+        return f"{' and '.join(missing)} not installed (pip install 'nearkin-service[{extras}]')"
     return None
 
 
 def _instructions_missing() -> str | None:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
+    flags = processor_flags()
+    if not flags:
         return "the processor's instructions are unknown"
-    return None if _INSTRUCTION in flags.split() else f"this processor does not have {_INSTRUCTION}"
+    return None if _INSTRUCTION in flags else f"this processor does not have {_INSTRUCTION}"

@@ -126,7 +126,7 @@ def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
 
 
 def _means(engine: str, job: Job) -> Means:
-    """How an update by this engine goes about it; few classes are not worth importing torch for."""
+    """How an update by this engine goes about it; few classes are not worth loading loops for."""
     if engine != "mixed" or job.classes <= AT_ONCE:
         full_build = 1.0 if engine == "flat" else 0.3
         return Means(partial(ByIndex, full_build), full_build / 2)

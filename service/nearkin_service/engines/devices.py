@@ -1,10 +1,11 @@
-"""Which FAISS is installed, what it can use, and whether it computes."""
+"""What can compute here: the processor, the FAISS that is installed and its GPUs, and whether it is right."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def faiss_version() -> str:
     load_faiss()
     name = faiss_distributions()[0]
     return f"{name} {metadata.version(name)}"
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """Instruction sets of the processor, as Linux names them ("avx2"); none where it does not tell."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    return frozenset(told.split())
 
 
 def gpu_count() -> int:

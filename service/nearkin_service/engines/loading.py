@@ -1,6 +1,6 @@
 """Whether the compiled loops of engine `mixed` are there yet.
 
-The first use in a process imports numba and torch and loads machine code, or compiles it where no folder
+The first use in a process imports numba and loads machine code, or compiles it where no folder
 keeps it: seconds. A table that FAISS builds in less does not wait for that; it is built by `flat`, the same
 bytes, while a thread loads the loops for the next ones.
 """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,10 @@ def test_auto_leaves_few_long_keys_to_flat(job: tuple[int, int, int], engine: st
 @pytest.mark.parametrize(
     ("flags", "engine"), [("fpu sse4_2 avx avx2 fma", "mixed"), ("fpu sse4_2 avx", "flat")]
 )
-def test_auto_asks_for_avx2(flags: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_asks_for_avx2(flags: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if auto.mixed_packages_missing():
         pytest.skip("nearkin-service[mixed] is not installed")
-    told = tmp_path / "cpuinfo"
-    told.write_text(f"flags\t\t: {flags}\n", encoding="ascii")
-    monkeypatch.setattr(auto, "Path", lambda name: told)
+    monkeypatch.setattr(auto, "processor_flags", lambda: frozenset(flags.split()))
     auto.mixed_lacks.cache_clear()
     try:
         chosen, why = auto.choose("auto", auto.Job(20_000, 512, 32), "cpu")
@@ -141,6 +140,40 @@ def test_auto_without_the_extra_is_flat_and_says_so(
     with pytest.raises(ValueError, match=r"nearkin-service\[mixed\]"):
         build(rows, 5, "mixed")
     auto.mixed_lacks.cache_clear()
+
+
+_WITHOUT_TORCH = """
+import sys
+import numpy as np
+sys.modules["torch"] = None  # importing it fails
+from nearkin_service.engines import BuildRequest, build_table
+from nearkin_service.engines.pacing import Silence
+
+for classes, size, k in [(300, 40, 5), (2100, 16, 9), (2100, 600, 9)]:
+    rows = np.random.default_rng(0).standard_normal((classes, size), dtype=np.float32)
+    tables = [
+        build_table(rows, BuildRequest((size,), "flat", k, engine, "cpu", np.empty(0, np.int64)), Silence())
+        for engine in ("flat", "mixed")
+    ]
+    assert [table.engine for table in tables] == ["flat", "mixed"]
+    assert tables[0].ids.tobytes() == tables[1].ids.tobytes()
+    assert tables[0].scores.tobytes() == tables[1].scores.tobytes()
+"""
+
+
+def test_mixed_needs_no_torch_on_a_cpu() -> None:
+    if auto.mixed_packages_missing():
+        pytest.skip("nearkin-service[mixed] is not installed")
+    subprocess.run([sys.executable, "-c", _WITHOUT_TORCH], check=True, timeout=200)
+
+
+def test_mixed_on_a_gpu_names_the_extra_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(ValueError, match=r"mixed cannot be used on cuda: torch .*nearkin-service\[torch\]"):
+        auto.choose("mixed", auto.Job(20_000, 64, 5), "cuda")
+    engine, why = auto.choose("auto", auto.Job(20_000, 64, 5), "cuda")
+    assert engine == "flat"
+    assert "nearkin-service[torch]" in why
 
 
 def test_cuda_without_a_gpu_is_an_error() -> None:

@@ -9,6 +9,7 @@ Dimension letters: M keys, P keys padded to whole blocks, D elements of a key, B
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class FixedKeys:
         """For one thread."""
         shape = self.count, self._size, self.block
         return _Multiplier(self._packed, self._factors_P, shape)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Nothing to prepare."""
+        return nullcontext()
 
 
 class _Multiplier:

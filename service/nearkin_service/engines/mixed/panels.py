@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.ranking import STEP, best_of_panel
-from nearkin_service.engines.mixed.threads import one_thread, torch_alone
+from nearkin_service.engines.mixed.threads import one_thread_each
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _ONE_BY_ONE = 32  # so few rows are better settled one after the other than against all keys
@@ -44,14 +43,12 @@ def search_in_panels(
 
     Ranks hold the keys' positions, or their names where those are given: then ties go to the lower name.
     """
-    import torch
-
     count, size = keys_MD.shape
     ranks_Qk = np.full((len(queries.own), k), EMPTY)
     if not count:
         return ranks_Qk, 0
     doubtful = np.zeros(len(queries.own), np.bool_)
-    keys, local = torch.from_numpy(keys_MD), threading.local()
+    local = threading.local()
     shared = math.ceil(len(queries.own) / worker_count())
     cached = max(_LEAST_ROWS, _PER_ELEMENT * size // count)
     rows = max(1, min(_PANEL_ROWS, _PANEL_ELEMENTS // count, _PANEL_PRODUCTS // keys_MD.size, shared, cached))
@@ -60,16 +57,15 @@ def search_in_panels(
 
     def search(first: int) -> None:
         if not hasattr(local, "panel"):
-            one_thread()
-            local.panel, local.part = torch.empty((rows, count)), torch.empty((rows, count))
+            local.panel, local.part = np.empty((2, rows, count), np.float32)
         some = slice(first, first + rows)
         queries_QD = np.ascontiguousarray(queries.keys[some])
-        multiply(torch.from_numpy(queries_QD), keys, local.panel, local.part)
+        products_QM, part_QM = local.panel[: len(queries_QD)], local.part[: len(queries_QD)]
+        multiply(queries_QD, keys_MD, products_QM, part_QM)
         asked = queries_QD, queries.own[some]
-        products_QM = local.panel[: len(queries_QD)].numpy()
         best_of_panel(products_QM, asked, task, ranks_Qk[some], doubtful[some])
 
-    with torch_alone():
+    with one_thread_each():
         in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
     redo = np.flatnonzero(doubtful)
     remaining = Queries(queries.keys[redo], queries.own[redo])
@@ -83,18 +79,20 @@ def summed_at_most(size: int) -> int:
     return size if parts < 2 else _SUMMED + parts
 
 
-def multiply(rows: Any, columns: Any, product: Any, part: Any) -> None:
-    """All pairs' products, part by part of the elements, into the upper rows of `product`.
+def multiply(
+    queries_QD: NDArray[np.float32],
+    keys_MD: NDArray[np.float32],
+    products_QM: NDArray[np.float32],
+    part_QM: NDArray[np.float32],
+) -> None:
+    """All pairs' products, part by part of the elements, into `products_QM`.
 
-    Each sees at most `summed_at_most` roundings; `part` is room for another product like this one.
+    Each sees at most `summed_at_most` roundings; `part_QM` is room for another product like this one.
     """
-    import torch
-
-    product, part = product[: len(rows)], part[: len(rows)]
-    torch.mm(rows[:, :_SUMMED], columns[:, :_SUMMED].T, out=product)
-    for start in range(_SUMMED, rows.shape[1], _SUMMED):
+    np.matmul(queries_QD[:, :_SUMMED], keys_MD[:, :_SUMMED].T, out=products_QM)
+    for start in range(_SUMMED, keys_MD.shape[1], _SUMMED):
         some = slice(start, start + _SUMMED)
-        product += torch.mm(rows[:, some], columns[:, some].T, out=part)
+        products_QM += np.matmul(queries_QD[:, some], keys_MD[:, some].T, out=part_QM)
 
 
 def settled(

@@ -7,6 +7,9 @@ of a block.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,12 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.mixed.compiling import compiled_loosely
 from nearkin_service.engines.mixed.simd import WIDTH
-from nearkin_service.engines.mixed.threads import one_thread
 from nearkin_service.engines.mixed.tiles import blocks_of, product_errors
 from nearkin_service.engines.mixed.values import ROUNDING
+from nearkin_service.engines.workers import worker_count
 
+_asking = threading.Lock()
+_before: list[int] = []
 _STRIP = 128  # rows of a tile on the diagonal, of which one half is copied from the other
 
 
@@ -48,12 +53,30 @@ class RoundedKeys:
         """For one thread."""
         return _Multiplier(self._bits_ME, self.block)
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Torch uses one thread for each that multiplies, and as many as before afterwards.
+
+        What it had before is asked for once: where another build is under way, it would answer 1. A thread
+        that first uses torch then is given 1 too, and so is FAISS where both share one OpenMP.
+        """
+        import torch
+
+        with _asking:
+            if not _before:
+                worker_count()
+                _before.append(torch.get_num_threads())
+        try:
+            yield
+        finally:
+            torch.set_num_threads(_before[0])
+
 
 class _Multiplier:
     def __init__(self, bits_ME: NDArray[np.uint16], block: int) -> None:
         import torch
 
-        one_thread()
+        torch.set_num_threads(1)  # for this thread
         self._block = block
         self._values = torch.from_numpy(bits_ME.view(np.int16)).view(torch.bfloat16)
         self._tile = torch.empty((block, block), dtype=torch.bfloat16)

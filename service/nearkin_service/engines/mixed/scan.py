@@ -10,12 +10,8 @@ G of a group.
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,17 +23,13 @@ from nearkin_service.engines.mixed.fixed import FixedKeys
 from nearkin_service.engines.mixed.held import ImpliedKeys, KeptKeys, Keys, as_read_only, multiply_rows
 from nearkin_service.engines.mixed.kernels import Sieve, sieve_columns, sieve_rows
 from nearkin_service.engines.mixed.products import aligned
+from nearkin_service.engines.mixed.quickest import fastest_products
 from nearkin_service.engines.mixed.rounded import RoundedKeys
-from nearkin_service.engines.mixed.threads import one_thread, torch_alone
 from nearkin_service.engines.mixed.tiles import TileKeys
 from nearkin_service.engines.mixed.values import VACANT
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
-log = logging.getLogger("nearkin.engines")
-
-_TRIED, _TRIALS = 512, 7
-_WORTH_ROUNDING = 1.2
 _GROUPS = 16  # of keys that are put in the tiles' type at once
 
 
@@ -55,39 +47,6 @@ def tile_keys(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
 
 def _room(count: int, size: int) -> FixedKeys | RoundedKeys:
     return RoundedKeys(count, size) if fastest_products() == "bfloat16" else FixedKeys(count, size)
-
-
-@cache
-def fastest_products() -> str:
-    """What tiles are multiplied in: "bfloat16" where that gains something, else "int16".
-
-    Processors with AMX multiply bfloat16 several times as fast as anything else that is as precise. Others do
-    not, and int16 leaves fewer rows in doubt.
-    """
-    import torch
-
-    rounded = torch.randn(_TRIED, _TRIED).to(torch.bfloat16)
-    out = torch.empty_like(rounded)
-    fixed = FixedKeys(_TRIED, _TRIED)
-    fixed.put(0, np.random.default_rng(0).standard_normal((_TRIED, _TRIED), np.float32))
-    multiplier = fixed.multiplier()
-    with torch_alone():
-        one_thread()
-        ratio = _least_seconds(lambda: multiplier.tile(0, 0)) / _least_seconds(
-            lambda: torch.mm(rounded, rounded.T, out=out)
-        )
-    chosen = "bfloat16" if ratio > _WORTH_ROUNDING else "int16"
-    log.info("tiles are multiplied in %s: bfloat16 is %.1f times as fast as int16 here", chosen, ratio)
-    return chosen
-
-
-def _least_seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def keys_for_tiles(
@@ -169,7 +128,7 @@ def scan(
         for offset in range(blocks)
         for block in range(min(upper_blocks, blocks - offset))
     ]
-    with torch_alone():
+    with keys.computing():
         in_threads(sieve_tile, tiles[:upper_blocks], lambda begun: monitor.check())
         in_threads(
             sieve_tile, tiles[upper_blocks:], lambda begun: pace.done(count * begun // max(1, len(tiles)))

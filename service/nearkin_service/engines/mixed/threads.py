@@ -1,38 +1,36 @@
-"""Torch computes with one thread per worker during a build, and with as many as before afterwards."""
+"""A build's own threads, each with one thread of the matrix library: more would wait for each other.
+
+What a library had before it has again when the last build is done that asked for this.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
-from nearkin_service.engines.workers import worker_count
+from threadpoolctl import ThreadpoolController
 
-_asking = threading.Lock()
-_before: list[int] = []
+_counting = threading.Lock()
+_inside: list[Any] = []  # a build each; the first holds what the libraries had before
 
 
 @contextmanager
-def torch_alone() -> Iterator[None]:
-    """A build; each of its workers calls `one_thread`.
-
-    What torch had before is asked for once: where another build is under way, it would answer 1. A thread
-    that first uses torch then is given 1 too, and so is FAISS where both share one OpenMP.
-    """
-    import torch
-
-    with _asking:
-        if not _before:
-            worker_count()
-            _before.append(torch.get_num_threads())
+def one_thread_each() -> Iterator[None]:
+    """While this lasts, NumPy's products use the calling thread alone."""
+    with _counting:
+        _inside.append(_libraries().limit(limits=1) if not _inside else _inside[0])
     try:
         yield
     finally:
-        torch.set_num_threads(_before[0])
+        with _counting:
+            limited = _inside.pop()
+            if not _inside:
+                limited.restore_original_limits()
 
 
-def one_thread() -> None:
-    """For the thread that calls."""
-    import torch
-
-    torch.set_num_threads(1)
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")

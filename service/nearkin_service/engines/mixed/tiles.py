@@ -6,6 +6,7 @@ Dimension letters: M keys, P keys and what pads them to whole blocks, B rows of 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,9 @@ class TileKeys(Protocol):
 
     def multiplier(self) -> Multiplier:
         """For one thread."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """While multipliers are used."""
 
 
 def product_errors(lost_P: NDArray[np.float64], roundings: int) -> NDArray[np.float64]:

@@ -26,8 +26,9 @@ from nearkin_service.engines.mixed.cpu import search_again, sieve_places
 from nearkin_service.engines.mixed.held import KeptKeys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
+from nearkin_service.engines.mixed.quickest import fastest_products
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at
-from nearkin_service.engines.mixed.scan import Start, fastest_products, scan, tile_keys
+from nearkin_service.engines.mixed.scan import Start, scan, tile_keys
 from nearkin_service.engines.mixed.values import floor_of, limits_below
 
 _ROW_BY_ROW = {"int16": 0.28, "bfloat16": 0.27}  # a full build's time, over that of searching row by row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -13,5 +14,5 @@ from nearkin_service.engines.devices import faiss_version
 @cache
 def versions() -> dict[str, str]:
     """Package versions, for a generation's provenance."""
-    found = {name: metadata.version(name) for name in ("torch", "numba")}
+    found = {name: metadata.version(name) for name in ("numba", "torch") if find_spec(name)}
     return {"faiss": faiss_version(), "numpy": np.__version__, **found}
