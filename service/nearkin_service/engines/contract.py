@@ -21,6 +21,11 @@ LONGEST_AT_ONCE = 2048
 _MOST_IN_RESERVE = 16
 
 
+def computed_at_once(classes: int, key_size: int) -> bool:
+    """Whether `mixed` computes all products of so many keys at once."""
+    return classes <= AT_ONCE and key_size <= LONGEST_AT_ONCE
+
+
 def reserve_places(num_classes: int, k: int) -> int:
     """Neighbours after the k-th that an exact build notes for the update that may follow it.
 

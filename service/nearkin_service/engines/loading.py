@@ -13,7 +13,7 @@ import threading
 import numpy as np
 
 from nearkin_service.engines.auto import Job
-from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
+from nearkin_service.engines.contract import computed_at_once
 from nearkin_service.engines.pacing import Silence
 
 log = logging.getLogger("nearkin.engines")
@@ -49,7 +49,7 @@ def wait(job: Job) -> None:
 
 def _need(classes: int, key_size: int) -> str:
     """Which loops so many classes need."""
-    return "at once" if classes <= AT_ONCE and key_size <= LONGEST_AT_ONCE else "scan"
+    return "at once" if computed_at_once(classes, key_size) else "scan"
 
 
 def _load(need: str) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
-from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE, BuildMonitor, BuiltTable
+from nearkin_service.engines.contract import BuildMonitor, BuiltTable, computed_at_once
 from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.loading import loaded
@@ -38,7 +38,7 @@ def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0
     Few classes are computed at once, more or longer ones by a certified pass that is quick.
     """
     count, size = len(source.rows), source.key_size
-    at_once = count <= AT_ONCE and size <= LONGEST_AT_ONCE
+    at_once = computed_at_once(count, size)
     table = build_direct(source, k + spare, monitor) if at_once else scanned(source, k, monitor, spare)
     if at_once or not short_enough(count, size, k):
         loaded(count, size)
