@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nearkin_service.engines import BuildRequest, auto, build_table, loading, worker_count
+from nearkin_service.engines import BuildRequest, auto, build_table, loading, ways, worker_count
 from nearkin_service.engines.pacing import Silence
 from numpy.typing import NDArray
 
@@ -97,7 +97,7 @@ def ours(keys: NDArray[np.float32], k: int, engine: str = "auto") -> Any:
 
 def warm_up(problem: Problem) -> None:
     """Compiled loops are there, threads are awake."""
-    job = auto.Job(problem.N, problem.D, problem.k)
+    job = ways.Job(problem.N, problem.D, problem.k)
     if auto.choose("auto", job, "cpu")[0] == "mixed":
         loading.wait(job)
     ours(problem.keys()[: max(2100, 5 * problem.k)], problem.k)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_service.engines import contract
+from nearkin_service.engines import ways
 
 from tests.service.conftest import Service, brute_force, random_rows
 
@@ -73,7 +73,7 @@ def test_a_flipped_bit_is_found(left: Path, name: str, said: str) -> None:
 
 @pytest.fixture
 def left_with_reserve(start_service: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(contract, "AT_ONCE", 0)
+    monkeypatch.setattr(ways, "AT_ONCE", 0)
     service = start_service()
     service.caller().push(ROWS, 0)
     service.stop()

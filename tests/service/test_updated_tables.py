@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_service.engines import contract
+from nearkin_service.engines import ways
 from nearkin_service.store.atomic import read_document, write_document
 from numpy.typing import NDArray
 
@@ -117,7 +117,7 @@ def test_damage_to_the_parent_does_not_reach_its_child(
 @pytest.fixture
 def with_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tables hold a reserve too."""
-    monkeypatch.setattr(contract, "AT_ONCE", 0)
+    monkeypatch.setattr(ways, "AT_ONCE", 0)
 
 
 def leave(path: Path) -> None:

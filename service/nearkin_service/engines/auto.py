@@ -15,27 +15,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from nearkin_service.engines.contract import AT_ONCE, LONGEST_AT_ONCE
-from nearkin_service.engines.devices import processor_flags
+from nearkin_service.engines.installed import processor_flags
+from nearkin_service.engines.ways import LONGEST_AT_ONCE, Job, few
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
 _WORTH_A_SCAN = 512
 _PACKAGES = {"numba": "mixed", "threadpoolctl": "mixed"}  # and the extra that brings it
 _PACKAGES_ON_GPU = {**_PACKAGES, "torch": "torch"}
 _INSTRUCTION = "avx2"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a table is built of: classes, elements of a key, neighbours."""
-
-    classes: int
-    key_size: int
-    k: int
 
 
 def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
@@ -55,7 +45,7 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
         return "flat", f"auto, since {lacking}"
     if job.key_size > LONGEST_AT_ONCE and job.classes < _WORTH_A_SCAN:
         return "flat", "auto, since there are few classes of many elements"
-    if job.classes > AT_ONCE and 4 * job.k > job.classes:
+    if not few(job.classes) and 4 * job.k > job.classes:
         return "flat", "auto, since k is more than a quarter of the classes"
     return "mixed", "auto, since it computes each product once"
 
@@ -63,9 +53,9 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
 def _choose_on_gpu(job: Job, missing: str | None) -> tuple[str, str]:
     if missing:
         return "flat", f"auto, since {missing}"
-    if job.classes <= AT_ONCE:
+    if few(job.classes):
         return "flat", "auto, since there are few classes"
-    from nearkin_service.engines.mixed.gpu import gpu_lacks
+    from nearkin_service.engines.mixed.halves import gpu_lacks
 
     if lacking := gpu_lacks(job.classes, job.key_size):
         return "flat", f"auto, since {lacking}"

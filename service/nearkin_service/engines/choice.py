@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.auto import ENGINES, Job, choose, mixed_lacks
+from nearkin_service.engines.auto import ENGINES, choose, mixed_lacks
 from nearkin_service.engines.contract import (
-    AT_ONCE,
     BuildMonitor,
     BuildRequest,
     BuiltTable,
@@ -25,12 +24,13 @@ from nearkin_service.engines.contract import (
     Searcher,
     reserve_places,
 )
-from nearkin_service.engines.devices import faiss_version, resolve_device
+from nearkin_service.engines.devices import resolve_device
 from nearkin_service.engines.flat import FlatSearcher, build_flat
 from nearkin_service.engines.incremental import Depth, Means, fits, update
+from nearkin_service.engines.installed import faiss_version
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
-from nearkin_service.engines.loading import ready
+from nearkin_service.engines.loading import built, ready
 from nearkin_service.engines.qaconv import (
     LocationScore,
     LocationSearcher,
@@ -39,6 +39,7 @@ from nearkin_service.engines.qaconv import (
     candidates_for,
 )
 from nearkin_service.engines.reindexed import ByIndex
+from nearkin_service.engines.ways import Job, few
 
 log = logging.getLogger("nearkin.engines")
 
@@ -73,7 +74,9 @@ def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: Build
     if engine == "mixed":
         from nearkin_service.engines.mixed.cpu import build_mixed
 
-        return _split(build_mixed(source, request.k, monitor, spare), request.k)
+        table = build_mixed(source, request.k, monitor, spare)
+        built(job)
+        return _split(table, request.k)
     if engine == "ivf":
         return build_ivf(source, request.k, request.target_recall, monitor)
     return _split(build_flat(source, request.k, device, monitor, spare), request.k)
@@ -127,7 +130,7 @@ def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
 
 def _means(engine: str, job: Job) -> Means:
     """How an update by this engine goes about it; few classes are not worth loading loops for."""
-    if engine != "mixed" or job.classes <= AT_ONCE:
+    if engine != "mixed" or few(job.classes):
         full_build = 1.0 if engine == "flat" else 0.3
         return Means(partial(ByIndex, full_build), full_build / 2)
     from nearkin_service.engines.mixed.updating import ByTiles

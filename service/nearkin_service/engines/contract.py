@@ -12,18 +12,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service.engines.ways import few
+
 KeyName = Literal["flat", "pooled", "qaconv"]
 NO_NEIGHBOUR = -1
 """The id where a class has no neighbour; its score is -inf."""
-AT_ONCE = 2048
-"""Classes up to which `mixed` computes all products at once, unless their keys are longer than this:"""
-LONGEST_AT_ONCE = 2048
 _MOST_IN_RESERVE = 16
-
-
-def computed_at_once(classes: int, key_size: int) -> bool:
-    """Whether `mixed` computes all products of so many keys at once."""
-    return classes <= AT_ONCE and key_size <= LONGEST_AT_ONCE
 
 
 def reserve_places(num_classes: int, k: int) -> int:
@@ -31,7 +25,7 @@ def reserve_places(num_classes: int, k: int) -> int:
 
     None of few classes: a full build takes a moment.
     """
-    if num_classes <= AT_ONCE:
+    if few(num_classes):
         return 0
     return max(0, min(-(-k // 4), _MOST_IN_RESERVE, num_classes - 1 - k))
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nearkin_service.engines.canonical import EMPTY, unpack
 from nearkin_service.engines.complete import Queries, complete, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Neighbours
-from nearkin_service.engines.devices import faiss_version, gpu_count, load_faiss
+from nearkin_service.engines.installed import faiss_version, gpu_count, load_faiss
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.pacing import BlockSize, Pace, Silence, blocks
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY, STEPS, best, ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable, Parent
-from nearkin_service.engines.devices import faiss_version
 from nearkin_service.engines.flat import spread
+from nearkin_service.engines.installed import faiss_version
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads

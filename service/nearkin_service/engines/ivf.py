@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from nearkin_service.engines.canonical import EMPTY, best, pair_steps, ranks
 from nearkin_service.engines.complete import Queries
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable, MeasuredRecall
-from nearkin_service.engines.devices import faiss_version, load_faiss
 from nearkin_service.engines.flat import FlatIndex, filled_index, nearest, spread
+from nearkin_service.engines.installed import faiss_version, load_faiss
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import BlockSize, Pace, blocks
 from nearkin_service.engines.workers import in_threads, worker_count

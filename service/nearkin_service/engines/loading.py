@@ -12,9 +12,8 @@ import threading
 
 import numpy as np
 
-from nearkin_service.engines.auto import Job
-from nearkin_service.engines.contract import computed_at_once
 from nearkin_service.engines.pacing import Silence
+from nearkin_service.engines.ways import Job, way_of
 
 log = logging.getLogger("nearkin.engines")
 
@@ -26,7 +25,7 @@ _started: set[str] = set()
 
 def ready(job: Job) -> bool:
     """Whether `mixed` is to build this; if not, it is being loaded from now on."""
-    need = _need(job.classes, job.key_size)
+    need = _need(job)
     if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
         return True
     with _starting:
@@ -36,20 +35,20 @@ def ready(job: Job) -> bool:
     return False
 
 
-def loaded(classes: int, key_size: int) -> None:
-    """A table of so many classes was built by `mixed`."""
-    _loaded[_need(classes, key_size)].set()
+def built(job: Job) -> None:
+    """A table was built by `mixed`, so its loops are there; panels need the least of them."""
+    if way_of(job) != "in panels":
+        _loaded[_need(job)].set()
 
 
 def wait(job: Job) -> None:
     """Return once `ready` says yes."""
     if not ready(job):
-        _loaded[_need(job.classes, job.key_size)].wait()
+        _loaded[_need(job)].wait()
 
 
-def _need(classes: int, key_size: int) -> str:
-    """Which loops so many classes need."""
-    return "at once" if computed_at_once(classes, key_size) else "scan"
+def _need(job: Job) -> str:
+    return "at once" if way_of(job) == "at once" else "scan"
 
 
 def _load(need: str) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
-from nearkin_service.engines.devices import load_faiss
+from nearkin_service.engines.installed import load_faiss
 
 Item = TypeVar("Item")
 _LISTEN_SECONDS = 0.2

@@ -20,6 +20,7 @@ from nearkin_service.engines import (
     loading,
     open_searcher,
     resolve_device,
+    ways,
 )
 from nearkin_service.engines.pacing import Silence
 
@@ -73,7 +74,7 @@ def test_progress_rises_to_the_total(engine: str) -> None:
 @pytest.mark.parametrize(("classes", "k"), [(20, 3), (20, 19), (2100, 20), (2100, 600)])
 def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureFixture) -> None:
     if not auto.mixed_lacks():
-        loading.wait(auto.Job(classes, 8, k))
+        loading.wait(ways.Job(classes, 8, k))
     with caplog.at_level(logging.INFO, "nearkin.engines"):
         table = build(np.random.default_rng(0).standard_normal((classes, 8), dtype=np.float32), k, "auto")
     if auto.mixed_lacks():
@@ -91,7 +92,7 @@ def test_auto_says_what_and_why(classes: int, k: int, caplog: pytest.LogCaptureF
 def test_auto_leaves_few_long_keys_to_flat(job: tuple[int, int, int], engine: str) -> None:
     if auto.mixed_lacks():
         pytest.skip("auto does not take engine mixed here")
-    assert auto.choose("auto", auto.Job(*job), "cpu")[0] == engine
+    assert auto.choose("auto", ways.Job(*job), "cpu")[0] == engine
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_auto_asks_for_avx2(flags: str, engine: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(auto, "processor_flags", lambda: frozenset(flags.split()))
     auto.mixed_lacks.cache_clear()
     try:
-        chosen, why = auto.choose("auto", auto.Job(20_000, 512, 32), "cpu")
+        chosen, why = auto.choose("auto", ways.Job(20_000, 512, 32), "cpu")
     finally:
         auto.mixed_lacks.cache_clear()
     assert chosen == engine
@@ -121,7 +122,7 @@ def test_a_quick_table_does_not_wait_for_compiled_loops(
     with caplog.at_level(logging.INFO, "nearkin.engines"):
         first = build(rows, 5, "auto")
     assert "still being loaded" in caplog.text
-    loading.wait(auto.Job(300, 8, 5))
+    loading.wait(ways.Job(300, 8, 5))
     second = build(rows, 5, "auto")
     assert (first.engine, second.engine) == ("flat", "mixed")
     assert first.ids.tobytes() == second.ids.tobytes()
@@ -170,14 +171,14 @@ def test_mixed_needs_no_torch_on_a_cpu() -> None:
 def test_mixed_on_a_gpu_names_the_extra_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(ValueError, match=r"mixed cannot be used on cuda: torch .*nearkin-service\[torch\]"):
-        auto.choose("mixed", auto.Job(20_000, 64, 5), "cuda")
-    engine, why = auto.choose("auto", auto.Job(20_000, 64, 5), "cuda")
+        auto.choose("mixed", ways.Job(20_000, 64, 5), "cuda")
+    engine, why = auto.choose("auto", ways.Job(20_000, 64, 5), "cuda")
     assert engine == "flat"
     assert "nearkin-service[torch]" in why
 
 
 def test_cuda_without_a_gpu_is_an_error() -> None:
-    from nearkin_service.engines.devices import gpu_count
+    from nearkin_service.engines.installed import gpu_count
 
     if gpu_count():
         pytest.skip("there is a GPU here")

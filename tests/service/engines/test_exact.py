@@ -48,8 +48,8 @@ def test_engines_agree_bit_for_bit(
     scan = importlib.import_module("nearkin_service.engines.mixed.scan")
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
-    monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", direct)
-    monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", panels)
+    monkeypatch.setattr("nearkin_service.engines.ways.AT_ONCE", direct)
+    monkeypatch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", panels)
     rows, k = CASES[name](np.random.default_rng(12))
     flat, mixed = build(rows, k, "flat"), build(rows, k, "mixed")
     np.testing.assert_array_equal(flat.ids, mixed.ids)
@@ -66,7 +66,7 @@ def test_rows_of_large_clusters_get_more_places(
     random = np.random.default_rng(3)
     scan = importlib.import_module("nearkin_service.engines.mixed.scan")
     monkeypatch.setattr(scan, "fastest_products", lambda: products)
-    monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
+    monkeypatch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", 0)
     sieve_places = lambda count, k: (128, count * per_row)  # noqa: E731
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu.sieve_places", sieve_places)
     sizes = [1200, 900, 300, 40]
@@ -124,8 +124,8 @@ def test_small_integers_tie_in_every_way(data: Any) -> None:
 def small_tables(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "scanned":
-            patch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", 0)
-            patch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
+            patch.setattr("nearkin_service.engines.ways.AT_ONCE", 0)
+            patch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", 0)
         yield request.param
 
 

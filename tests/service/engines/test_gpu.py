@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nearkin_service.engines import BuildRequest, BuiltTable, auto, build_table
+from nearkin_service.engines import BuildRequest, BuiltTable, auto, build_table, ways
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import Silence
 from numpy.typing import NDArray
@@ -105,11 +105,11 @@ def test_any_small_table_is_right(data: Any) -> None:
 def test_auto_says_why_a_table_is_not_built_by_torch_on_a_gpu() -> None:
     import torch
 
-    engine, why = auto.choose("auto", auto.Job(100_000, 512, 32), "cuda")
+    engine, why = auto.choose("auto", ways.Job(100_000, 512, 32), "cuda")
     assert (engine == "mixed") == torch.cuda.is_available()
     if engine == "flat":
         assert "sees no GPU" in why
-    assert auto.choose("auto", auto.Job(500, 512, 32), "cuda") == (
+    assert auto.choose("auto", ways.Job(500, 512, 32), "cuda") == (
         "flat",
         "auto, since there are few classes",
     )

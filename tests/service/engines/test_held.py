@@ -42,7 +42,7 @@ def test_implied_keys_are_those_kept(absent: list[int]) -> None:
 
 
 def test_rows_that_can_only_be_read_and_need_the_second_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", 0)
+    monkeypatch.setattr("nearkin_service.engines.ways.AT_ONCE", 0)
     monkeypatch.setattr("nearkin_service.engines.mixed.cpu.sieve_places", lambda count, k: (128, 0))
     random = np.random.default_rng(6)
     rows = np.repeat(random.standard_normal((3, SIZE)), 300, axis=0)

@@ -173,8 +173,8 @@ def test_no_wrong_row_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         for products, places, at_once, panels in PATHS:
             monkeypatch.setattr(scan, "fastest_products", lambda products=products: products)
             monkeypatch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
-            monkeypatch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", at_once)
-            monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", panels)
+            monkeypatch.setattr("nearkin_service.engines.ways.AT_ONCE", at_once)
+            monkeypatch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", panels)
             mixed = build("mixed")
             assert mixed.ids.tobytes() == flat.ids.tobytes(), (products, places, at_once, panels)
             assert mixed.scores.tobytes() == flat.scores.tobytes(), (products, places, at_once, panels)

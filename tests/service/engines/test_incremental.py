@@ -114,7 +114,7 @@ def test_a_reserve_is_not_worth_a_search(engine: str, monkeypatch: pytest.Monkey
     rows = np.repeat(np.eye(110, dtype=np.float32), 21, axis=0)
     if engine == "mixed":  # which in fixed point would prove the rest too
         monkeypatch.setattr("nearkin_service.engines.mixed.scan.fastest_products", lambda: "bfloat16")
-        monkeypatch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
+        monkeypatch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", 0)
     table = build_table(rows, BuildRequest((110,), "flat", 18, engine, "cpu", NOBODY), Silence())
     assert table.reserve is not None
     assert (table.reserve.ids[:, :2] >= 0).all()
@@ -138,9 +138,7 @@ def small_updates(request: pytest.FixtureRequest) -> Iterator[str]:
     """The engine: few classes are scanned in small tiles, hold a reserve, and are updated at any cost."""
     engine, products, places = request.param
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("contract", "choice"):
-            module = importlib.import_module(f"nearkin_service.engines.{name}")
-            patch.setattr(module, "AT_ONCE", 0)
+        patch.setattr("nearkin_service.engines.ways.AT_ONCE", 0)
         patch.setattr("nearkin_service.engines.reindexed.ByIndex.expected_cost", lambda self: 0.0)
         patch.setattr("nearkin_service.engines.flat._SMALL", 0)
         patch.setattr("nearkin_service.engines.flat._LARGE_SHARE", 0)
@@ -149,8 +147,7 @@ def small_updates(request: pytest.FixtureRequest) -> Iterator[str]:
             patch.setattr(scan, "fastest_products", lambda: products)
             patch.setattr("nearkin_service.engines.mixed.tiles._TILE_ROWS", 64)
             patch.setattr("nearkin_service.engines.mixed.tiles._TILE_ROWS_NARROW", 64)
-            patch.setattr("nearkin_service.engines.mixed.cpu.AT_ONCE", 0)
-            patch.setattr("nearkin_service.engines.mixed.cpu._PANEL_ELEMENTS", 0)
+            patch.setattr("nearkin_service.engines.ways._PANEL_ELEMENTS", 0)
             patch.setattr("nearkin_service.engines.mixed.cpu._SIEVE_PLACES", places)
             patch.setattr("nearkin_service.engines.mixed.updating.ByTiles.expected_cost", lambda self: 0.0)
         yield engine

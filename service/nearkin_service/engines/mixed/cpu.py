@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from nearkin_service.engines.canonical import EMPTY
 from nearkin_service.engines.complete import Queries
-from nearkin_service.engines.contract import BuildMonitor, BuiltTable, computed_at_once
+from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
-from nearkin_service.engines.loading import loaded
 from nearkin_service.engines.mixed.direct import build_direct
 from nearkin_service.engines.mixed.held import Keys
 from nearkin_service.engines.mixed.panels import search_in_panels
@@ -25,31 +24,24 @@ from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.tiles import TileKeys
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
+from nearkin_service.engines.ways import Job, way_of
 
 _SIEVE_PLACES = 1 << 26  # of all rows: memory that is not touched unless they hold so much
 _SECOND_BLOCK, _SECOND_ELEMENTS = 256, 1 << 24
-_PANEL_ELEMENTS, _PANEL_NEIGHBOURS = 1 << 20, 256  # of fewer neighbours, fewer elements
 _PANELS_AT_A_TIME = 4096
 
 
 def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
     """The exact neighbour table [N, k + spare], whose spare places may be empty for want of proof.
 
-    Few classes are computed at once, more or longer ones by a certified pass that is quick.
+    Few classes are computed at once, short keys in panels, all else by a certified pass that is quick.
     """
-    count, size = len(source.rows), source.key_size
-    at_once = computed_at_once(count, size)
-    table = build_direct(source, k + spare, monitor) if at_once else scanned(source, k, monitor, spare)
-    if at_once or not short_enough(count, size, k):
-        loaded(count, size)
-    return table
-
-
-def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) -> BuiltTable:
-    """The exact neighbour table of any number of classes: in panels, or by scanning."""
+    way = way_of(Job(len(source.rows), source.key_size, k))
+    if way == "at once":
+        return build_direct(source, k + spare, monitor)
     began = time.monotonic()
     present = source.present()
-    if short_enough(len(present), source.key_size, k):
+    if way == "in panels":
         keys_MD = aligned((len(present), source.key_size), np.float32)
         fill_keys(keys_MD, source, present, monitor)
         join = partial(in_panels, keys_MD)
@@ -61,11 +53,6 @@ def scanned(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0) ->
     return BuiltTable(
         ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
     )
-
-
-def short_enough(count: int, size: int, k: int) -> bool:
-    """Whether panels are quicker than a scan for so many keys of this size."""
-    return count * size <= _PANEL_ELEMENTS * min(1.0, (k + 32) / _PANEL_NEIGHBOURS)
 
 
 def in_panels(

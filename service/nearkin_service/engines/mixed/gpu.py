@@ -26,7 +26,7 @@ from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import spread
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.cpu import search_again
-from nearkin_service.engines.mixed.halves import GROUP, HalfKeys
+from nearkin_service.engines.mixed.halves import BLOCK_BYTES, GROUP, HalfKeys, gpu_lacks
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import cut_at
 from nearkin_service.engines.mixed.versions import versions
@@ -34,8 +34,6 @@ from nearkin_service.engines.pacing import Pace, Silence
 
 log = logging.getLogger("nearkin.engines")
 
-_BLOCK_BYTES = 1 << 31  # of a block's products
-_BYTES_PER_ELEMENT = 6  # of a key: float32 and float16
 _MOST_ROWS, _FEWER_ROWS = 4096, 256  # the second where more groups are looked at
 _SCORED_BYTES = 1 << 28
 _MORE, _WIDER = 16, 4  # groups beyond the neighbours; times as many for rows without proof
@@ -103,7 +101,7 @@ class _Search:
     def run(self, rows: NDArray[np.int64], groups: int, ranks_Mk: NDArray[np.int64], pace: Pace) -> None:
         """Write the ranks of these rows, found among so many groups; `EMPTY` where that proves nothing."""
         most = _MOST_ROWS if len(rows) == len(ranks_Mk) else _FEWER_ROWS
-        step = max(1, min(most, _BLOCK_BYTES // self._keys.bytes_per_row()))
+        step = max(1, min(most, BLOCK_BYTES // self._keys.bytes_per_row()))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
             found_Qk, reach_Q = self._best(some, groups, ranks_Mk.shape[1])
@@ -207,19 +205,6 @@ def _summing_in_float32() -> Iterator[None]:
         yield
     finally:
         options.allow_fp16_reduced_precision_reduction = before
-
-
-def gpu_lacks(count: int, size: int) -> str | None:
-    """What keeps torch's first GPU from building a table of so many keys, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU"
-    free, _ = torch.cuda.mem_get_info()
-    needed = _BYTES_PER_ELEMENT * count * size + 2 * _BLOCK_BYTES
-    if needed > free:
-        return f"{count} keys of {size} need {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
-    return None
 
 
 @cache

@@ -15,6 +15,9 @@ from nearkin_service.engines.mixed.tiles import product_errors
 
 GROUP = 32
 """Products of a row of which first only the largest is looked at."""
+BLOCK_BYTES = 1 << 31
+"""Of the products of a block of rows."""
+_BYTES_PER_ELEMENT = 6  # of a key: float32 and float16
 _PART = 2048  # elements that the hardware sums in its own order; these sums are added up in float32
 _BLOCK = 1 << 26  # elements that are rounded at once
 
@@ -69,3 +72,16 @@ class HalfKeys:
     def bytes_per_row(self) -> int:
         """Of a block's products, while they are made."""
         return len(self._halves_PD) * (2 if len(self._parts) == 1 else 6)
+
+
+def gpu_lacks(count: int, size: int) -> str | None:
+    """What keeps torch's first GPU from building a table of so many keys, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
+    free, _ = torch.cuda.mem_get_info()
+    needed = _BYTES_PER_ELEMENT * count * size + 2 * BLOCK_BYTES
+    if needed > free:
+        return f"{count} keys of {size} need {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
+    return None

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_service.engines.devices import processor_flags
+from nearkin_service.engines.installed import processor_flags
 from nearkin_service.engines.mixed.fixed import FixedKeys
 from nearkin_service.engines.mixed.rounded import RoundedKeys
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from nearkin_service.engines.devices import faiss_version
+from nearkin_service.engines.installed import faiss_version
 
 
 @cache
