@@ -113,6 +113,17 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
         read_data(tmp_path / "d.csv")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["é".encode("latin-1"), b"\x89PNG", b"a" * 200_000],
+    ids=["latin-1", "png", "a field without end"],
+)
+def test_what_is_no_csv_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.csv").write_bytes(b"label,path,split,is_query,is_gallery\n" + content)
+    with pytest.raises(ValueError, match=r"d\.csv cannot be read as a CSV file; it must be text in UTF-8"):
+        read_data(tmp_path / "d.csv")
+
+
 def test_one_class_is_too_few(tmp_path: Path) -> None:
     rows = [row for row in _train_rows(tmp_path) if row["label"] == "a"]
     with pytest.raises(ValueError, match="1 classes; at least 2"):

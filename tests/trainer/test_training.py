@@ -2,8 +2,11 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +220,28 @@ def test_two_processes_with_their_own_service(data: Path, tmp_path: Path) -> Non
     assert (tmp_path / "service").is_dir()
     assert "epoch 2/2" in done.stdout
     assert done.stdout.count("epoch 2/2") == 1
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=lambda end: end.name)
+def test_processes_end_with_the_command(data: Path, tmp_path: Path, end: signal.Signals) -> None:
+    job = ["--data", str(data), "--out", str(tmp_path), *SMALL, "--epochs", "100000", "--processes", "2"]
+    with (tmp_path / "said").open("wb") as said:
+        command = subprocess.Popen([sys.executable, "-m", "nearkin_trainer", *job], stderr=said, stdout=said)
+    while not (tmp_path / "checkpoint.npz").exists():  # an epoch is over
+        time.sleep(0.1)
+        assert command.poll() is None, (tmp_path / "said").read_text()
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    workers = [os.pidfd_open(int(each)) for each in children]
+    command.send_signal(end)
+    status = command.wait(60)
+    for worker in workers:
+        assert select.select([worker], [], [], 60)[0], "it outlives the command"
+        os.close(worker)
+    shown = (tmp_path / "said").read_text()
+    assert len(workers) == 2
+    assert status == {signal.SIGKILL: -9, signal.SIGINT: 130}[end]
+    assert "Traceback" not in shown
+    assert shown.count("--resume continues") == (end == signal.SIGINT)
 
 
 def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:

@@ -1,7 +1,9 @@
 """`nearkin-train`, and `torchrun -m nearkin_trainer`: one command, alone or as one of several processes."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +16,8 @@ from nearkin_trainer.config import TrainConfig
 from nearkin_trainer.distributed import OtherProcessFailed, cores
 
 MODULE = "nearkin_trainer"
+STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,18 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, alone = int(os.environ.get("RANK", "0")), STARTED_BY_TORCHRUN not in os.environ
     console = Console(stderr=True, highlight=False)
     try:
         config = tyro.cli(TrainConfig, prog="nearkin-train", args=given)
         if config.processes > 1 and "RANK" not in os.environ:
             return start_processes(config.processes, given)
+        if not alone:
+            end_with_parent()
         log_to(console, logging.INFO if rank == 0 else logging.WARNING)
         from nearkin_trainer.train import train
 
         train(config)
     except KeyboardInterrupt:
-        console.print("nearkin-train: interrupted; --resume continues after the last finished epoch")
+        if alone:  # else whoever started the processes says so, once
+            console.print("nearkin-train: interrupted; --resume continues after the last finished epoch")
         return 130
     except (ValueError, NearkinError, OtherProcessFailed) as error:
         who = f" (process {rank})" if rank else ""
@@ -46,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def start_processes(count: int, arguments: Sequence[str]) -> int:
     """Runs this command in `count` processes, as `torchrun --standalone` would; they end together."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -54,7 +62,21 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
         torchrun(["--standalone", "--nproc-per-node", str(count), "-m", MODULE, *arguments])
     except ChildFailedError as error:
         return max(1, next(iter(error.failures.values())).exitcode)  # the process itself has said why
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from stopped
+        return 128 + stopped.sigval
     return 0
+
+
+def end_with_parent() -> None:
+    """Has the kernel end this process with the one that started it, however that ends.
+
+    A torchrun that is killed cannot end its processes. They would train on, and write beside the job that
+    was started in their place.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def log_to(console: Console, level: int) -> None:

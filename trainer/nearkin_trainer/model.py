@@ -63,7 +63,9 @@ class Model(nn.Module):
         weighted: WeightedLosses,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum and its parts; features `[B, C, H, W]`, labels `[B]`, neighbours `[B, k]`."""
-        sparse = self.sparse(features, labels, neighbours) if weighted.needs_sparse else None
+        sparse = (
+            self.sparse(features, labels, neighbours, one_row_per="sample") if weighted.needs_sparse else None
+        )
         pairs = None
         if weighted.needs_pairs:
             pairs = self.head.pairwise(features, features, backend=self.sparse.backend)

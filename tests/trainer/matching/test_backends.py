@@ -203,6 +203,35 @@ def test_empty(backend: str, counts: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_no_probes_can_be_differentiated(backend: str) -> None:
+    maxima = location_maxima(
+        torch.zeros(0, 5, 2, 2, requires_grad=True), torch.ones(4, 5, 2, 2), torch.zeros(0, 3).long(), backend
+    )
+    torch.autograd.backward(maxima.sum())
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_autocast_leaves_the_products_alone(backend: str) -> None:
+    case = random_case((48, 4, 4), (4, 4), (3, 4, 6))
+    expected = answer(case, backend).maxima
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = answer(case, backend).maxima
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_the_result_may_be_changed_in_place(backend: str) -> None:
+    case = random_case((16, 2, 3), (2, 3), (2, 3, 4))
+    probes = case.probes.clone().requires_grad_()
+    maxima = location_maxima(probes, case.classes, case.candidates, backend)
+    torch.autograd.backward(maxima.mul_(2).sum())
+    same = case.probes.clone().requires_grad_()
+    torch.autograd.backward(location_maxima(same, case.classes, case.candidates, backend).sum() * 2)
+    torch.testing.assert_close(probes.grad, same.grad)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_nobody_has_a_candidate(backend: str) -> None:
     case = dataclasses.replace(
         random_case((5, 2, 2), (2, 3), (2, 3, 4)), candidates=torch.full((2, 3), -1, dtype=torch.int64)

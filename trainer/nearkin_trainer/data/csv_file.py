@@ -33,9 +33,13 @@ def read_csv(path: Path) -> DataSet:
     """Reads such a file.
 
     Raises:
-        ValueError: a column is missing or a value makes no sense; the message names file, line and column.
+        ValueError: it is no CSV file, a column is missing or a value makes no sense; the message names file,
+            line and column.
     """
-    rows = _rows(path)
+    try:
+        rows = _rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV file; it must be text in UTF-8: {error}") from error
     train = [row for row in rows if row.split == "train"]
     validation = [row for row in rows if row.split == "validation"]
     if not train:

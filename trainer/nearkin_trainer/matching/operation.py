@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from nearkin_trainer.matching.plain import location_maxima_plain
@@ -44,7 +45,8 @@ def location_maxima(
 
     Returns:
         [B, M, Hp·Wp + Hc·Wc]: cosines; for each probe location that of its best class location, then for each
-        class location that of its best probe location. float64 for float64 inputs, else float32.
+        class location that of its best probe location. float64 for float64 inputs, else float32, whatever
+        autocast says.
         A masked candidate's maxima are 0 and pass no gradient.
 
     Raises:
@@ -53,7 +55,8 @@ def location_maxima(
     request = checked_request(
         probes, classes, candidates, probe_visibility, class_visibility, sparse_gradient=sparse_gradient
     )
-    return _load(choose_backend(backend, request))(request)
+    with torch.autocast(probes.device.type, enabled=False):
+        return _load(choose_backend(backend, request))(request)
 
 
 def choose_backend(name: str, request: Request) -> str:

@@ -34,8 +34,11 @@ def location_maxima_plain(request: Request) -> Tensor:
         _one_probe(probe_CP, class_units_UCQ, slots_M)
         for probe_CP, slots_M in zip(probe_units_BCP, touched.slots, strict=True)
     ]
+    if maxima:
+        return torch.stack(maxima)
     places = probe_units_BCP.shape[2] + class_units_UCQ.shape[2]
-    return torch.stack(maxima) if maxima else probe_units_BCP.new_zeros(*touched.slots.shape, places)
+    # No probe, and still a result that can be differentiated.
+    return (probe_units_BCP.sum() + class_units_UCQ.sum()).expand(*touched.slots.shape, places)
 
 
 def units(maps_XCL: Tensor, visibility_XL: Tensor | None) -> Tensor:

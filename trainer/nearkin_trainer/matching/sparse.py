@@ -6,13 +6,18 @@ B samples, k neighbours, N classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nearkin_trainer.matching.head import QAConv
 from nearkin_trainer.matching.operation import location_maxima
+
+Neighbours = Tensor | NDArray[np.int32]
+OneRowPer = Literal["sample", "class"]
 
 
 @dataclass(frozen=True)
@@ -95,28 +100,78 @@ class SparseQAConv(nn.Module):
         table: Tensor = self.classes.weight  # type: ignore[assignment]
         return table
 
-    def forward(self, features: Tensor, labels: Tensor, neighbours: Tensor) -> SparseScores:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        neighbours: Neighbours,
+        *,
+        one_row_per: OneRowPer | None = None,
+    ) -> SparseScores:
         """Score `features` [B, C, H, W] of classes `labels` [B].
 
         neighbours: class ids, −1 = none; one row per sample [B, k], or the whole table [num_classes, k] of
         which the rows of `labels` are read. A neighbour that is the own class is left out.
+        one_row_per: which of the two it is; needed only where there are as many samples as classes.
+
+        Raises `ValueError` for labels that are no class ids, and for neighbours that are neither of the two.
         """
-        classes_BM = self._candidates(labels, torch.as_tensor(neighbours))
-        classes_BM = classes_BM.to(features.device)
+        self._check(labels)
+        classes_BM = _own_first(labels, self._rows(labels, neighbours, one_row_per)).to(features.device)
         rows, places_BM = self.table, classes_BM
         if isinstance(self.classes, ClassTable):
             rows, places_BM = self.classes.read(classes_BM)
         maxima = location_maxima(features, rows, places_BM, self.backend)
         return SparseScores(self.head(maxima, classes_BM >= 0), classes_BM, self.num_classes)
 
-    def _candidates(self, labels: Tensor, neighbours: Tensor) -> Tensor:
-        labels = labels.to(neighbours.device)
-        if neighbours.dim() != 2 or len(neighbours) not in (len(labels), self.num_classes):
+    def _check(self, labels: Tensor) -> None:
+        if labels.dim() != 1 or labels.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"labels must be int64 class ids [B], not {labels.dtype} {list(labels.shape)}")
+        if len(labels):
+            low, high = (int(bound) for bound in torch.aminmax(labels))
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"labels must lie in [0, {self.num_classes - 1}], found {low if low < 0 else high}"
+                )
+
+    def _rows(self, labels: Tensor, neighbours: Neighbours, one_row_per: OneRowPer | None) -> Tensor:
+        """The neighbours of each sample [B, k]."""
+        neighbours = neighbours if isinstance(neighbours, Tensor) else np.asarray(neighbours)
+        shape = list(neighbours.shape)
+        lengths = {"sample": len(labels), "class": self.num_classes}
+        readings = [each for each, length in lengths.items() if len(shape) == 2 and shape[0] == length]
+        if one_row_per is not None:
+            readings = [each for each in readings if each == one_row_per]
+        rows = [
+            _class_ids(neighbours if each == "sample" else _take(neighbours, labels)) for each in readings
+        ]
+        if not rows:
             raise ValueError(
-                f"neighbours must be [{len(labels)}, k], or the table [{self.num_classes}, k], "
-                f"not {list(neighbours.shape)}"
+                f"neighbours must be [{len(labels)}, k], or the table [{self.num_classes}, k], not {shape}"
             )
-        rows_Bk = neighbours if len(neighbours) == len(labels) else neighbours[labels]
-        rows_Bk = rows_Bk.to(torch.int64)
-        own_B1 = labels.to(torch.int64)[:, None]
-        return torch.cat([own_B1, torch.where(rows_Bk == own_B1, -1, rows_Bk)], dim=1)
+        if len(rows) == 2 and not torch.equal(*rows):
+            raise ValueError(
+                f"neighbours {shape} may have a row per sample or one per class, as there are {shape[0]} of "
+                "both: say which with one_row_per='sample' or one_row_per='class'"
+            )
+        return rows[0]
+
+
+def _take(neighbours: Neighbours, labels: Tensor) -> Neighbours:
+    if isinstance(neighbours, Tensor):
+        return neighbours[labels.to(neighbours.device)]
+    rows: NDArray[np.int32] = neighbours[labels.numpy(force=True)]
+    return rows
+
+
+def _class_ids(neighbours: Neighbours) -> Tensor:
+    """int64; of an array a copy, since PyTorch warns of those that are read-only, as the client's are."""
+    tensor = neighbours if isinstance(neighbours, Tensor) else torch.from_numpy(neighbours.copy())
+    if tensor.is_floating_point():
+        raise ValueError(f"neighbours must be integers, not {tensor.dtype}")
+    return tensor.to(torch.int64)
+
+
+def _own_first(labels: Tensor, neighbours_Bk: Tensor) -> Tensor:
+    own_B1 = labels.to(neighbours_Bk.device, torch.int64)[:, None]
+    return torch.cat([own_B1, torch.where(neighbours_Bk == own_B1, -1, neighbours_Bk)], dim=1)

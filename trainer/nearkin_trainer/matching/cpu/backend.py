@@ -138,7 +138,8 @@ class _Maxima(Function):
         # These go through save_for_backward, which notices if someone changes them in between.
         ctx.save_for_backward(probes, classes, probe_visibility, visibility)
         ctx.plan, ctx.probes, ctx.found, ctx.sparse = plan, laid_out, found, sparse
-        return torch.from_numpy(found.maxima).view(*plan.shape, found.maxima.shape[1])
+        # Not a view of a tensor: who changes the result in place would be refused.
+        return torch.from_numpy(found.maxima.reshape(*plan.shape, found.maxima.shape[1]))
 
     @staticmethod
     @once_differentiable
