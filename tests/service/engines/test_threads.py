@@ -1,0 +1,34 @@
+"""While a build's own threads multiply, NumPy's library has one thread for each; then its own again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from nearkin_service.engines import auto
+
+pytestmark = pytest.mark.skipif(
+    auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
+)
+
+
+def matrix_threads() -> list[int]:
+    from threadpoolctl import threadpool_info
+
+    return [library["num_threads"] for library in threadpool_info() if "numpy" in library["filepath"]]
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_overlapping_builds_leave_the_library_as_it_was(first_to_end: int) -> None:
+    from nearkin_service.engines.mixed.threads import one_thread_each
+
+    np.ones((8, 8)) @ np.ones((8, 8))
+    before = matrix_threads()
+    assert before
+    builds = [one_thread_each(), one_thread_each()]
+    for build in builds:
+        build.__enter__()
+    assert set(matrix_threads()) == {1}
+    builds[first_to_end].__exit__(None, None, None)
+    assert set(matrix_threads()) == {1}
+    builds[1 - first_to_end].__exit__(None, None, None)
+    assert matrix_threads() == before
