@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 from nearkin_service.engines import BuildRequest, BuiltTable, auto, build_table, ways
+from nearkin_service.engines.contract import KeyName
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import Silence
 from numpy.typing import NDArray
@@ -17,7 +20,7 @@ from tests.service.engines.cases import CASES
 from tests.service.engines.oracle import assert_agrees, build, true_scores
 
 pytestmark = pytest.mark.skipif(
-    auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
+    auto.mixed_packages_missing("cuda") is not None, reason="nearkin-service[mixed,torch] is not installed"
 )
 NOBODY = np.empty(0, np.int64)
 _MOST_ON_CPU = 1 << 18
@@ -53,9 +56,36 @@ def test_agrees_with_flat_bit_for_bit(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
+@pytest.mark.parametrize(("shape", "key"), [((33,), "flat"), ((8, 3, 2), "flat"), ((8, 3, 2), "pooled")])
+def test_keys_are_the_same_bits_there(
+    shape: tuple[int, ...], key: KeyName, dtype: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearkin_service.engines.mixed import upload
+
+    monkeypatch.setattr(upload, "_PIECE_BYTES", 20 * 4 * 33)
+    monkeypatch.setattr(upload, "_BLOCK_ELEMENTS", 3 * 33)
+    random = np.random.default_rng(5)
+    scales = 10.0 ** random.integers(-3, 4, (107, 1))
+    rows = (random.standard_normal((107, math.prod(shape))) * scales).astype(dtype)
+    absent = np.array([0, 50, 106])
+    rows[absent] = np.nan
+    source = KeyedRows(rows, shape, key, absent)
+    present = source.present()
+    expected = source.keys_of(rows[present], present)
+    on_host, on_device = upload.keys_on(device, source, present, Silence())
+    np.testing.assert_array_equal(on_device.cpu().numpy(), expected)
+    np.testing.assert_array_equal(on_host.whole(), expected)
+    rows[77] = 0
+    with pytest.raises(ValueError, match=r"class 77: its .* is zero"):
+        upload.keys_on(device, source, present, Silence())
+
+
+@pytest.mark.parametrize("device", _devices())
 @pytest.mark.parametrize("size", [7, 512, 2049, 6000])
 @pytest.mark.parametrize("kind", ["random", "one sign", "one huge", "tiny elements"])
 def test_products_are_within_the_bound(kind: str, size: int, device: str) -> None:
+    import torch
     from nearkin_service.engines.mixed.halves import HalfKeys
 
     random = np.random.default_rng(size)
@@ -66,7 +96,7 @@ def test_products_are_within_the_bound(kind: str, size: int, device: str) -> Non
         "tiny elements": np.where(np.arange(size) < 3, 1, 1e-6 * random.standard_normal((150, size))),
     }[kind]
     keys = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    half = HalfKeys(keys, device)
+    half = HalfKeys(torch.from_numpy(keys).to(device))
     values = half.products(np.arange(150))[:, :150].double().cpu().numpy()
     off = np.abs(values - keys.astype(np.float64) @ keys.T.astype(np.float64))
     assert (off <= half.errors[:, None]).all()

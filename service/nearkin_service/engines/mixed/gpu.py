@@ -24,11 +24,12 @@ from nearkin_service.engines.canonical import EMPTY, STEPS, doubtful_distance, s
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.flat import spread
-from nearkin_service.engines.keys import KeyedRows, fill_keys
+from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.mixed.cpu import search_again
 from nearkin_service.engines.mixed.halves import BLOCK_BYTES, GROUP, HalfKeys, gpu_lacks
-from nearkin_service.engines.mixed.products import aligned
+from nearkin_service.engines.mixed.held import KeptKeys, Keys
 from nearkin_service.engines.mixed.rerank import cut_at
+from nearkin_service.engines.mixed.upload import keys_on
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace, Silence
 
@@ -54,10 +55,10 @@ def build_on_gpu(source: KeyedRows, k: int, monitor: BuildMonitor, device: str =
     if lacking:
         raise ValueError(f"engine: mixed cannot be used on cuda: {lacking}; use engine flat, or device cpu")
     _check_answers(device)
-    keys_MD = aligned((len(present), source.key_size), np.float32)
-    fill_keys(keys_MD, source, present, monitor)
+    keys, on_device_MD = keys_on(device, source, present, monitor)
     keyed = time.monotonic()
-    ranks_Mk, redone, seconds = self_join(keys_MD, k, monitor, device)
+    ranks_Mk, redone, seconds = self_join(keys, on_device_MD, k, monitor)
+    del on_device_MD
     torch.cuda.empty_cache()  # FAISS may want it
     ids, scores = spread(ranks_Mk, present, len(source.rows))
     return BuiltTable(
@@ -66,18 +67,21 @@ def build_on_gpu(source: KeyedRows, k: int, monitor: BuildMonitor, device: str =
 
 
 def self_join(
-    keys_MD: NDArray[np.float32], k: int, monitor: BuildMonitor, device: str
+    keys: Keys, on_device_MD: Any, k: int, monitor: BuildMonitor
 ) -> tuple[NDArray[np.int64], int, dict[str, float]]:
-    """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage."""
-    count = len(keys_MD)
+    """Ranks int64 [M, k], how many rows needed the second path, and seconds by stage.
+
+    The keys are given as the host has them, and on the device.
+    """
+    count = keys.shape[0]
     ranks_Mk = np.full((count, k), EMPTY)
     if not count:
         return ranks_Mk, 0, {}
     times = [time.monotonic()]
     with _summing_in_float32():
-        keys = HalfKeys(keys_MD, device)
+        halves = HalfKeys(on_device_MD)
         times.append(time.monotonic())
-        search = _Search(keys, keys_MD)
+        search = _Search(halves, keys)
         everybody = np.arange(count)
         search.run(everybody, k + _MORE, ranks_Mk, Pace(monitor, "search", count))
         times.append(time.monotonic())
@@ -86,22 +90,22 @@ def self_join(
             search.run(redo, _WIDER * (k + _MORE), ranks_Mk, Pace(monitor, "second path", len(redo)))
     left = _unproved(ranks_Mk, k)
     if len(left):
-        search_again(left, keys_MD, ranks_Mk, monitor)
+        search_again(left, keys.whole(), ranks_Mk, monitor)
     times.append(time.monotonic())
-    names = ("to the GPU", "search", "second path")
+    names = ("rounding", "search", "second path")
     return ranks_Mk, len(redo), dict(zip(names, np.diff(times).tolist(), strict=True))
 
 
 class _Search:
     """Ranks of rows, as far as they are proved."""
 
-    def __init__(self, keys: HalfKeys, keys_MD: NDArray[np.float32]) -> None:
-        self._keys, self._keys_MD = keys, keys_MD
+    def __init__(self, halves: HalfKeys, keys: Keys) -> None:
+        self._halves, self._keys = halves, keys
 
     def run(self, rows: NDArray[np.int64], groups: int, ranks_Mk: NDArray[np.int64], pace: Pace) -> None:
         """Write the ranks of these rows, found among so many groups; `EMPTY` where that proves nothing."""
         most = _MOST_ROWS if len(rows) == len(ranks_Mk) else _FEWER_ROWS
-        step = max(1, min(most, BLOCK_BYTES // self._keys.bytes_per_row()))
+        step = max(1, min(most, BLOCK_BYTES // self._halves.bytes_per_row()))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
             found_Qk, reach_Q = self._best(some, groups, ranks_Mk.shape[1])
@@ -114,18 +118,20 @@ class _Search:
         """The k best candidates' ranks [Q, k], and the greatest score that anybody else can have [Q]."""
         import torch
 
-        device = self._keys.whole.device
+        device = self._halves.whole.device
         own_Q = torch.from_numpy(rows).to(device)
-        errors_Q = torch.from_numpy(self._keys.errors[rows]).to(device)
-        products_QM = self._keys.products(own_Q)
+        errors_Q = torch.from_numpy(self._halves.errors[rows]).to(device)
+        products_QM = self._halves.products(own_Q)
         products_QM[torch.arange(len(rows), device=device), own_Q] = -torch.inf
         values_QC, positions_QC, outside_Q = _most_promising(products_QM, groups)
-        kth_Q = values_QC[:, min(k, values_QC.shape[1]) - 1].double()
+        kth_Q = values_QC.topk(min(k, values_QC.shape[1]), dim=1).values[:, -1].double()
         wanted = int((values_QC.double() >= (kth_Q - 2 * errors_Q)[:, None]).sum(1).max())
         if wanted < values_QC.shape[1]:
+            values_QC, chosen_QC = values_QC.topk(wanted + 1, dim=1)
             outside_Q = torch.maximum(outside_Q, values_QC[:, wanted])
-        values_QC, positions_QC = values_QC[:, :wanted], positions_QC[:, :wanted]
-        packed_QC = self._ranks(rows, own_Q, positions_QC.clamp(max=len(self._keys_MD) - 1))
+            values_QC = values_QC[:, :wanted]
+            positions_QC = positions_QC.gather(1, chosen_QC[:, :wanted])
+        packed_QC = self._ranks(rows, own_Q, positions_QC.clamp(max=self._keys.shape[0] - 1))
         packed_QC[values_QC == -torch.inf] = int(EMPTY)  # itself, or beyond the last key
         best_Qk = torch.sort(packed_QC, dim=1).values[:, :k].cpu().numpy()
         missing = k - best_Qk.shape[1]
@@ -139,13 +145,13 @@ class _Search:
         products_QC = self._scores(own_Q, positions_QC)
         whole_QC = products_QC.clamp(-1.0, 1.0) * STEPS
         steps_QC = whole_QC.round()
-        size = self._keys_MD.shape[1]
+        size = self._keys.shape[1]
         doubtful = (whole_QC - steps_QC).abs() > 0.5 - doubtful_distance(size)
         packed_QC = (-steps_QC.long() << 32) | positions_QC
         places = doubtful.nonzero().cpu().numpy()
         if len(places):
             others = positions_QC[doubtful].cpu().numpy()
-            pairs = (self._keys_MD, rows[places[:, 0]]), (self._keys_MD, others)
+            pairs = (self._keys, rows[places[:, 0]]), (self._keys, others)
             steps = settle_doubt(products_QC[doubtful].cpu().numpy(), size, *pairs)
             packed_QC[doubtful] = torch.from_numpy((-steps << 32) | others).to(packed_QC.device)
         return packed_QC
@@ -154,7 +160,7 @@ class _Search:
         """Products float64 [Q, C] of the float32 keys."""
         import torch
 
-        keys_MD, candidates = self._keys.whole, positions_QC.shape[1]
+        keys_MD, candidates = self._halves.whole, positions_QC.shape[1]
         size = keys_MD.shape[1]
         part = min(size, 4096)
         step = max(1, _SCORED_BYTES // (8 * part * max(1, candidates)))
@@ -170,7 +176,7 @@ class _Search:
 
 
 def _most_promising(products_QM: Any, groups: int) -> tuple[Any, Any, Any]:
-    """The best groups' values [Q, C], descending, their positions, and the largest of other groups [Q]."""
+    """The best groups' values [Q, C], in no order, their positions, and the largest of other groups [Q]."""
     import torch
 
     count = (
@@ -184,9 +190,7 @@ def _most_promising(products_QM: Any, groups: int) -> tuple[Any, Any, Any]:
     members = chosen_QG[:, None, :].expand(-1, GROUP, -1)
     values_QC = grouped.gather(2, members).flatten(1)
     offsets = torch.arange(GROUP, device=products_QM.device)[None, :, None] * count
-    positions_QC = (members + offsets).flatten(1)
-    values_QC, order_QC = values_QC.sort(dim=1, descending=True)
-    return values_QC, positions_QC.gather(1, order_QC), outside_Q
+    return values_QC, (members + offsets).flatten(1), outside_Q
 
 
 def _unproved(ranks_Mk: NDArray[np.int64], k: int) -> NDArray[np.int64]:
@@ -210,9 +214,11 @@ def _summing_in_float32() -> Iterator[None]:
 @cache
 def _check_answers(device: str) -> None:
     """A GPU and libraries that do not fit each other can return wrong numbers rather than fail."""
+    import torch
+
     keys_MD = np.random.default_rng(7).standard_normal((300, 24), dtype=np.float32)
     keys_MD /= np.linalg.norm(keys_MD, axis=1, keepdims=True)
-    found, _, _ = self_join(keys_MD, 5, Silence(), device)
+    found, _, _ = self_join(KeptKeys(keys_MD), torch.from_numpy(keys_MD).to(device), 5, Silence())
     queries = Queries(keys_MD, np.arange(len(keys_MD)))
     if not np.array_equal(found, exact_ranks(queries, keys_MD, 5, Silence())):
         raise RuntimeError(

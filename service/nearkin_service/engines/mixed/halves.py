@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nearkin_service.engines.mixed.tiles import product_errors
 
@@ -23,21 +22,21 @@ _BLOCK = 1 << 26  # elements that are rounded at once
 
 
 class HalfKeys:
-    """Keys float32 [M, D] on a device of torch, rounded to float16 besides.
+    """Keys float32 [M, D] on a device of torch, `whole`, and rounded to float16 besides.
 
     Attributes:
-        whole: float32 [M, D], on the device.
+        whole: the keys in float32.
         errors: float64 [M], by how much at most a value of `products` can differ from the true score.
     """
 
-    def __init__(self, keys_MD: NDArray[np.float32], device: str) -> None:
+    def __init__(self, whole: Any) -> None:
         import torch
 
-        count, size = keys_MD.shape
+        count, size = whole.shape
         self._parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
-        self.whole = torch.from_numpy(keys_MD).to(device)
+        self.whole = whole
         self._halves_PD = torch.zeros(
-            math.ceil(count / GROUP) * GROUP, size, dtype=torch.float16, device=device
+            math.ceil(count / GROUP) * GROUP, size, dtype=torch.float16, device=whole.device
         )
         lost_M = np.empty(count)
         step = max(1, _BLOCK // max(1, size))

@@ -67,9 +67,14 @@ class ImpliedKeys:
         self.shape = (len(present), source.key_size)
 
     @staticmethod
-    def suit(source: KeyedRows) -> bool:
+    def possible(source: KeyedRows) -> bool:
         """Whether keys can be had from these rows like that."""
-        return source.key == "flat" and source.key_size >= WIDE and source.rows.dtype == np.float32
+        return source.key == "flat" and source.rows.dtype == np.float32
+
+    @staticmethod
+    def suit(source: KeyedRows) -> bool:
+        """Whether that is quicker than to keep them."""
+        return ImpliedKeys.possible(source) and source.key_size >= WIDE
 
     def __getitem__(self, key: int) -> NDArray[np.float32]:
         row = self._source.rows[self._present[key]].astype(np.float64)
