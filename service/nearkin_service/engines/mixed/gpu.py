@@ -11,6 +11,7 @@ Dimension letters: M keys, D elements of a key, Q rows of a block, C candidates 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ log = logging.getLogger("nearkin.engines")
 
 _MOST_ROWS, _FEWER_ROWS = 4096, 256  # the second where more groups are looked at
 _SCORED_BYTES = 1 << 28
+_SUMMED = 4096  # elements that are summed in any order; these sums are added up one by one
 _MORE, _WIDER = 16, 4  # groups beyond the neighbours; times as many for rows without proof
 
 
@@ -146,13 +148,14 @@ class _Search:
         whole_QC = products_QC.clamp(-1.0, 1.0) * STEPS
         steps_QC = whole_QC.round()
         size = self._keys.shape[1]
-        doubtful = (whole_QC - steps_QC).abs() > 0.5 - doubtful_distance(size)
+        terms = min(size, _SUMMED) + math.ceil(size / _SUMMED)
+        doubtful = (whole_QC - steps_QC).abs() > 0.5 - doubtful_distance(terms)
         packed_QC = (-steps_QC.long() << 32) | positions_QC
         places = doubtful.nonzero().cpu().numpy()
         if len(places):
             others = positions_QC[doubtful].cpu().numpy()
             pairs = (self._keys, rows[places[:, 0]]), (self._keys, others)
-            steps = settle_doubt(products_QC[doubtful].cpu().numpy(), size, *pairs)
+            steps = settle_doubt(products_QC[doubtful].cpu().numpy(), terms, *pairs)
             packed_QC[doubtful] = torch.from_numpy((-steps << 32) | others).to(packed_QC.device)
         return packed_QC
 
@@ -162,7 +165,7 @@ class _Search:
 
         keys_MD, candidates = self._halves.whole, positions_QC.shape[1]
         size = keys_MD.shape[1]
-        part = min(size, 4096)
+        part = min(size, _SUMMED)
         step = max(1, _SCORED_BYTES // (8 * part * max(1, candidates)))
         scores_QC = torch.zeros(positions_QC.shape, dtype=torch.float64, device=keys_MD.device)
         for left in range(0, size, part):
