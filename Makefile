@@ -43,8 +43,10 @@ $(VENV)/.demonstrating: $(VENV)/.installed requirements-demo.txt
 demo: $(VENV)/.demonstrating
 	@$(BIN)/python -m examples.demo
 
+# Services are started hundreds of times, so they find bytecode; and tests wait for them half of the time.
 test: $(VENV)/.developing
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m compileall -q protos client service trainer
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/.developing
 	$(BIN)/ruff format --check .
