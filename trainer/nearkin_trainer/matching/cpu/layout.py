@@ -29,8 +29,12 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 def compiled(function: Loop) -> Loop:
-    """Compile with sums reordered into vectors; NaN and infinity keep their meaning."""
-    return cast("Loop", _njit(function, fastmath={"contract", "reassoc", "nsz"}))
+    """Compile with sums reordered into vectors; NaN and infinity keep their meaning.
+
+    And into whoever calls it: a process that compiles would otherwise call each loop as compiled by itself,
+    and one that finds the callers on disk the copies within them, whose sums may be ordered otherwise.
+    """
+    return cast("Loop", _njit(function, fastmath={"contract", "reassoc", "nsz"}, forceinline=True))
 
 
 def strict(function: Loop) -> Loop:
