@@ -15,7 +15,8 @@ from nearkin_client import NeighbourClient
 from nearkin_service.operations import pacing
 from nearkin_service.operations.pacing import LEAST_BYTES_PER_SECOND, RECENT_SECONDS, SHARE, Pacing
 
-from tests.service.conftest import Caller, Service, random_rows
+from tests.service.conftest import Caller, Service, brute_force, random_rows
+from tests.service.engines.test_exact import ENGINES
 
 MIB = 1 << 20
 
@@ -115,22 +116,79 @@ def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Calle
 
 
 @pytest.mark.parametrize("rows", ["its own", "none since", "others"])
-def test_a_build_pauses_only_while_other_rows_arrive(rows: str) -> None:
+def test_a_build_rests_only_while_other_rows_arrive(rows: str) -> None:
     pacing, never = Pacing(), threading.Event()
     if rows == "its own":
         pacing.rows_arrived(1)
     began = time.monotonic()
     if rows == "others":
         pacing.rows_arrived(1)
-    pacing.pause(began, 0.2, never)
+    pacing.rest(began, 0.2, never)
     assert (time.monotonic() - began >= 0.2) == (rows == "others")
 
 
-def test_a_build_that_is_cancelled_does_not_pause() -> None:
+def test_a_build_that_is_cancelled_does_not_rest() -> None:
     pacing, cancelled = Pacing(), threading.Event()
     began = time.monotonic()
     pacing.rows_arrived(1)
     threading.Timer(0.05, cancelled.set).start()
-    pacing.pause(began, 60.0, cancelled)
+    pacing.rest(began, 60.0, cancelled)
     assert cancelled.is_set()
     assert time.monotonic() - began < RECENT_SECONDS
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_thread_of_a_build_rests_as_long_as_it_worked_and_twice_more(
+    caller: Caller, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = threading.local()
+    rests: list[tuple[float, float]] = []
+
+    def rest(_pacing: Pacing, _since: float, seconds: float, _wake: threading.Event) -> None:
+        now = time.thread_time()
+        if hasattr(mine, "used"):
+            rests.append((seconds, now - mine.used))
+        mine.used = now
+
+    monkeypatch.setattr(Pacing, "rest", rest)
+    caller.push(random_rows(4_000, 256), k=32, engine=engine)
+    assert len(rests) > 5
+    for seconds, worked in rests:
+        assert seconds == pytest.approx(3 * worked, abs=0.01)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_build_beside_rows_without_end_comes_to_its_table(caller: Caller, engine: str) -> None:
+    rows, done, pushed = random_rows(64, 1 << 12), threading.Event(), threading.Event()
+
+    def push_on() -> None:
+        with NeighbourClient(caller.address, run="beside", shared_memory=False) as client:
+            epoch = 0
+            while not done.is_set():
+                client.abort(client.push(rows, epoch=epoch, k=4, commit=False))
+                epoch += 1
+                pushed.set()
+
+    pusher = threading.Thread(target=push_on)
+    pusher.start()
+    try:
+        assert pushed.wait(30)
+        theirs = random_rows(2_100, 32)
+        caller.push(theirs, engine=engine)
+    finally:
+        done.set()
+        pusher.join()
+    np.testing.assert_array_equal(caller.table().ids, brute_force(theirs, 5))
+
+
+@pytest.mark.parametrize("what", ["begun", "stored"])
+def test_rows_count_as_arriving_from_the_beginning_of_their_push(
+    service: Service, caller: Caller, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Pacing, "rows_arrived", lambda _pacing, nbytes: told.append(nbytes))
+    rows = random_rows(10, 8)
+    push_id = caller.begin(rows).push.push_id
+    if what == "stored":
+        caller.write(push_id, rows)
+    assert told == [0, rows.nbytes][: 1 if what == "begun" else 2]

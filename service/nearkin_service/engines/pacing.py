@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -22,23 +23,26 @@ class Silence:
 
 
 class Pace:
-    """Asks the monitor after every block whether to go on, and reports a few times a second."""
+    """Asks the monitor after every block whether to go on, and reports a few times a second. Any thread."""
 
     def __init__(self, monitor: BuildMonitor, stage: str, rows_total: int) -> None:
         self.monitor = monitor
         self._stage = stage
         self._total = rows_total
-        self._reported = time.monotonic()
+        self._reporting = threading.Lock()
+        self._reported, self._told = time.monotonic(), 0
         monitor.check()
         monitor.progress(stage, 0, rows_total)
 
     def done(self, rows: int) -> None:
         """So many rows of this stage are done. Raises `BuildCancelled` if the build must stop."""
         self.monitor.check()
-        now = time.monotonic()
-        if rows >= self._total or now - self._reported >= _BETWEEN_REPORTS:
-            self._reported = now
-            self.monitor.progress(self._stage, min(rows, self._total), self._total)
+        with self._reporting:
+            now = time.monotonic()
+            due = rows >= self._total or now - self._reported >= _BETWEEN_REPORTS
+            if due and rows >= self._told:
+                self._reported, self._told = now, rows
+                self.monitor.progress(self._stage, min(rows, self._total), self._total)
 
 
 class BlockSize:

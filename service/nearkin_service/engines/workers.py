@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
 from nearkin_service.engines.installed import load_faiss
 
 Item = TypeVar("Item")
-_LISTEN_SECONDS = 0.2
 
 
 @cache
@@ -28,43 +27,49 @@ def in_threads(
     items: Sequence[Item],
     meanwhile: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Do all items, in order of their start, calling `meanwhile(items begun)` a few times a second.
+    """Do all items, in order of their start. Whoever has done one calls `meanwhile(items done)`.
 
-    The first exception, of `work` or of `meanwhile`, ends the others before their next item and is raised.
+    A thread that rests in `meanwhile` so begins no other item before it has rested. The first exception, of
+    `work` or of `meanwhile`, ends the others before their next item and is raised.
     """
     if len(items) < 2:
         for item in items:
             work(item)
         meanwhile(len(items))
         return
-    begun = 0
-    taking = threading.Lock()
+    begun = done = 0
+    counting = threading.Lock()
     stop = threading.Event()
 
     def take() -> int | None:
         nonlocal begun
-        with taking:
+        with counting:
             if stop.is_set() or begun == len(items):
                 return None
             begun += 1
             return begun - 1
 
+    def did() -> int:
+        nonlocal done
+        with counting:
+            done += 1
+            return done
+
     def worker() -> None:
-        while (place := take()) is not None:
-            work(items[place])
+        try:
+            while (place := take()) is not None:
+                work(items[place])
+                meanwhile(did())
+        except BaseException:
+            stop.set()
+            raise
 
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="nearkin-build") as pool:
         running = [pool.submit(worker) for _ in range(min(worker_count(), len(items)))]
         try:
-            while not _ended(running):
-                meanwhile(begun)
+            wait(running)
         finally:
             stop.set()
     for future in running:
         future.result()
     meanwhile(len(items))
-
-
-def _ended(running: list[Future[None]]) -> bool:
-    finished, remaining = wait(running, _LISTEN_SECONDS, FIRST_EXCEPTION)
-    return not remaining or any(future.exception() for future in finished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -31,19 +32,21 @@ log = logging.getLogger("nearkin.build")
 
 _KEPT_OUTCOMES = 16
 _NICENESS = 5
-_LONGEST_PAUSE_SECONDS = 0.5  # a deadline is honoured within a second
 """Of builds: about a third of a core that others want as well, and all of one that nobody wants."""
+_REST = 3.0
+"""Seconds for each of processor time that a thread of a build has used, while other rows arrive."""
 
 
 class _Monitor:
-    """Between a building thread and the event loop."""
+    """Between the threads of a build and the event loop."""
 
     def __init__(self, core: Core, push: Push) -> None:
         self._core = core
         self._push = push
         self._loop = asyncio.get_running_loop()
         self._stage, self._stage_began = "", 0.0
-        self._began = self._went_on = time.monotonic()
+        self._began = time.monotonic()
+        self._mine = threading.local()
         self.cancelled = threading.Event()
         self.stopping = False
 
@@ -58,13 +61,18 @@ class _Monitor:
         )
         self._loop.call_soon_threadsafe(self._core.catalogue.events.publish, self._push.spec.run, event)
 
+    def begin(self) -> None:
+        """On a thread that lived before this build."""
+        self._mine.checked = time.thread_time()
+
     def check(self) -> None:
-        worked = time.monotonic() - self._went_on
-        self._core.pacing.pause(self._began, min(worked, _LONGEST_PAUSE_SECONDS), self.cancelled)
-        self._went_on = time.monotonic()
+        worked = time.thread_time() - getattr(self._mine, "checked", 0.0)
+        limit = self._push.spec.build_timeout
+        left = math.inf if limit is None else self._began + limit - time.monotonic()
+        self._core.pacing.rest(self._began, min(_REST * worked, left), self.cancelled)
+        self._mine.checked = time.thread_time()
         if self.cancelled.is_set():
             raise BuildCancelled("cancelled")
-        limit = self._push.spec.build_timeout
         if limit is not None and time.monotonic() - self._began > limit:
             raise BuildCancelled(f"the build took longer than its build_timeout of {limit:g} s")
 
@@ -176,6 +184,7 @@ class Builds:
             del self._running[push.push_id]
 
     def _build_table(self, push: Push, parent: Generation | None, monitor: _Monitor) -> BuiltTable:
+        monitor.begin()
         faults.point("build.begun")
         spec, config = push.spec, self._core.config
         request = BuildRequest(

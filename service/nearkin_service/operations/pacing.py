@@ -2,7 +2,7 @@
 
 A push holds up a whole training job, a table only its reader, and many readers come at once. While rows
 arrive, tables together get an eighth as many bytes as they, but never less than lets every reader get on,
-and a build works half of the time.
+and each thread of a build rests three times as long as it works.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 
 RECENT_SECONDS = 0.5
-"""Rows are taken to be arriving for so long after each message."""
+"""Rows are taken to be arriving for so long after each message, and after a push was begun or joined."""
 SHARE = 0.125
 """Bytes of tables for each byte of rows."""
 LEAST_BYTES_PER_SECOND = 32 << 20
@@ -37,7 +37,7 @@ class Pacing:
             self._arrived = time.monotonic()
             self._save(self._arrived, nbytes * SHARE)
 
-    def pause(self, since: float, seconds: float, wake: threading.Event) -> None:
+    def rest(self, since: float, seconds: float, wake: threading.Event) -> None:
         """Of a build that began `since`, with all its rows there: so long at most, while others arrive."""
         until = time.monotonic() + seconds
         while (now := time.monotonic()) < until and not wake.is_set():

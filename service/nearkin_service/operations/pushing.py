@@ -49,6 +49,7 @@ class Pushing:
         self._core.refuse_when_draining()
         self._require_limits(spec)
         self._core.require_engine(spec.engine)
+        self._core.pacing.rows_arrived(0)  # the first are on their way
         declared = await self._core.io(_declared, absent, spec.num_classes)
         run = await self._run(spec)
         async with run.lock:
