@@ -137,3 +137,32 @@ def test_pieces_hold_whole_rows_if_more_than_a_piece_is_converted_at_a_time(
     assert {len(piece) for piece in pieces} == {800, 400}
     assert b"".join(pieces) == values.tobytes()
     assert all(arrays.sound(piece, rows) for piece in pieces)
+
+
+ODD = {"float32": 1e-41, "float16": 6e-8, "bfloat16": 1e-40}  # denormal: squares vanish
+
+
+@given(st.data())
+def test_a_look_finds_what_is_not_finite_and_rows_of_zeros(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(sorted(WIRE_DTYPES)))
+    count, width = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 2, 15, 16, 17, 40]))
+    values = generator.standard_normal((count, width)).astype(WIRE_DTYPES[dtype])
+    values[values == 0] = 1
+    for row in data.draw(st.lists(st.integers(0, count - 1), max_size=2)):
+        values[row] = data.draw(st.sampled_from([0.0, -0.0, ODD[dtype]]))
+        if data.draw(st.booleans()):  # a row may begin with many zeros
+            values[row, -1] = 1
+    for row in data.draw(st.lists(st.integers(0, count - 1), max_size=1)):
+        values[row, data.draw(st.integers(0, width - 1))] = data.draw(
+            st.sampled_from([np.nan, np.inf, -np.inf])
+        )
+    plain = values.astype(np.float64)
+    expected = bool(np.isfinite(plain).all() and (plain != 0).any(axis=1).all())
+    rows = as_rows("embeddings", values, dtype)
+    assert arrays.sound(rows.payload(0, count), rows) == expected
+
+
+def test_a_look_leaves_what_it_cannot_tell_to_the_service() -> None:
+    values = np.full((2, 8), 3e19, np.float32)  # finite, and squares that are not
+    rows = as_rows("embeddings", values, None)
+    assert not arrays.sound(rows.payload(0, 2), rows)
