@@ -138,7 +138,7 @@ def test_a_build_that_is_cancelled_does_not_rest() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_thread_of_a_build_rests_as_long_as_it_worked_and_twice_more(
+def test_every_thread_of_a_build_rests_seven_times_as_long_as_it_worked(
     caller: Caller, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = threading.local()
@@ -154,7 +154,7 @@ def test_every_thread_of_a_build_rests_as_long_as_it_worked_and_twice_more(
     caller.push(random_rows(4_000, 256), k=32, engine=engine)
     assert len(rests) > 5
     for seconds, worked in rests:
-        assert seconds == pytest.approx(3 * worked, abs=0.01)
+        assert seconds == pytest.approx(7 * worked, abs=0.02)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -33,7 +33,7 @@ log = logging.getLogger("nearkin.build")
 _KEPT_OUTCOMES = 16
 _NICENESS = 5
 """Of builds: about a third of a core that others want as well, and all of one that nobody wants."""
-_REST = 3.0
+_REST = 7.0
 """Seconds for each of processor time that a thread of a build has used, while other rows arrive."""
 
 

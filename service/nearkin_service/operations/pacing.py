@@ -1,8 +1,8 @@
 """Tables and builds give way to rows.
 
 A push holds up a whole training job, a table only its reader, and many readers come at once. While rows
-arrive, tables together get an eighth as many bytes as they, but never less than lets every reader get on,
-and each thread of a build rests three times as long as it works.
+arrive, tables together get a sixteenth of as many bytes, but never less than lets every reader get on, and
+each thread of a build rests seven times as long as it works.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 
 RECENT_SECONDS = 0.5
 """Rows are taken to be arriving for so long after each message, and after a push was begun or joined."""
-SHARE = 0.125
+SHARE = 0.0625
 """Bytes of tables for each byte of rows."""
 LEAST_BYTES_PER_SECOND = 32 << 20
 _MOST_SAVED_BYTES = 8 << 20
