@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -166,6 +167,33 @@ def test_mixed_needs_no_torch_on_a_cpu() -> None:
     if auto.mixed_packages_missing():
         pytest.skip("nearkin-service[mixed] is not installed")
     subprocess.run([sys.executable, "-c", _WITHOUT_TORCH], check=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("flags", "torch_there", "says"),
+    [
+        ("avx2", True, "does not have amx_bf16"),
+        ("avx2 amx_bf16", True, "times as fast as int16"),
+        ("avx2 amx_bf16", False, r"nearkin-service\[torch\]"),
+    ],
+)
+def test_tiles_are_bfloat16_only_where_a_trial_shows_it(
+    flags: str,
+    torch_there: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if auto.mixed_packages_missing("cuda"):
+        pytest.skip("nearkin-service[mixed,torch] is not installed")
+    from nearkin_service.engines.mixed import quickest
+
+    monkeypatch.setattr(quickest, "processor_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(quickest, "find_spec", lambda name: torch_there or None)
+    with caplog.at_level(logging.INFO, "nearkin.engines"):
+        chosen = quickest.fastest_products.__wrapped__()
+    assert re.search(says, caplog.text)
+    assert chosen == "int16" or "amx_bf16" in flags
 
 
 def test_mixed_on_a_gpu_names_the_extra_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
