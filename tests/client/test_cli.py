@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -126,6 +127,50 @@ def test_table_to_numpy(service: LocalService, table: NeighbourTable, tmp_path: 
         np.testing.assert_array_equal(arrays["ids"], table.ids)
         np.testing.assert_array_equal(arrays["scores"], table.scores)
         assert (int(arrays["generation"]), int(arrays["epoch"])) == (2, 1)
+
+
+def test_conflicts(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
+    names = tmp_path / "names.csv"
+    names.write_text("\n".join(f"name-{n}" for n in range(20)))
+    found = answer(service, "conflicts", "--names", str(names), "--most", "3")
+    assert table.scores is not None
+    assert len(found["pairs"]) == 3
+    assert found["pairs"][0]["score"] == pytest.approx(float(table.scores[:, 0].max()))
+    first, second = (each["class"] for each in found["pairs"][0]["classes"])
+    assert second == table.ids[first, 0] or first == table.ids[second, 0]
+    told = nearkin("conflicts", "--names", str(names), service=service.address).stdout
+    assert f"{first} name-{first}" in told
+    assert answer(service, "conflicts", "--at-least", "1")["pairs_in_all"] == 0
+
+
+def test_export_with_names(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
+    out, names = tmp_path / "table.csv", tmp_path / "names.csv"
+    names.write_text("\n".join(f"name-{n}" for n in range(20)))
+    assert answer(service, "export", str(out), "--names", str(names))["rows"] == 20
+    with out.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["neighbour_name"] for row in rows] == [f"name-{n}" for n in table.ids.ravel()]
+    arrays = tmp_path / "table.npz"
+    nearkin("export", str(arrays), "--generation", "1", service=service.address)
+    with np.load(arrays) as loaded:
+        assert int(loaded["generation"]) == 1
+    assert "must end in" in nearkin("export", "table.xml", service=service.address, status=2).stderr
+
+
+def test_report(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
+    out, names = tmp_path / "faces.html", tmp_path / "names.csv"
+    names.write_text("\n".join(f"<b>name & {n}" for n in range(20)))
+    assert answer(service, "report", str(out), "--names", str(names))["generation"] == 2
+    page = out.read_text(encoding="utf-8")
+    tree = ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', ""))
+    assert tree.findtext("body/h1") == "faces, epoch 1"
+    assert len(tree.findall(".//svg")) == 2
+    assert [each.text for each in tree.findall("body/h2")][-1] == "Since generation 1"
+    pairs = tree.findall("body/table")[0]
+    assert any("<b>name & " in str(cell.text) for cell in pairs.iter("td"))
+    nearkin("report", str(out), "--generation", "1", service=service.address)
+    assert "Since generation" not in out.read_text(encoding="utf-8")
+    assert "must end in .html" in nearkin("report", "page.pdf", service=service.address, status=2).stderr
 
 
 def test_table_to_csv(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ human.py      answers as tables for people
 machine.py    answers as JSON
 names.py      class names from a file
 export.py     neighbour tables to files
+report.py     one page about a generation
 """
 
 from nearkin_client.cli.app import main

@@ -11,13 +11,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from nearkin_client.analysis import nearest_pairs
 from nearkin_client.cli import export, human, machine
+from nearkin_client.cli import report as reports
 from nearkin_client.cli.following import follow
-from nearkin_client.cli.names import read_names, resolved
+from nearkin_client.cli.names import ClassNames, read_names, resolved
 from nearkin_client.client import NeighbourClient
 from nearkin_client.errors import InvalidArgument, NearkinError
 from nearkin_client.local import serve_command
 from nearkin_client.patience import Patience
+from nearkin_client.values import NeighbourTable
 
 ROWS_SHOWN = 10
 NEIGHBOURS_SHOWN = 10
@@ -173,13 +176,17 @@ def table(
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation, epoch=epoch, rows=span)
     if out is not None:
-        export.write_table(out, found)
-        facts = {"out": str(out), "generation": found.generation, "epoch": found.epoch, "rows": len(found)}
-        machine.emit(facts) if json else human.written(out, found)
+        _write(out, found, known, json)
     elif json:
         machine.emit(machine.table(found))
     else:
         human.table(found, known, most_rows=len(found) if span else ROWS_SHOWN)
+
+
+def _write(out: Path, found: NeighbourTable, names: ClassNames, json: bool) -> None:
+    export.write_table(out, found, names)
+    facts = {"out": str(out), "generation": found.generation, "epoch": found.epoch, "rows": len(found)}
+    machine.emit(facts) if json else human.written(out, found)
 
 
 def _span(text: str | None) -> tuple[int, int] | None:
@@ -234,6 +241,71 @@ def compare(
     with _client_of_run(service, timeout, run) as client:
         found = client.compare(base, generation, k=k, most_changed=most_changed)
     machine.emit(found) if json else human.comparison(found, known)
+
+
+@app.command(epilog="Example: nearkin conflicts --run faces --at-least 0.9 --names names.csv")
+def conflicts(
+    *,
+    run: RunName = None,
+    at_least: Annotated[
+        float, typer.Option(metavar="SCORE", min=-1.0, max=1.0, help="Leave out pairs that are less alike.")
+    ] = -1.0,
+    most: Annotated[int, typer.Option(metavar="N", min=1, help="How many pairs to list.")] = 20,
+    generation: GenerationNumber = None,
+    names: Names = None,
+    service: Service = None,
+    json: Json = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Classes that may be one and the same: pairs of nearest classes, most alike first."""
+    known = read_names(names)
+    with _client_of_run(service, timeout, run) as client:
+        found = client.table(generation=generation)
+    pairs = nearest_pairs(found).from_score(at_least)
+    if json:
+        machine.emit(machine.conflicts(found, pairs, most, known))
+    else:
+        human.conflicts(found, pairs, most, known)
+
+
+@app.command("export", epilog="Example: nearkin export table.csv --run faces --names names.csv")
+def export_table(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .npz (NumPy) or .csv.")],
+    *,
+    run: RunName = None,
+    generation: GenerationNumber = None,
+    names: Names = None,
+    service: Service = None,
+    json: Json = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """A whole neighbour table into a file: arrays, or one line per class and neighbour."""
+    known = read_names(names)
+    export.check_suffix(out)
+    with _client_of_run(service, timeout, run) as client:
+        found = client.table(generation=generation)
+    _write(out, found, known, json)
+
+
+@app.command(epilog="Example: nearkin report faces.html --run faces --names names.csv")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The page to write, .html.")],
+    *,
+    run: RunName = None,
+    generation: GenerationNumber = None,
+    names: Names = None,
+    service: Service = None,
+    json: Json = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """One page about a generation, to look at in a browser: scores, conflicts, hubs, what moved."""
+    known = read_names(names)
+    with _client_of_run(service, timeout, run) as client:
+        findings = reports.gather(client, generation)
+    reports.write(out, findings, known)
+    about = findings.generation
+    facts = {"out": str(out), "generation": about.generation, "epoch": about.epoch}
+    machine.emit(facts) if json else human.written(out, findings.table)
 
 
 @app.command(epilog="Example: nearkin pin 12 --run faces")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nearkin_client.cli.names import ClassNames
 from nearkin_client.errors import InvalidArgument
 from nearkin_client.values import NeighbourTable
 
@@ -18,10 +19,10 @@ def check_suffix(path: Path) -> None:
         raise InvalidArgument(f"out: {path.name!r} must end in .npz or .csv", field="out")
 
 
-def write_table(path: Path, table: NeighbourTable) -> None:
-    """NumPy arrays (.npz), or one line per class and neighbour (.csv)."""
+def write_table(path: Path, table: NeighbourTable, names: ClassNames) -> None:
+    """NumPy arrays (.npz), or one line per class and neighbour (.csv), with names where there are any."""
     try:
-        _write_npz(path, table) if path.suffix == ".npz" else _write_csv(path, table)
+        _write_npz(path, table) if path.suffix == ".npz" else _write_csv(path, table, names)
     except OSError as error:
         raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
 
@@ -33,11 +34,14 @@ def _write_npz(path: Path, table: NeighbourTable) -> None:
     np.savez(path, generation=table.generation, epoch=table.epoch, row_start=table.row_start, **arrays)
 
 
-def _write_csv(path: Path, table: NeighbourTable) -> None:
+def _write_csv(path: Path, table: NeighbourTable, names: ClassNames) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["class", "rank", "neighbour", "score"])
+        headings = ["class", "rank", "neighbour", "score"]
+        writer.writerow([*headings, "class_name", "neighbour_name"] if names else headings)
         for index, ids in enumerate(table.ids):
             scores = table.scores[index] if table.scores is not None else [""] * len(ids)
             for rank, (other, score) in enumerate(zip(ids, scores, strict=True), start=1):
-                writer.writerow([table.row_start + index, rank, other, score])
+                own = table.row_start + index
+                named = [names.get(own, ""), names.get(int(other), "")] if names else []
+                writer.writerow([own, rank, other, score, *named])

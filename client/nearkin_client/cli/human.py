@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nearkin_client import values as v
+from nearkin_client.analysis import NearestPairs
 from nearkin_client.cli.names import ClassNames
 
 
@@ -126,6 +127,17 @@ def table(found: v.NeighbourTable, names: ClassNames, most_rows: int) -> None:
     title = f"generation {found.generation} (epoch {found.epoch}){more}"
     headings = ["class" if names else ">class", *(str(rank) for rank in range(1, shown + 1))]
     print_table(headings, rows, title)
+
+
+def conflicts(found: v.NeighbourTable, pairs: NearestPairs, most: int, names: ClassNames) -> None:
+    """Pairs of classes, most alike first."""
+    rows = (
+        [label(first, names), label(second, names), f"{score:.4f}", "yes" if mutual else "no"]
+        for first, second, score, mutual in pairs.first_few(most)
+    )
+    about = f"generation {found.generation} (epoch {found.epoch})"
+    title = f"most alike in {about}, {min(most, len(pairs))} of {len(pairs)} pairs"
+    print_table(["class", "class", ">score", "each other's nearest"], rows, title)
 
 
 def comparison(found: v.Comparison, names: ClassNames) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nearkin_client.analysis import NearestPairs
 from nearkin_client.cli.names import ClassNames
 from nearkin_client.values import NearestClasses, NeighbourTable
 
@@ -51,6 +52,20 @@ def nearest(classes: list[int], found: NearestClasses, names: ClassNames) -> dic
             }
             for one, ids, scores in rows
         ],
+    }
+
+
+def conflicts(found: NeighbourTable, pairs: NearestPairs, most: int, names: ClassNames) -> dict[str, Any]:
+    """The first pairs, and how many there are."""
+    rows = [
+        {"classes": [_named(first, names), _named(second, names)], "score": score, "mutual": mutual}
+        for first, second, score, mutual in pairs.first_few(most)
+    ]
+    return {
+        "generation": found.generation,
+        "epoch": found.epoch,
+        "pairs_in_all": len(pairs),
+        "pairs": rows,
     }
 
 
