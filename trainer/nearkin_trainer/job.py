@@ -325,4 +325,6 @@ class Job:
 
 
 def _line(result: Retrieval) -> str:
+    if not result.queries:
+        return "no query of the validation images has a match in the gallery"
     return f"rank-1 {result.rank1:.3f}, mAP {result.mAP:.3f}"

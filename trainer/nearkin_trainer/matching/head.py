@@ -61,7 +61,8 @@ class QAConv(nn.Module):
     def pairwise(self, probes: Tensor, gallery: Tensor, *, backend: str = "auto") -> Tensor:
         """Scores [B, G] of every probe map [B, C, H, W] against every gallery map [G, C, H, W].
 
-        In evaluation mode this runs in blocks, so that only the scores themselves grow with B·G.
+        In evaluation mode this runs in blocks, so that only the scores themselves grow with B·G; they have no
+        gradient.
         In training mode it is one block, because the batch statistics are those of all pairs.
         """
         if self.training:
