@@ -101,11 +101,16 @@ def test_memory_of_the_compiled_loops_is_the_same_at_any_number_of_classes() -> 
     for classes in (FEW, MANY):
         take = _step(classes, "adam", "cpu", "whole")
         take()
-        tracemalloc.start()
-        take()
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        peaks.append(min(_peak(take) for _ in range(3)))  # what else the process does is counted, too
     assert abs(peaks[1] - peaks[0]) < NOISE
+
+
+def _peak(take: Callable[[], object]) -> int:
+    tracemalloc.start()
+    take()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 @pytest.mark.parametrize("name", sorted(ROW_OPTIMISERS))
