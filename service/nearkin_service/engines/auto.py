@@ -34,13 +34,12 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
     Raises:
         ValueError: it was asked for by name and cannot be used here.
     """
-    missing = mixed_packages_missing(device)
-    if wanted == "mixed" and missing:
+    if wanted == "mixed" and (missing := mixed_packages_missing(device)):
         raise ValueError(f"engine: mixed cannot be used on {device}: {missing}; use engine auto or flat")
     if wanted != "auto":
         return wanted, "asked for"
     if device != "cpu":
-        return _choose_on_gpu(job, missing)
+        return _choose_on_gpu(job, device)
     if lacking := mixed_lacks():
         return "flat", f"auto, since {lacking}"
     if job.key_size > LONGEST_AT_ONCE and job.classes < _WORTH_A_SCAN:
@@ -50,8 +49,8 @@ def choose(wanted: str, job: Job, device: str) -> tuple[str, str]:
     return "mixed", "auto, since it computes each product once"
 
 
-def _choose_on_gpu(job: Job, missing: str | None) -> tuple[str, str]:
-    if missing:
+def _choose_on_gpu(job: Job, device: str) -> tuple[str, str]:
+    if missing := mixed_packages_missing(device):
         return "flat", f"auto, since {missing}"
     if few(job.classes):
         return "flat", "auto, since there are few classes"
