@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from nearkin.v1.soundness import all_finite, zero_rows
 from numpy.typing import NDArray
 
 from nearkin_client.errors import invalid
@@ -25,7 +26,6 @@ PIECE_BYTES = 2 << 20
 """Stays in a core's cache between being read, looked at, summed and written."""
 _DEVICE_BLOCK_BYTES = 4 << 20
 """What comes over from a device at a time: enough for its bus."""
-_INFINITY, _SIGN = {"float16": 0x7C00, "bfloat16": 0x7F80}, 0x8000  # as bits
 _TAKEN = (*WIRE_DTYPES, "float64")
 
 
@@ -162,32 +162,10 @@ def in_pieces(data: memoryview, row_bytes: int, most: int) -> Iterator[memoryvie
 
 
 def sound(piece: memoryview, rows: Rows) -> bool:
-    """Whether all of a piece is finite and no row in it is all zero, as far as one quick look can tell.
-
-    Other threads of Python go on meanwhile: rows of a piece one by one (`np.vecdot`) would keep them waiting.
-    """
+    """Whether all of a piece is finite and no row in it is all zero, as far as one quick look can tell."""
     width, dtype = min(rows.row_bytes, len(piece)), WIRE_DTYPES[rows.dtype]
     bits = np.frombuffer(piece, f"<u{dtype.itemsize}").reshape(len(piece) // width, -1)
-    return _all_finite(bits.reshape(-1), rows.dtype) and not _any_zeros(bits)
-
-
-def _all_finite(bits: NDArray[Any], dtype: str) -> bool:
-    """Of a piece's bits; squares that add up to more than float32 can hold pass for infinite."""
-    if dtype == "float32":
-        values = bits.view(np.float32)
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            return bool(np.dot(values, values) < np.inf)
-    infinity = _INFINITY[dtype]  # what is not finite is the largest of its sign
-    return bool(bits.view(np.int16).max() < infinity and bits.max() < infinity | _SIGN)
-
-
-def _any_zeros(bits_nR: NDArray[Any]) -> bool:
-    """Whether a row is all zero, of either sign: few rows begin with zeros."""
-    left = np.flatnonzero(bits_nR[:, 0] << 1 == 0)
-    for some in (slice(1, 16), slice(16, None)):
-        if len(left):
-            left = left[~(bits_nR[left, some] << 1).any(axis=1)]
-    return len(left) > 0
+    return all_finite(bits.reshape(-1), rows.dtype) and not len(zero_rows(bits))
 
 
 def _bytes_of(contiguous: NDArray[Any]) -> memoryview:

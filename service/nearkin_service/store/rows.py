@@ -14,6 +14,7 @@ from typing import Any
 
 import crc32c
 import numpy as np
+from nearkin.v1.soundness import INFINITY, all_finite, zero_rows
 from numpy.typing import NDArray
 
 from nearkin_service.errors import DataLossError, InvalidArgumentError, LimitExceededError
@@ -24,7 +25,6 @@ from nearkin_service.values import PushSpec
 _SCAN_BYTES = 8 << 20
 _CHECKSUM_BYTES = 512 << 10  # stays in a core's cache between being read and being summed
 _LOOK_BYTES = 1 << 20  # stays there while it is received, looked at twice and written
-_INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # as bits
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:
@@ -74,7 +74,7 @@ class Examiner:
         odd = _odd(piece_nR, self._dtype)
         if len(odd):
             largest = _largest(piece_nR[odd])
-            self._infinite.append(odd[largest >= _INFINITY[self._dtype]] + self._count)
+            self._infinite.append(odd[largest >= INFINITY[self._dtype]] + self._count)
             self._zeros.append(odd[largest == 0] + self._count)
         self._count += len(piece_nR)
 
@@ -104,31 +104,9 @@ def rows_at_a_time(row_bytes: int) -> int:
 
 
 def _odd(rows_nR: NDArray[Any], dtype: str) -> NDArray[np.int64]:
-    """Among these is every row that is not finite, and every one of zeros; most often there are none.
-
-    Other threads of Python go on meanwhile: rows one by one (`np.vecdot`) would keep them waiting.
-    """
+    """Among these is every row that is not finite, and every one of zeros; most often there are none."""
     bits_nR = rows_nR.view(f"u{rows_nR.itemsize}")
-    return _zero_rows(bits_nR) if _all_finite(bits_nR.reshape(-1), dtype) else np.arange(len(rows_nR))
-
-
-def _all_finite(bits: NDArray[Any], dtype: str) -> bool:
-    """False, too, where squares add up to more than float32 can hold."""
-    if dtype == "float32":
-        values = bits.view(np.float32)
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            return bool(np.dot(values, values) < np.inf)
-    infinity = _INFINITY[dtype]  # what is not finite is the largest of its sign
-    return bool(bits.view(np.int16).max() < infinity and bits.max() < infinity | 0x8000)
-
-
-def _zero_rows(bits_nR: NDArray[Any]) -> NDArray[np.int64]:
-    """Those of nothing but zeros, of either sign: few begin with one."""
-    left = np.flatnonzero(bits_nR[:, 0] << 1 == 0)
-    for some in (slice(1, 16), slice(16, None)):
-        if len(left):
-            left = left[~(bits_nR[left, some] << 1).any(axis=1)]
-    return left
+    return zero_rows(bits_nR) if all_finite(bits_nR.reshape(-1), dtype) else np.arange(len(rows_nR))
 
 
 def _largest(rows_nR: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
