@@ -49,14 +49,17 @@ def nearest_pairs(table: NeighbourTable) -> NearestPairs:
     Raises:
         InvalidArgument: the table is only a part of one, or was read without scores.
     """
-    scores_Nk = _require_whole(table)
-    own = np.flatnonzero(table.ids[:, 0] >= 0).astype(np.int32)
+    _require_whole(table)
+    if table.scores is None:
+        raise InvalidArgument("table: its scores are needed; read it with scores=True", field="table")
+    own = np.flatnonzero(table.ids[:, 0] >= 0)
     other = table.ids[own, 0]
-    pairs = np.stack([np.minimum(own, other), np.maximum(own, other)], axis=1)
-    unique, places, times = np.unique(pairs, axis=0, return_index=True, return_counts=True)
-    scores = scores_Nk[own[places], 0]
-    order = np.lexsort((unique[:, 1], unique[:, 0], -scores))
-    return NearestPairs(unique[order, 0], unique[order, 1], scores[order], times[order] == 2)
+    keys = np.minimum(own, other) * len(table) + np.maximum(own, other)
+    keys, places, times = np.unique(keys, return_index=True, return_counts=True)
+    scores = table.scores[own[places], 0]
+    order = np.lexsort((keys, -scores))
+    first, second = np.divmod(keys[order], len(table))
+    return NearestPairs(first.astype(np.int32), second.astype(np.int32), scores[order], times[order] == 2)
 
 
 def times_listed(table: NeighbourTable) -> NDArray[np.int64]:
@@ -69,9 +72,6 @@ def times_listed(table: NeighbourTable) -> NDArray[np.int64]:
     return np.bincount(table.ids[table.ids >= 0], minlength=len(table))
 
 
-def _require_whole(table: NeighbourTable) -> NDArray[np.float32]:
+def _require_whole(table: NeighbourTable) -> None:
     if table.row_start or table.ids.max(initial=-1) >= len(table):
         raise InvalidArgument("table: all of its rows are needed, not a part", field="table")
-    if table.scores is None:
-        raise InvalidArgument("table: its scores are needed; read it with scores=True", field="table")
-    return table.scores

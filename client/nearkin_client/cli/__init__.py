@@ -4,7 +4,7 @@ app.py        the commands and their options
 human.py      answers as tables for people
 machine.py    answers as JSON
 names.py      class names from a file
-export.py     neighbour tables to files
+export.py     neighbour tables to files, and how a file is refused
 report.py     one page about a generation
 """
 

@@ -172,7 +172,7 @@ def table(
     """A neighbour table: to look at, as JSON, or into a file."""
     known, span = read_names(names), _span(rows)
     if out is not None:
-        export.check_suffix(out)
+        export.check_ending(out, *export.TABLE_ENDINGS)
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation, epoch=epoch, rows=span)
     if out is not None:
@@ -281,7 +281,7 @@ def export_table(
 ) -> None:
     """A whole neighbour table into a file: arrays, or one line per class and neighbour."""
     known = read_names(names)
-    export.check_suffix(out)
+    export.check_ending(out, *export.TABLE_ENDINGS)
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation)
     _write(out, found, known, json)
@@ -300,9 +300,11 @@ def report(
 ) -> None:
     """One page about a generation, to look at in a browser: scores, conflicts, hubs, what moved."""
     known = read_names(names)
+    export.check_ending(out, ".html")
     with _client_of_run(service, timeout, run) as client:
         findings = reports.gather(client, generation)
-    reports.write(out, findings, known)
+    with export.writing(out):
+        out.write_text(reports.page(findings, known), encoding="utf-8")
     about = findings.generation
     facts = {"out": str(out), "generation": about.generation, "epoch": about.epoch}
     machine.emit(facts) if json else human.written(out, findings.table)

@@ -1,8 +1,10 @@
-"""Neighbour tables to files."""
+"""What commands write: neighbour tables, and how a file is refused."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,28 @@ from nearkin_client.cli.names import ClassNames
 from nearkin_client.errors import InvalidArgument
 from nearkin_client.values import NeighbourTable
 
+TABLE_ENDINGS = (".npz", ".csv")
 
-def check_suffix(path: Path) -> None:
-    """Raise before anything is read if the file's ending is not one of ours."""
-    if path.suffix not in (".npz", ".csv"):
-        raise InvalidArgument(f"out: {path.name!r} must end in .npz or .csv", field="out")
+
+def check_ending(path: Path, *endings: str) -> None:
+    """Raise before anything is read if the file's ending is not one of these."""
+    if path.suffix not in endings:
+        raise InvalidArgument(f"out: {path.name!r} must end in {' or '.join(endings)}", field="out")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """InvalidArgument: the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
 
 
 def write_table(path: Path, table: NeighbourTable, names: ClassNames) -> None:
     """NumPy arrays (.npz), or one line per class and neighbour (.csv), with names where there are any."""
-    try:
+    with writing(path):
         _write_npz(path, table) if path.suffix == ".npz" else _write_csv(path, table, names)
-    except OSError as error:
-        raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
 
 
 def _write_npz(path: Path, table: NeighbourTable) -> None:

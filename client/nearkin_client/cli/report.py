@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,6 @@ from nearkin_client.analysis import nearest_pairs, times_listed
 from nearkin_client.cli import human
 from nearkin_client.cli.names import ClassNames
 from nearkin_client.client import NeighbourClient
-from nearkin_client.errors import InvalidArgument
 from nearkin_client.values import Comparison, Generation, NeighbourTable
 
 _LISTED, _BARS = 15, 40
@@ -43,16 +41,6 @@ def gather(client: NeighbourClient, number: int | None) -> Findings:
     earlier = [g.generation for g in client.generations() if g.generation < generation.generation]
     change = client.compare(max(earlier), generation.generation, most_changed=_LISTED) if earlier else None
     return Findings(generation.run, generation, client.table(generation=generation.generation), change)
-
-
-def write(path: Path, findings: Findings, names: ClassNames) -> None:
-    """InvalidArgument: the file cannot be written."""
-    if path.suffix != ".html":
-        raise InvalidArgument(f"out: {path.name!r} must end in .html", field="out")
-    try:
-        path.write_text(page(findings, names), encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
 
 
 def page(findings: Findings, names: ClassNames) -> str:
