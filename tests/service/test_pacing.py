@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from nearkin_client import NeighbourClient
 from nearkin_service.operations import pacing
 from nearkin_service.operations.pacing import LEAST_BYTES_PER_SECOND, RECENT_SECONDS, SHARE, Pacing
+from numpy.typing import NDArray
 
 from tests.service.conftest import Caller, Service, brute_force, random_rows
 from tests.service.engines.test_exact import ENGINES
@@ -85,9 +87,10 @@ def test_tables_get_their_share_of_a_fast_push(clock: Clock) -> None:
     assert 0.5 * allowed < sent <= 1.1 * allowed
 
 
-def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Caller) -> None:
-    caller.push(random_rows(1000, 4), k=500)
-    rows, done = random_rows(64, 1 << 15), threading.Event()
+@contextmanager
+def rows_arriving(caller: Caller, rows: NDArray[np.float32]) -> Iterator[None]:
+    """These, again and again, from before it begins until it ends."""
+    done, pushed = threading.Event(), threading.Event()
 
     def push_on() -> None:
         with NeighbourClient(caller.address, run="beside", shared_memory=False) as client:
@@ -95,6 +98,20 @@ def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Calle
             while not done.is_set():
                 client.abort(client.push(rows, epoch=epoch, k=4, commit=False))
                 epoch += 1
+                pushed.set()
+
+    pusher = threading.Thread(target=push_on)
+    pusher.start()
+    try:
+        assert pushed.wait(30)
+        yield
+    finally:
+        done.set()
+        pusher.join()
+
+
+def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Caller) -> None:
+    caller.push(random_rows(1000, 4), k=500)
 
     def read(_: int) -> bytes:
         with NeighbourClient(caller.address, run="run", shared_memory=False) as client:
@@ -102,14 +119,8 @@ def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Calle
             assert table.scores is not None
             return table.ids.tobytes() + table.scores.tobytes()
 
-    pusher = threading.Thread(target=push_on)
-    pusher.start()
-    try:
-        with ThreadPoolExecutor(12) as readers:
-            found = set(readers.map(read, range(24)))
-    finally:
-        done.set()
-        pusher.join()
+    with rows_arriving(caller, random_rows(64, 1 << 15)), ThreadPoolExecutor(12) as readers:
+        found = set(readers.map(read, range(24)))
     expected = caller.table()
     assert expected.scores is not None
     assert found == {np.asarray(expected.ids).tobytes() + np.asarray(expected.scores).tobytes()}
@@ -159,25 +170,9 @@ def test_every_thread_of_a_build_rests_seven_times_as_long_as_it_worked(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_build_beside_rows_without_end_comes_to_its_table(caller: Caller, engine: str) -> None:
-    rows, done, pushed = random_rows(64, 1 << 12), threading.Event(), threading.Event()
-
-    def push_on() -> None:
-        with NeighbourClient(caller.address, run="beside", shared_memory=False) as client:
-            epoch = 0
-            while not done.is_set():
-                client.abort(client.push(rows, epoch=epoch, k=4, commit=False))
-                epoch += 1
-                pushed.set()
-
-    pusher = threading.Thread(target=push_on)
-    pusher.start()
-    try:
-        assert pushed.wait(30)
-        theirs = random_rows(2_100, 32)
+    theirs = random_rows(2_100, 32)
+    with rows_arriving(caller, random_rows(64, 1 << 12)):
         caller.push(theirs, engine=engine)
-    finally:
-        done.set()
-        pusher.join()
     np.testing.assert_array_equal(caller.table().ids, brute_force(theirs, 5))
 
 
