@@ -59,7 +59,7 @@ def changed_classes(
         differ = (as_bits(source.rows[some]) != as_bits(parent.rows[some])).any(axis=1)
         changed[some] |= differ & here[some] & there[some]
 
-    in_threads(compare, range(0, count, step), lambda begun: pace.done(begun * step))
+    in_threads(compare, range(0, count, step), lambda done: pace.done(done * step))
     return np.flatnonzero(changed) if changed.sum() <= most else None
 
 

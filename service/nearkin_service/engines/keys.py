@@ -20,7 +20,7 @@ from nearkin_service.engines.contract import BuildMonitor, KeyName
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
-_BLOCK_ELEMENTS = 1 << 16  # half a MiB in float64: stays in a core's own cache
+_BLOCK_ELEMENTS = 1 << 16  # half a MiB in float64
 _SUMMED, _SUMMED_ROWS = 4096, 8  # a quarter of a MiB in float64
 _ALONE = 1 << 22  # elements: so few are done before other threads are of help
 
@@ -95,7 +95,8 @@ class KeyedRows:
         return f"its {subject} is zero and has no direction; declare the class absent"
 
 
-def _rows_at_once(row_size: int) -> int:
+def rows_at_once(row_size: int) -> int:
+    """Of which keys are made at a time, so that they stay in a core's own cache."""
     return max(1, _BLOCK_ELEMENTS // max(1, row_size))
 
 
@@ -139,7 +140,7 @@ def each_block(
     Blocks begin at a `multiple` of rows, and hold some.
     """
     pace = Pace(monitor, "keys", len(present))
-    step = math.ceil(_rows_at_once(source.rows.shape[1]) / multiple) * multiple
+    step = math.ceil(rows_at_once(source.rows.shape[1]) / multiple) * multiple
     whole = np.array_equal(present, np.arange(len(source.rows)))
 
     def do(start: int) -> None:

@@ -111,7 +111,7 @@ def all_maps(source: KeyedRows, score: LocationScore, monitor: BuildMonitor) -> 
         ids = present[start : start + _MAPS_AT_A_TIME]
         maps_NCL[ids] = score.maps(source.rows[ids])
 
-    in_threads(convert, range(0, len(present), _MAPS_AT_A_TIME), lambda begun: monitor.check())
+    in_threads(convert, range(0, len(present), _MAPS_AT_A_TIME), lambda done: monitor.check())
     return maps_NCL
 
 

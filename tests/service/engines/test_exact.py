@@ -57,6 +57,19 @@ def test_engines_agree_bit_for_bit(
 
 
 @needs_mixed
+@pytest.mark.parametrize(("products", "size"), [("int16", 600), ("bfloat16", 600), ("bfloat16", 4)])
+def test_a_table_names_torch_only_where_that_multiplied(
+    products: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of short keys, which are multiplied in panels."""
+    monkeypatch.setattr("nearkin_service.engines.mixed.scan.fastest_products", lambda: products)
+    monkeypatch.setattr("nearkin_service.engines.ways.AT_ONCE", 0)
+    table = build(np.random.default_rng(1).standard_normal((700, size), dtype=np.float32), 5, "mixed")
+    assert ("torch" in table.versions) == (products == "bfloat16" and size == 600)
+    assert "numba" in table.versions
+
+
+@needs_mixed
 @pytest.mark.parametrize("products", ["bfloat16", "int16"])
 @pytest.mark.parametrize("per_row", [0, 1500, 10_000], ids=["no places", "some", "enough"])
 def test_rows_of_large_clusters_get_more_places(

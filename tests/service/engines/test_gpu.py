@@ -64,7 +64,7 @@ def test_keys_are_the_same_bits_there(
     from nearkin_service.engines.mixed import upload
 
     monkeypatch.setattr(upload, "_PIECE_BYTES", 20 * 4 * 33)
-    monkeypatch.setattr(upload, "_BLOCK_ELEMENTS", 3 * 33)
+    monkeypatch.setattr("nearkin_service.engines.keys._BLOCK_ELEMENTS", 3 * 33)
     random = np.random.default_rng(5)
     scales = 10.0 ** random.integers(-3, 4, (107, 1))
     rows = (random.standard_normal((107, math.prod(shape))) * scales).astype(dtype)

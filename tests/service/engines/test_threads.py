@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nearkin_service.engines import auto
+from numpy.typing import NDArray
+
+from tests.service.engines.oracle import build
 
 pytestmark = pytest.mark.skipif(
     auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
@@ -25,10 +28,24 @@ def test_overlapping_builds_leave_the_library_as_it_was(first_to_end: int) -> No
     before = matrix_threads()
     assert before
     builds = [one_thread_each(), one_thread_each()]
-    for build in builds:
-        build.__enter__()
+    for each in builds:
+        each.__enter__()
     assert set(matrix_threads()) == {1}
     builds[first_to_end].__exit__(None, None, None)
     assert set(matrix_threads()) == {1}
     builds[1 - first_to_end].__exit__(None, None, None)
     assert matrix_threads() == before
+
+
+def test_products_of_panels_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nearkin_service.engines.mixed import panels
+
+    multiply, seen = panels.multiply, set()
+
+    def noting(*arrays: NDArray[np.float32]) -> None:
+        seen.update(matrix_threads())
+        multiply(*arrays)
+
+    monkeypatch.setattr(panels, "multiply", noting)
+    build(np.random.default_rng(0).standard_normal((2100, 8), dtype=np.float32), 5, "mixed")
+    assert seen == {1}

@@ -19,6 +19,7 @@ from nearkin_service.engines.mixed.held import Keys
 from nearkin_service.engines.mixed.panels import search_in_panels
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.rerank import Reranking, cut_at
+from nearkin_service.engines.mixed.rounded import RoundedKeys
 from nearkin_service.engines.mixed.scan import keys_for_tiles, scan
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.tiles import TileKeys
@@ -39,20 +40,21 @@ def build_mixed(source: KeyedRows, k: int, monitor: BuildMonitor, spare: int = 0
     way = way_of(Job(len(source.rows), source.key_size, k))
     if way == "at once":
         return build_direct(source, k + spare, monitor)
-    began = time.monotonic()
+    began, by_torch = time.monotonic(), False
     present = source.present()
     if way == "in panels":
         keys_MD = aligned((len(present), source.key_size), np.float32)
         fill_keys(keys_MD, source, present, monitor)
         join = partial(in_panels, keys_MD)
     else:
-        join = partial(mixed_self_join, *keys_for_tiles(source, present, monitor))
+        keys, tiles = keys_for_tiles(source, present, monitor)
+        by_torch = isinstance(tiles, RoundedKeys)
+        join = partial(mixed_self_join, keys, tiles)
     keyed = time.monotonic()
     ranks_Mk, redone, seconds = join(k, monitor, spare)
     ids, scores = spread(ranks_Mk, present, len(source.rows))
-    return BuiltTable(
-        ids, scores, "mixed", "cpu", True, redone, {"keys": keyed - began, **seconds}, versions()
-    )
+    seconds = {"keys": keyed - began, **seconds}
+    return BuiltTable(ids, scores, "mixed", "cpu", True, redone, seconds, versions(by_torch=by_torch))
 
 
 def in_panels(

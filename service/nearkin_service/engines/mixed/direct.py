@@ -64,7 +64,7 @@ def _self_join(
         span = first, min(count, first + step)
         best_of_products(span, (products_MM, error, rounded_safely), keys_MD, table, doubtful)
 
-    in_threads(choose, range(0, count, max(1, step)), lambda begun: pace.done(begun * step))
+    in_threads(choose, range(0, count, max(1, step)), lambda done: pace.done(done * step))
     redo = np.flatnonzero(doubtful)
     if len(redo):
         ranks = settled(Queries(keys_MD[redo], redo), keys_MD, k, monitor, np.arange(count))

@@ -63,9 +63,8 @@ def build_on_gpu(source: KeyedRows, k: int, monitor: BuildMonitor, device: str =
     del on_device_MD
     torch.cuda.empty_cache()  # FAISS may want it
     ids, scores = spread(ranks_Mk, present, len(source.rows))
-    return BuiltTable(
-        ids, scores, "mixed", device, True, redone, {"keys": keyed - began, **seconds}, versions()
-    )
+    seconds = {"keys": keyed - began, **seconds}
+    return BuiltTable(ids, scores, "mixed", device, True, redone, seconds, versions(by_torch=True))
 
 
 def self_join(

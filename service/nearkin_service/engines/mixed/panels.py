@@ -66,7 +66,7 @@ def search_in_panels(
         best_of_panel(products_QM, asked, task, ranks_Qk[some], doubtful[some])
 
     with one_thread_each():
-        in_threads(search, range(0, len(queries.own), rows), lambda begun: monitor.check())
+        in_threads(search, range(0, len(queries.own), rows), lambda done: monitor.check())
     redo = np.flatnonzero(doubtful)
     remaining = Queries(queries.keys[redo], queries.own[redo])
     ranks_Qk[redo] = settled(remaining, keys_MD, k, monitor, names_M)

@@ -178,7 +178,7 @@ class Reranking:
             self._keys.copy_part(used, slice(left, left + part), part_UE)
             add_pair_products(part_UE, owners, pairs, aligned((part,), dtype), local.sums)
 
-        in_threads(add, range(0, self._size, width), lambda begun: self._monitor.check())
+        in_threads(add, range(0, self._size, width), lambda done: self._monitor.check())
         return np.asarray(np.sum(sums, axis=0))
 
     def _gather(self, first: int, last: int) -> None:
@@ -193,7 +193,7 @@ class Reranking:
         in_threads(
             lambda first: work(first, min(count, first + step)),
             range(0, count, step),
-            (lambda begun: pace.done(begun * step)) if pace else (lambda begun: self._monitor.check()),
+            (lambda done: pace.done(done * step)) if pace else (lambda done: self._monitor.check()),
         )
 
     def _longest(self, first: int, last: int) -> int:

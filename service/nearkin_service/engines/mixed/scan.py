@@ -41,7 +41,7 @@ def tile_keys(keys_MD: NDArray[np.float32], monitor: BuildMonitor) -> TileKeys:
     def convert(start: int) -> None:
         packed.put(start, keys_MD[start : start + step])
 
-    in_threads(convert, range(0, count, step), lambda begun: monitor.check())
+    in_threads(convert, range(0, count, step), lambda done: monitor.check())
     return packed
 
 
@@ -129,9 +129,9 @@ def scan(
         for block in range(min(upper_blocks, blocks - offset))
     ]
     with keys.computing():
-        in_threads(sieve_tile, tiles[:upper_blocks], lambda begun: monitor.check())
+        in_threads(sieve_tile, tiles[:upper_blocks], lambda done: monitor.check())
         in_threads(
-            sieve_tile, tiles[upper_blocks:], lambda begun: pace.done(count * begun // max(1, len(tiles)))
+            sieve_tile, tiles[upper_blocks:], lambda done: pace.done(count * done // max(1, len(tiles)))
         )
     pace.done(count)
     return sieve

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import BuildMonitor
-from nearkin_service.engines.keys import KeyedRows
+from nearkin_service.engines.keys import KeyedRows, rows_at_once
 from nearkin_service.engines.mixed.held import ImpliedKeys, KeptKeys, Keys
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads
 
 _PIECE_BYTES = 1 << 26
-_BLOCK_ELEMENTS = 1 << 16  # of which a thread makes keys at a time
 
 
 def keys_on(
@@ -68,7 +67,7 @@ def _send(
 ) -> None:
     """Send pieces, each filled by several threads while the one before is on its way."""
     count, size = on_device_MD.shape
-    block = max(1, _BLOCK_ELEMENTS // size)
+    block = rows_at_once(size)
     pieces = _pieces(on_device_MD)
     ferries = [_Ferry(max((p.stop - p.start for p in pieces), default=0), on_device_MD) for _ in range(2)]
     pace = Pace(monitor, "keys", count)
@@ -80,7 +79,7 @@ def _send(
             some = slice(top, min(piece.stop, top + block))
             fill(some, room_BD[some.start - piece.start : some.stop - piece.start])
 
-        in_threads(fill_block, range(piece.start, piece.stop, block), lambda begun: monitor.check())
+        in_threads(fill_block, range(piece.start, piece.stop, block), lambda done: monitor.check())
         ferry.leave(on_device_MD[piece])
         pace.done(piece.stop)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -12,7 +11,8 @@ from nearkin_service.engines.installed import faiss_version
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Package versions, for a generation's provenance."""
-    found = {name: metadata.version(name) for name in ("numba", "torch") if find_spec(name)}
+def versions(*, by_torch: bool = False) -> dict[str, str]:
+    """Package versions, for a generation's provenance; torch's if it multiplied."""
+    packages = ("numba", "torch") if by_torch else ("numba",)
+    found = {name: metadata.version(name) for name in packages}
     return {"faiss": faiss_version(), "numpy": np.__version__, **found}
