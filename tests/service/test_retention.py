@@ -63,6 +63,9 @@ def test_embeddings_that_retention_takes_away_are_not_called_lost(start_service:
     service = start_service()
     service.caller().push(ROWS, 0)
     service.caller().table(min_epoch=0)
+    eventually(  # the service flushes and drops on one thread; here they could meet
+        lambda: service.caller().generation(1).embeddings, lambda state: state == pb.EMBEDDINGS_STATE_KEPT
+    )
     directory = service.server.core.directory
     generation = service.server.core.catalogue.run("run").generation(1)
     directory.drop_embeddings(generation)
