@@ -57,6 +57,21 @@ def test_a_table_through_shared_memory(
     np.testing.assert_array_equal(table.scores, plain.scores)
 
 
+@pytest.mark.parametrize("width", [16, 1_001, 700_001])
+def test_rows_that_begin_anywhere_in_a_cache_line_arrive_as_they_are(
+    service: LocalService, width: int
+) -> None:
+    room = generator.standard_normal(5 * width + 16, dtype=np.float32)
+    for way, shared in (("shared", True), ("lane", False)):
+        with NeighbourClient(service.address, run=f"anywhere-{width}-{way}", shared_memory=shared) as client:
+            for shift in range(16):
+                rows = room[shift : shift + 5 * width].reshape(5, width)
+                push = client.push(rows, epoch=shift, k=4, commit=False)
+                (stored,) = service.data_dir.glob(f"runs/*/pushes/{push.push_id}/rows.bin")
+                assert stored.read_bytes() == rows.tobytes()
+                client.abort(push)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_torch_tensors_are_copied_once_into_shared_memory(service: LocalService, dtype: str) -> None:
     torch = pytest.importorskip("torch")

@@ -59,16 +59,16 @@ class Held:
     def receive(
         self,
         fill: Callable[[memoryview], None],
-        room: Callable[[int], memoryview],
+        room: Callable[[int, int], memoryview],
         ending: Ending,
     ) -> RowSet:
-        """The same for bytes that `fill` receives into a `room` of so many.
+        """The same for bytes that `fill` receives into a `room` for so many, aligned as this place in a file.
 
         If they are new, each piece is summed up and written while it is in a core's cache.
         """
         if self.files is not None:
             return self.files.receive_as_they_come(self.rows, fill, room, ending, self.push.absent)
-        payload = room(len(self.rows) * self.push.spec.row_bytes)
+        payload = room(len(self.rows) * self.push.spec.row_bytes, 0)
         fill(payload)
         crc, _ = ending.said()
         return self.store(payload, crc)

@@ -103,18 +103,19 @@ class PushFiles:
         self,
         rows: RowRange,
         fill: Callable[[memoryview], None],
-        room: Callable[[int], memoryview],
+        room: Callable[[int, int], memoryview],
         ending: Ending,
         absent: RowSet,
     ) -> RowSet:
-        """The same for rows of which none is known, and which `fill` receives into a `room` of so many bytes.
+        """The same for rows of which none is known, and which `fill` receives.
 
-        They are written before all are here: what comes to nothing is never noted, and so is not there.
+        That is into a `room` for so many bytes, which is aligned like their place in the file. They are
+        written before all are here: what comes to nothing is never noted, and so is not there.
         """
         examiner, row_bytes = Examiner(self._spec.dtype), self._spec.row_bytes
         step = rows_at_a_time(row_bytes)
         for start in range(rows.start, rows.stop, step):
-            piece = room(min(step, rows.stop - start) * row_bytes)
+            piece = room(min(step, rows.stop - start) * row_bytes, start * row_bytes)
             fill(piece)
             if ending.looked:
                 examiner.add_up(piece)
