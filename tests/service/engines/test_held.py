@@ -32,8 +32,8 @@ def test_implied_keys_are_those_kept(absent: list[int]) -> None:
     implied, _ = keys_for_tiles(source, present, Silence())
     assert isinstance(implied, ImpliedKeys)
     assert implied.shape == kept.shape
-    for used in (None, np.array([1, 2, 30])):
-        parts = [np.empty((len(present) if used is None else 3, 512), np.float32) for _ in range(2)]
+    for used in (slice(None), slice(4, 20), np.array([1, 2, 30])):
+        parts = [np.empty((len(present[used]), 512), np.float32) for _ in range(2)]
         kept.copy_part(used, slice(700, 1212), parts[0])
         implied.copy_part(used, slice(700, 1212), parts[1])
         assert parts[0].tobytes() == parts[1].tobytes()

@@ -9,12 +9,14 @@ Dimension letters: M keys, P keys padded to whole blocks, D elements of a key, B
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.blocks import (
     LANES,
     add_group_products,
@@ -23,7 +25,7 @@ from nearkin_service.engines.mixed.blocks import (
 )
 from nearkin_service.engines.mixed.compiling import compiled, compiled_loosely
 from nearkin_service.engines.mixed.products import aligned
-from nearkin_service.engines.mixed.tiles import blocks_of, product_errors
+from nearkin_service.engines.mixed.tiles import Multiplier, blocks_of, product_errors
 from nearkin_service.engines.mixed.values import FIXED, STEPS, VACANT
 
 PART = 512
@@ -39,87 +41,130 @@ class FixedKeys:
 
     rounding = FIXED
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, at_once: int | None = None) -> None:
+        """`at_once` of a key's elements have a place; all, if it is not given."""
         self.count, self._size = count, size
         self.block, padded = blocks_of(count, size)
+        held = size if at_once is None else at_once
         groups = math.ceil(count / LANES)
-        self._packed = aligned((groups * LANES * (size + size % 2),), np.int16)
+        self._packed = aligned((groups * LANES * (held + held % 2),), np.int16)
         self._factors_P = np.zeros(padded, np.float32)
-        self._lost_P = np.zeros(padded)
+        self._squares_P = np.zeros(padded)  # of what rounding took away
 
     def put(self, start: int, keys_BD: NDArray[np.float32]) -> None:
         """Keys from number `start` on: up to the last, or a multiple of 16 that begins at one."""
-        some = slice(start, start + len(keys_BD))
+        self._note(start, keys_BD)
+        self._pack(start, keys_BD)
+
+    def _note(self, start: int, keys_BD: NDArray[np.float32]) -> None:
+        note_factors(keys_BD, keys_BD.view(np.int32), self._factors_P[start : start + len(keys_BD)])
+
+    def _pack(self, start: int, keys_BE: NDArray[np.float32]) -> None:
+        """Some elements of keys whose factors are known."""
+        some = slice(start, start + len(keys_BE))
         groups = math.ceil(self.count / LANES)
-        notes = self._factors_P[some], self._lost_P[some]
-        put_keys(keys_BD, keys_BD.view(np.int32), (start // LANES, groups), self._packed, notes)
+        notes = self._factors_P[some], self._squares_P[some]
+        pack_keys(keys_BE, (start // LANES, groups), self._packed, notes)
+
+    def prepare(self, monitor: BuildMonitor) -> None:
+        """All there."""
 
     @property
     def errors(self) -> NDArray[np.float64]:
         """Once all are there: per key, what a value can be off by."""
-        roundings = (
-            math.ceil(self._size / PART) + 4
-        )  # to float32, the parts' sum, two scales, one key's scale
-        return product_errors(self._lost_P, roundings) + 0.5001 / STEPS
+        # To float32, the parts' sum, two scales, one key's scale.
+        roundings = math.ceil(self._size / PART) + 4
+        lost_P = np.sqrt(self._squares_P) * (1 + 1e-6)
+        return product_errors(lost_P, roundings) + 0.5001 / STEPS
 
-    def multiplier(self) -> _Multiplier:
+    def multiplier(self) -> Multiplier:
         """For one thread."""
-        shape = self.count, self._size, self.block
-        return _Multiplier(self._packed, self._factors_P, shape)
+        shape = (self.block, self.block) if self._size > PART else (0, 0)
+        sums_BB = aligned(shape, np.float32)
+        return FixedMultiplier(self._tiles(self._size), lambda upper, left: sums_BB, begun=False)
+
+    def _tiles(self, size: int) -> Tiles:
+        scales = self._factors_P, self._factors_P * np.float32(STEPS)
+        return Tiles(self._packed, scales, (self.count, size), self.block)
 
     def computing(self) -> AbstractContextManager[None]:
         """Nothing to prepare."""
         return nullcontext()
 
 
-class _Multiplier:
+class Room(NamedTuple):
+    """For a tile: sums, unless keys have one part only, and values; whether sums begin and end here."""
+
+    sums: NDArray[np.float32]
+    tile: NDArray[np.int16]
+    begin: bool
+    end: bool
+
+
+class Tiles(NamedTuple):
+    """What tiles are made of: packed keys, what rows and columns are scaled by, M and D, and B."""
+
+    packed: NDArray[np.int16]
+    scales: tuple[NDArray[np.float32], NDArray[np.float32]]
+    shape: tuple[int, int]
+    block: int
+
+    def multiply(self, at: tuple[int, int], room: Room) -> None:
+        """Two blocks, given by their numbers."""
+        corner = at[0] * self.block // LANES, at[1] * self.block // LANES
+        multiply_blocks(self.packed, self.scales, self.shape, corner, room)
+
+
+class FixedMultiplier:
+    """Of keys in fixed point."""
+
     def __init__(
-        self, packed: NDArray[np.int16], factors_P: NDArray[np.float32], shape: tuple[int, int, int]
+        self, tiles: Tiles, sums_of: Callable[[int, int], NDArray[np.float32]], *, begun: bool
     ) -> None:
-        self._packed, self._shape = packed, shape
-        self._factors_P, self._scales_P = factors_P, factors_P * np.float32(STEPS)
-        _, size, block = shape
-        self._tile_BB = aligned((block, block), np.int16)
-        self._sums_BB = aligned((block, block) if size > PART else (0, 0), np.float32)
+        """`sums_of` two blocks are [B, B], and have `begun` with other elements or not."""
+        self._tiles, self._sums_of, self._begun = tiles, sums_of, begun
+        self._tile_BB = aligned((tiles.block, tiles.block), np.int16)
 
     def tile(self, upper: int, left: int) -> NDArray[np.int16]:
         """The products of two blocks' keys in steps, and `VACANT` beyond the last key."""
-        count, size, block = self._shape
-        scales = self._factors_P, self._scales_P
+        count, block = self._tiles.shape[0], self._tiles.block
         rows, columns = (min(block, count - at * block) for at in (upper, left))
-        corner = upper * block // LANES, left * block // LANES
-        multiply_blocks(self._packed, scales, (count, size), corner, (self._sums_BB, self._tile_BB))
+        room = Room(self._sums_of(upper, left), self._tile_BB, not self._begun, end=True)
+        self._tiles.multiply((upper, left), room)
         self._tile_BB[:, columns:] = VACANT
         return self._tile_BB[:rows]
 
 
+@compiled
+def note_factors(keys_BD: Any, bits_BD: Any, factors: Any) -> None:
+    """Of each key; `bits_BD` is the keys seen as int32."""
+    for row in range(keys_BD.shape[0]):
+        factors[row] = factor_of(keys_BD[row], bits_BD[row])
+
+
 @compiled_loosely
-def put_keys(keys_BD: Any, bits_BD: Any, first: Any, packed: Any, notes: Any) -> None:
+def pack_keys(keys_BE: Any, first: Any, packed: Any, notes: Any) -> None:
     """Pack keys from the first of two numbers of groups on; the other is how many groups there are in all.
 
-    `notes` are the keys' factors, and the norms of what rounding took away.
+    `notes` are the keys' factors, and sums to which the squares of what rounding takes away are added.
     """
-    count, size = keys_BD.shape
-    factors, lost = notes
+    count, size = keys_BE.shape
+    factors, squares = notes
     steps = np.zeros((LANES, PART), np.int16)
     for top in range(0, count, LANES):
         here = min(LANES, count - top)
-        for row in range(top, top + here):
-            factors[row] = factor_of(keys_BD[row], bits_BD[row])
         start = 0
         for left in range(0, size, PART):
             wide = min(PART, size - left)
             steps[:] = 0
             for local in range(here):
                 row = top + local
-                part = keys_BD[row, left : left + wide]
-                lost[row] += count_in(part, np.float64(factors[row]), steps[local])
+                part = keys_BE[row, left : left + wide]
+                squares[row] += count_in(part, np.float64(factors[row]), steps[local])
             pairs = (wide + 1) // 2
             place = start + (first[0] + top // LANES) * pairs * 2 * LANES
             interleave(steps, packed[place : place + pairs * 2 * LANES])
             start += first[1] * pairs * 2 * LANES
-        for row in range(top, top + here):
-            lost[row] = np.sqrt(lost[row]) * (1 + 1e-6)
 
 
 @compiled_loosely
@@ -171,10 +216,10 @@ def address_of(array: Any) -> Any:
 def multiply_blocks(packed: Any, scales: Any, shape: Any, corner: Any, room: Any) -> None:
     """A tile's values; `corner` is its first row's and first column's group.
 
-    `shape` is that of the keys; `room` is for sums, if keys have more than one part, and for the tile. On the
-    diagonal one half is copied from the other.
+    `shape` is that of the packed keys. There are values only where sums end. On the diagonal one half is
+    copied from the other.
     """
-    (count, size), (upper, left), (sums_BB, tile_BB) = shape, corner, room
+    (count, size), (upper, left), (sums_BB, tile_BB, begins, ends) = shape, corner, room
     groups, block = (count + LANES - 1) // LANES, tile_BB.shape[0] // LANES
     rows, columns = min(block, groups - upper), min(block, groups - left)
     base, last = address_of(packed), (size - 1) // PART * PART
@@ -189,15 +234,15 @@ def multiply_blocks(packed: Any, scales: Any, shape: Any, corner: Any, room: Any
                 place = LANES * (row * stride + column)
                 values = address_of(tile_BB) + 2 * place, 2 * stride
                 both = owners + 4 * LANES * (upper + row), others + 4 * LANES * (left + column)
-                if last == 0:
+                if last == 0 and begins and ends:
                     put_group_products(pair, both, values)
                 else:
                     sums = address_of(sums_BB) + 4 * place, 4 * stride
-                    add_group_products(pair, sums, begin == 0)
-                    if begin == last:
+                    add_group_products(pair, sums, begins and begin == 0)
+                    if ends and begin == last:
                         put_group_sums(sums, both, values)
         base += groups * each
-    if upper == left:
+    if upper == left and ends:
         for row in range(LANES * rows):
             for column in range(row // LANES * LANES):
                 tile_BB[row, column] = tile_BB[column, row]

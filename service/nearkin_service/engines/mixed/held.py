@@ -32,8 +32,10 @@ class Keys(Protocol):
     def __getitem__(self, key: int) -> NDArray[np.float32]:
         """One key [D]."""
 
-    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
-        """Write some elements of each key, or of those that are `used`, side by side."""
+    def copy_part(
+        self, used: NDArray[np.int64] | slice, columns: slice, part_UE: NDArray[np.float32]
+    ) -> None:
+        """Write some elements of the keys that are `used`, side by side."""
 
     def whole(self) -> NDArray[np.float32]:
         """All keys [M, D]."""
@@ -49,8 +51,10 @@ class KeptKeys:
     def __getitem__(self, key: int) -> NDArray[np.float32]:
         return np.asarray(self._keys_MD[key])
 
-    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
-        np.copyto(part_UE, self._keys_MD[slice(None) if used is None else used, columns])
+    def copy_part(
+        self, used: NDArray[np.int64] | slice, columns: slice, part_UE: NDArray[np.float32]
+    ) -> None:
+        np.copyto(part_UE, self._keys_MD[used, columns])
 
     def whole(self) -> NDArray[np.float32]:
         return self._keys_MD
@@ -80,13 +84,11 @@ class ImpliedKeys:
         row = self._source.rows[self._present[key]].astype(np.float64)
         return np.asarray(row * self.factors_M[key], np.float32)
 
-    def copy_part(self, used: NDArray[np.int64] | None, columns: slice, part_UE: NDArray[np.float32]) -> None:
-        if used is None:
-            rows: Any = slice(None) if self._all_there else self._present
-            factors = self.factors_M
-        else:
-            rows, factors = self._present[used], self.factors_M[used]
-        multiply_rows(as_read_only(self._source.rows[rows, columns]), factors, part_UE)
+    def copy_part(
+        self, used: NDArray[np.int64] | slice, columns: slice, part_UE: NDArray[np.float32]
+    ) -> None:
+        rows = used if self._all_there else self._present[used]
+        multiply_rows(as_read_only(self._source.rows[rows, columns]), self.factors_M[used], part_UE)
 
     def whole(self) -> NDArray[np.float32]:
         if self._whole is None:

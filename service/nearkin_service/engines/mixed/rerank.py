@@ -69,6 +69,9 @@ class Reranking:
         self._exact = np.empty(0, np.int32)  # of each place of the sieves, in steps
         self._errors = sieve.errors[: self._count]
         self._wide = self._size >= WIDE
+        self._roundings = self._size  # that a term of a float64 sum may see
+        if self._wide:  # in its part, then as its part is added to others, and its thread's to others'
+            self._roundings = _PART_ELEMENTS + math.ceil(self._size / _LEAST_PART) + worker_count()
 
     def run(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ranks int64 [M, k], which hold positions or names, and per row what `cut_at` cuts at."""
@@ -130,7 +133,7 @@ class Reranking:
     def _exact_steps(self, first: int, pairs: Pairs, products: NDArray[np.float64]) -> NDArray[np.int64]:
         """The canonical steps of pairs of the rows from `first` on, from their products in float64."""
         owners = np.repeat(np.arange(first, first + len(pairs[0]) - 1), np.diff(pairs[0]))
-        return settle_doubt(products, self._size, (self._keys, owners), (self._keys, pairs[1]))
+        return settle_doubt(products, self._roundings, (self._keys, owners), (self._keys, pairs[1]))
 
     def _screened(self, rivals: Wanted, kth: NDArray[np.int32]) -> Wanted:
         """The rivals by their scores in float32, and per row the least of those that may beat the k best."""
@@ -160,7 +163,8 @@ class Reranking:
             return np.zeros(0)
         rows = np.flatnonzero(np.diff(pairs[0]))
         owners, pairs = first + rows, (np.append(pairs[0][rows], len(pairs[1])), pairs[1])
-        count, used = self._count, None
+        count: int = self._count
+        used: NDArray[np.int64] | slice = slice(None)
         if _FEW_PAIRS * len(pairs[1]) < count:  # not worth reading all keys for
             used = np.union1d(owners, pairs[1])
             owners, others = np.searchsorted(used, owners), np.searchsorted(used, pairs[1])

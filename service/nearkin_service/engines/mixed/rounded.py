@@ -16,6 +16,7 @@ import numpy as np
 from numba import uint32
 from numpy.typing import NDArray
 
+from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.compiling import compiled_loosely
 from nearkin_service.engines.mixed.simd import WIDTH
 from nearkin_service.engines.mixed.tiles import blocks_of, product_errors
@@ -43,6 +44,9 @@ class RoundedKeys:
         """Keys from number `start` on."""
         some = slice(start, start + len(keys_BD))
         round_rows(keys_BD.view(np.uint32), keys_BD, self._bits_ME[some], self._lost_P[some])
+
+    def prepare(self, monitor: BuildMonitor) -> None:
+        """All there."""
 
     @property
     def errors(self) -> NDArray[np.float64]:

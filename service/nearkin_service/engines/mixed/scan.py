@@ -25,6 +25,7 @@ from nearkin_service.engines.mixed.kernels import Sieve, sieve_columns, sieve_ro
 from nearkin_service.engines.mixed.products import aligned
 from nearkin_service.engines.mixed.quickest import fastest_products
 from nearkin_service.engines.mixed.rounded import RoundedKeys
+from nearkin_service.engines.mixed.sliced import SlicedKeys
 from nearkin_service.engines.mixed.tiles import TileKeys
 from nearkin_service.engines.mixed.values import VACANT
 from nearkin_service.engines.pacing import Pace
@@ -60,11 +61,17 @@ def keys_for_tiles(
     return KeptKeys(keys_MD), tile_keys(keys_MD, monitor)
 
 
+def _room_for(keys: ImpliedKeys) -> FixedKeys | RoundedKeys:
+    if fastest_products() == "int16" and SlicedKeys.suit(*keys.shape):
+        return SlicedKeys(keys)
+    return _room(*keys.shape)
+
+
 def _implied(
     source: KeyedRows, present: NDArray[np.int64], monitor: BuildMonitor
 ) -> tuple[ImpliedKeys, TileKeys]:
     keys, local = ImpliedKeys(source, present, monitor), threading.local()
-    packed = _room(*keys.shape)
+    packed = _room_for(keys)
 
     def convert(start: int, ids: NDArray[np.int64], block_BR: NDArray[np.float32]) -> None:
         if not hasattr(local, "keys"):
@@ -98,6 +105,7 @@ def scan(
 
     `places` is how many a row begins with, and how many there are for all rows to grow.
     """
+    keys.prepare(monitor)
     count, errors = keys.count, keys.errors
     sieve = Sieve.empty(*places, errors, keys.rounding)
     blocks = len(errors) // keys.block

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.simd import WIDTH
 
 _TILE_PRODUCTS = 1 << 35  # at most a fraction of a second per tile and thread
@@ -42,6 +43,9 @@ class TileKeys(Protocol):
 
     @property
     def rounding(self) -> float: ...
+
+    def prepare(self, monitor: BuildMonitor) -> None:
+        """What must be done before errors are known and tiles are multiplied."""
 
     @property
     def errors(self) -> NDArray[np.float64]: ...
