@@ -94,8 +94,9 @@ class PushSpec:
     def _check_options(self) -> None:
         if self.build_timeout is not None and not self.build_timeout > 0:
             raise InvalidArgumentError("build_timeout", f"{self.build_timeout} s is not positive")
-        if self.key != "qaconv" and (self.qaconv_candidates or self.qaconv_weights):
-            raise InvalidArgumentError("qaconv_candidates", f"only for key 'qaconv', not for {self.key!r}")
+        for name in ("qaconv_candidates", "qaconv_weights"):
+            if self.key != "qaconv" and getattr(self, name):
+                raise InvalidArgumentError(name, f"only for key 'qaconv', not for {self.key!r}")
         if self.qaconv_candidates < 0:
             raise InvalidArgumentError("qaconv_candidates", f"{self.qaconv_candidates} is negative")
         wanted = 2 * math.prod(self.row_shape[1:])
@@ -162,6 +163,15 @@ class PushSpec:
                 "row_start", f"rows {row_start}..{stop - 1} are not within 0..{self.num_classes - 1}"
             )
         return RowRange(row_start, stop)
+
+    def range_of(self, row_start: int, row_count: int) -> RowRange:
+        """At least one row. InvalidArgumentError: there are no such rows."""
+        if not (row_start >= 0 and 0 < row_count <= self.num_classes - row_start):
+            raise InvalidArgumentError(
+                "row_start",
+                f"{row_count} rows from row {row_start} on are not within 0..{self.num_classes - 1}",
+            )
+        return RowRange(row_start, row_start + row_count)
 
     def difference(self, other: PushSpec) -> str:
         """The first field in which two pushes differ, with both values; "" if they are the same."""

@@ -74,6 +74,7 @@ def still_serves(caller: Caller) -> None:
         {"run": "nul\0"},
         {"engine": "x" * 10_000},
         {"qaconv_candidates": -1},
+        {"accept_shared_memory": True, "row_start": 58, "row_count": 3},
     ],
     ids=",".join,
 )

@@ -169,6 +169,35 @@ def test_documented_codes(caller: Caller, method: str, code: str) -> None:
     assert error.details()
 
 
+def with_part(caller: Caller, start: int, count: int) -> pb.Push:
+    part = pb.RowRange(start=start, count=count)
+    return caller.stub.CommitPush(pb.CommitPushRequest(push_id=begun(caller), part=part))
+
+
+def compared(caller: Caller, **numbers: int) -> Any:
+    return caller.stub.CompareGenerations(pb.CompareGenerationsRequest(run="run", **numbers))
+
+
+@pytest.mark.parametrize(
+    ("call", "field", "value"),
+    [
+        (lambda c: compared(c, generation=-7), "generation", "-7"),
+        (lambda c: compared(c, base_generation=-7), "base_generation", "-7"),
+        (lambda c: with_part(c, 4, 8), "part", "8 rows from row 4 on"),
+        (lambda c: with_part(c, 4, -8), "part", "-8 rows from row 4 on"),
+        (lambda c: begun(c, qaconv_weights=[1.0]), "qaconv_weights", "'flat'"),
+        (lambda c: begun(c, accept_shared_memory=True, row_start=9, row_count=2), "row_start", "row 9"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(
+    caller: Caller, call: Callable[[Caller], Any], field: str, value: str
+) -> None:
+    error = refusal(lambda: call(caller))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error.details()).startswith(f"{field}: ")
+    assert value in str(error.details())
+
+
 def test_nearest_data_loss(start_service: Start, tmp_path: Path) -> None:
     """A row that was damaged while the service was down: the table is served, queries say what happened."""
     first = start_service()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from nearkin_service.catalogue.signal import Signal
 from nearkin_service.errors import FailedPreconditionError, InvalidArgumentError
@@ -118,6 +118,7 @@ class Push:
         missing = self.missing.within(rows.start, rows.stop)
         gap = missing.first
         if gap is not None:
+            self.require_usable()  # one that has just ended has no rows any more
             raise FailedPreconditionError(
                 f"{len(missing)} rows are missing, the first are {gap.start}..{gap.stop - 1}; send them, "
                 "or declare their classes absent"
@@ -158,6 +159,10 @@ class Push:
         finally:
             self.release(rows)
 
+    def in_use(self) -> AbstractAsyncContextManager[None]:
+        """A claim of no rows, which keeps nobody waiting: the push's files stay open, even if it ends."""
+        return self.claim(RowRange(0, 0))
+
     async def hold(self, rows: RowRange, loan: RowRange | None = None) -> None:
         """Waits until nobody else writes any of these rows, then holds them; `loan` is the asker's own."""
         while any(claim is not loan and claim.overlaps(rows) for claim in self._claims):
@@ -190,6 +195,6 @@ class Push:
         self._released.fire()
 
     async def idle(self) -> None:
-        """Until nobody is writing."""
+        """Until nobody needs its files."""
         while self._claims:
             await self._released.wait()

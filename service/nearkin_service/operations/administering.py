@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
 
+from nearkin_service.catalogue import Run
 from nearkin_service.catalogue.events import Subscription
 from nearkin_service.errors import InvalidArgumentError, NotFoundError
 from nearkin_service.operations.builds import Builds
@@ -57,39 +58,44 @@ class Administering:
     def subscribe(self, name: str) -> AbstractContextManager[Subscription]:
         return self._core.catalogue.events.subscribe(check_run_name(name))
 
-    async def delete_run(self, name: str) -> None:
-        """NotFoundError: no such run."""
+    @asynccontextmanager
+    async def _locked(self, name: str) -> AsyncIterator[Run]:
+        """A run that nobody else changes. NotFoundError: no such run."""
         run = self._core.catalogue.run(check_run_name(name))
         async with run.lock:
             if self._core.catalogue.runs.get(name) is not run:
                 raise NotFoundError(f"there is no run {name!r}")
+            yield run
+
+    async def delete_run(self, name: str) -> None:
+        """NotFoundError: no such run."""
+        async with self._locked(name) as run:
             for push in run.live_pushes:
                 while push.publishing:
                     await self._core.catalogue.changed.wait()
                 self._builds.drop(push, PushState.ABORTED, "its run was deleted")
             for generation in run.generations.values():
                 self._searching.forget(generation)
-            self._core.catalogue.remove_run(run)
             await self._core.io(self._core.directory.delete_run, name)
+            self._core.catalogue.remove_run(run)  # afterwards: its name is free once its place is
         log.info("run %s deleted", name)
 
     async def delete_generation(self, name: str, number: int) -> None:
         """NotFoundError: no such run or generation."""
-        run = self._core.catalogue.run(check_run_name(name))
         if number < 1:
             raise InvalidArgumentError("generation", f"{number} is not a generation's number (1, 2, ...)")
-        generation = run.generation(number)
-        self._searching.forget(generation)
-        self._core.catalogue.remove_generation(run, generation)
-        await self._core.io(self._core.directory.delete_generation, generation)
+        async with self._locked(name) as run:
+            generation = run.generation(number)
+            self._searching.forget(generation)
+            self._core.catalogue.remove_generation(run, generation)
+            await self._core.io(self._core.directory.delete_generation, generation)
         log.info("run %s: generation %d deleted", name, number)
 
     async def pin(self, name: str, number: int, *, pinned: bool) -> Generation:
         """Keeps a generation whatever retention says, or no longer. NotFoundError: there is none."""
         if number < 0:
             raise InvalidArgumentError("generation", f"{number} is negative")
-        run = self._core.catalogue.run(check_run_name(name))
-        async with run.lock:
+        async with self._locked(name) as run:
             generation = replace(run.generation(number), pinned=pinned)
             self._core.catalogue.replace(generation)  # first: a sweep from now on knows
             await self._core.io(self._core.directory.pin, generation, pinned=pinned)

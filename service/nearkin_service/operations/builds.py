@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -159,7 +160,8 @@ class Builds:
     async def _traced_build(self, push: Push, asked_by: Any) -> None:
         spec = push.spec
         with tracing.span("build", asked_by, run=spec.run, epoch=spec.epoch, push=push.push_id):
-            await self._build(push)
+            async with push.in_use():
+                await self._build(push)
 
     async def _build(self, push: Push) -> None:
         monitor = _Monitor(self._core, push)
@@ -330,6 +332,18 @@ class Builds:
         if due.remove or due.drop_embeddings:
             faults.point("retention.decided")
         for generation in due.remove:
-            await self._core.background(self._core.directory.delete_generation, generation)
+            await self._in_its_turn(run, self._core.directory.delete_generation, generation)
         for generation in due.drop_embeddings:
-            await self._core.background(self._core.directory.drop_embeddings, generation)
+            await self._in_its_turn(run, self._core.directory.drop_embeddings, generation)
+
+    async def _in_its_turn(
+        self, run: Run, clear: Callable[[Generation], object], generation: Generation
+    ) -> None:
+        """Clears something away, unless the run goes first: another may have its name, and such a number."""
+
+        def if_it_is_there() -> None:
+            if self._core.catalogue.runs.get(run.name) is run:
+                with suppress(FileNotFoundError):  # somebody has deleted it
+                    clear(generation)
+
+        await self._core.background(if_it_is_there)

@@ -39,18 +39,9 @@ class Lending:
         self._catalogue = catalogue
         self._loans: dict[str, Loan] = {}
 
-    def offer(self, push_id: str, row_start: int, row_count: int) -> Loan | None:
-        """Lends rows of an open push; None where somebody else writes some of them, or has them.
-
-        InvalidArgumentError: there are no such rows.
-        """
+    def offer(self, push_id: str, rows: RowRange) -> Loan | None:
+        """Lends rows of an open push; None where somebody else writes some of them, or has them."""
         push = self._catalogue.push(push_id)
-        if not (row_start >= 0 and 0 < row_count <= push.spec.num_classes - row_start):
-            raise InvalidArgumentError(
-                "row_start",
-                f"{row_count} rows from row {row_start} on are not within 0..{push.spec.num_classes - 1}",
-            )
-        rows = RowRange(row_start, row_start + row_count)
         if not push.lend(rows):
             log.info("push %s: rows %d..%d are not lent, they are in use", push_id, rows.start, rows.stop - 1)
             return None

@@ -62,7 +62,8 @@ class Pushing:
                 raise AlreadyExistsError(
                     f"epoch {spec.epoch} of run {run.name!r} is pushed already, and its {difference}"
                 )
-            await self._join(push, declared, commit_when_complete=commit_when_complete)
+            async with push.in_use():
+                await self._join(push, declared, commit_when_complete=commit_when_complete)
         await self.commit_if_complete(push)
         return push.view()
 
@@ -188,19 +189,23 @@ class Pushing:
             await self._composing.compose(push)
             await self._require_complete(push)
         if rows_crc is not None:
-            await self._blank(push)
             everything = RowRange(0, push.spec.num_classes)
-            async with push.claim(everything):  # its files stay open meanwhile
+            async with push.claim(everything):
+                await self._blank(push)
                 await self._require_checksum(push, everything, rows_crc)
-        push.require_usable()
         await self._close(push)
+        push.require_usable()
         return push.view()
 
     async def vouch(self, push_id: str, rows: RowRange, rows_crc: int | None) -> PushView:
         """Takes a sender's word for his rows; with the last such the push closes. The errors of `commit`."""
         push = self._core.catalogue.push(push_id)
-        if not 0 <= rows.start <= rows.stop <= push.spec.num_classes:
-            raise InvalidArgumentError("part", f"it is not within 0..{push.spec.num_classes - 1}")
+        total = push.spec.num_classes
+        if not 0 <= rows.start <= rows.stop <= total:
+            count = rows.stop - rows.start
+            raise InvalidArgumentError(
+                "part", f"{count} rows from row {rows.start} on are not within 0..{total - 1}"
+            )
         async with push.claim(rows):
             push.require_usable()
             await self._core.io(push.require_stored, rows)
@@ -233,11 +238,10 @@ class Pushing:
             raise
 
     async def _blank(self, push: Push) -> None:
-        """Zeroes what never came while nobody writes: those places may hold another epoch's rows."""
-        async with push.claim(RowRange(0, push.spec.num_classes)):
-            never = await self._core.io(push.absent.minus, push.stored)
-            if push.state is PushState.OPEN and len(never):
-                await self._core.io(self._core.files[push.push_id].blank, never)
+        """Zeroes what never came, for who has a claim on every row: another epoch's rows may lie there."""
+        never = await self._core.io(push.absent.minus, push.stored)
+        if push.state is PushState.OPEN and len(never):
+            await self._core.io(self._core.files[push.push_id].blank, never)
 
     async def _require_checksum(self, push: Push, rows: RowRange, expected: int) -> None:
         found = await self._core.io(self._checksum_on_arrival, push, rows)
@@ -264,17 +268,21 @@ class Pushing:
             file.close()
 
     async def _close(self, push: Push) -> None:
-        await self._blank(push)
-        if push.state is not PushState.OPEN:
-            return
-        push.state = PushState.BUILDING
-        try:
-            await self._core.io(self._core.files[push.push_id].note_committed)
-        except BaseException:
-            push.state = PushState.OPEN
-            raise
-        self._core.catalogue.push_changed(push)
-        self._builds.enqueue(push)
+        """Does nothing for a push that is no longer open."""
+        async with push.claim(RowRange(0, push.spec.num_classes)):
+            await self._blank(push)
+            if push.state is not PushState.OPEN:
+                return
+            push.state = PushState.BUILDING
+            try:
+                await self._core.io(self._core.files[push.push_id].note_committed)
+            except BaseException:
+                if push.state is PushState.BUILDING:
+                    push.state = PushState.OPEN
+                raise
+        if push.state is PushState.BUILDING:  # nobody has dropped it meanwhile
+            self._core.catalogue.push_changed(push)
+            self._builds.enqueue(push)
 
     async def abort(self, push_id: str) -> PushView:
         """Drops an open push or cancels its build. FailedPreconditionError: it is published already."""

@@ -345,4 +345,5 @@ def map_column(directory: Path, generation: Generation, name: str) -> NDArray[An
     """[N, k] of `ids.bin` (int32) or `scores.bin` (float32), mapped read-only. DataLossError: cut short."""
     dtype = "<i4" if name == IDS else "<f4"
     shape = (generation.spec.num_classes, generation.spec.k)
-    return mapped(directory / name, dtype, shape)
+    with (directory / name).open("rb") as file:
+        return mapped(file, name, dtype, shape)

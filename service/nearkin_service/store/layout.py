@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +66,15 @@ class Layout:
         return self.generations(run) / str(number)
 
     def discard(self, path: Path) -> None:
-        """Takes a directory away at once: out of sight by one rename, then removed."""
-        if not path.exists():
-            return
+        """Takes a directory away at once: out of sight by one rename, then removed. None there: nothing."""
         goal = self.trash / secrets.token_hex(8)
-        path.rename(goal)
+        try:
+            path.rename(goal)
+        except FileNotFoundError:
+            return
         faults.point("discard.renamed")
-        fsync_directory(path.parent)
+        with suppress(FileNotFoundError):  # what it lay in has gone as well
+            fsync_directory(path.parent)
         shutil.rmtree(goal, ignore_errors=True)
 
     def set_aside(self, path: Path, name: str) -> Path:

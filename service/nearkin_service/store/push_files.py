@@ -52,6 +52,11 @@ class PushFiles:
         self.rows = RowsFile(directory / ROWS, spec, writable=True)
         self._journal = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
+    @property
+    def _open_journal(self) -> Path:
+        """To be read whatever became of its name: published, it has another; aborted, none."""
+        return Path(f"/proc/self/fd/{self._journal}")
+
     @staticmethod
     def create(
         directory: Path, push_id: str, spec: PushSpec, created: float, spares: Spares | None = None
@@ -172,7 +177,7 @@ class PushFiles:
 
     def _damaged(self, start: int, stop: int) -> RowRange | None:
         """The first rows that came together, some of them among these, and are not what came."""
-        for record in journal.read(self.directory / JOURNAL)[0]:
+        for record in journal.read(self._open_journal)[0]:
             rows = RowRange(record.start, record.start + record.count)
             among = record.kind is Kind.ROWS and rows.overlaps(RowRange(start, stop))
             if among and not self.rows.matches(record):
@@ -242,10 +247,7 @@ class PushFiles:
         def read_again(some: RowRange) -> int:
             return self.rows.checksum(some.start, len(some))
 
-        try:
-            return journal.checksum(self.directory / JOURNAL, rows, self._spec.row_bytes, read_again)
-        except FileNotFoundError:  # published meanwhile: the journal has moved, the rows are open
-            return read_again(rows)
+        return journal.checksum(self._open_journal, rows, self._spec.row_bytes, read_again)
 
     def require_undamaged(self, check: Callable[[], None]) -> None:
         """DataLossError: a stored row is not what arrived. `check` is called often, and may raise."""

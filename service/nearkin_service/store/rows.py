@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import crc32c
 import numpy as np
@@ -229,19 +229,20 @@ class RowsFile:
     def map(self) -> NDArray[Any]:
         """[N, R], mapped read-only. DataLossError: the file is cut short."""
         shape = (self._spec.num_classes, self._spec.row_elements)
-        return mapped(self.path, self._spec.numpy_dtype, shape)
+        with open(self._descriptor, "rb", closefd=False) as file:  # what became of its name does not matter
+            return mapped(file, self.path.name, self._spec.numpy_dtype, shape)
 
     def close(self) -> None:
         self._seen = None
         os.close(self._descriptor)
 
 
-def mapped(path: Path, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
+def mapped(file: BinaryIO, name: str, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
     """A file as an array, mapped read-only. DataLossError: it is shorter than that."""
     try:
-        return np.memmap(path, dtype, mode="r", shape=shape)
+        return np.memmap(file, dtype, mode="r", shape=shape)
     except ValueError as error:
-        raise DataLossError(f"{path.name} was cut short while the service ran") from error
+        raise DataLossError(f"{name} was cut short while the service ran") from error
 
 
 def disk_error(error: OSError) -> Exception:

@@ -59,8 +59,9 @@ class NearestMethods:
     async def CompareGenerations(
         self, request: pb.CompareGenerationsRequest, _context: Context
     ) -> pb.CompareGenerationsResponse:
-        if min(request.generation, request.base_generation) < 0:
-            raise InvalidArgumentError("generation", "a generation's number is negative")
+        for field in ("generation", "base_generation"):
+            if (number := getattr(request, field)) < 0:
+                raise InvalidArgumentError(field, f"{number} is negative")
         found = await self._comparing.compare(
             request.run, request.generation, request.base_generation, request.k, request.most_changed
         )

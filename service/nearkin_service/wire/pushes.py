@@ -49,6 +49,7 @@ class PushMethods:
     async def BeginPush(self, asked: BeginPush, context: Context) -> pb.BeginPushResponse:
         local, request = is_local(context), asked.message
         spec, commit = convert.push_spec(request), request.commit_when_complete
+        rows = spec.range_of(request.row_start, request.row_count) if request.row_count else None
         async with self._many_absent if asked.absent_bytes > _MANY_BYTES else nullcontext():
             view = await self._pushing.begin(spec, asked.absent, commit_when_complete=commit)
         response = pb.BeginPushResponse(
@@ -56,8 +57,8 @@ class PushMethods:
             chunk_bytes=self._config.chunk_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
-        if request.accept_shared_memory and request.row_count and local:
-            loan = self._lending.offer(view.push_id, request.row_start, request.row_count)
+        if request.accept_shared_memory and rows is not None and local:
+            loan = self._lending.offer(view.push_id, rows)
             path = self._core.directory.rows_path(view.spec.run, view.push_id)
             lent = pb.LentRows(
                 path=str(path), loan=loan.name if loan else "", max_bytes=self._writing.most_bytes_in_place
