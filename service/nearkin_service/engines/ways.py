@@ -8,6 +8,8 @@ from typing import Literal
 AT_ONCE = 2048
 """Classes up to which all products are computed at once, unless their keys are longer than this:"""
 LONGEST_AT_ONCE = 2048
+_SCANNED, _SHARE_SCANNED = 1_000_000, 1 / 8
+"""Elements of all keys from which on a scan is quicker still, if so small a share of them are neighbours."""
 _PANEL_ELEMENTS, _PANEL_NEIGHBOURS = 1 << 20, 256  # of fewer neighbours, fewer elements
 
 Way = Literal["at once", "in panels", "by scanning"]
@@ -29,8 +31,10 @@ def few(classes: int) -> bool:
 
 def way_of(job: Job) -> Way:
     """The quickest: of short keys sieves cost more than computing each product twice."""
+    elements = job.classes * job.key_size
     if few(job.classes) and job.key_size <= LONGEST_AT_ONCE:
-        return "at once"
-    if job.classes * job.key_size <= _PANEL_ELEMENTS * min(1.0, (job.k + 32) / _PANEL_NEIGHBOURS):
+        scanned = elements >= _SCANNED and job.k <= _SHARE_SCANNED * job.classes
+        return "by scanning" if scanned else "at once"
+    if elements <= _PANEL_ELEMENTS * min(1.0, (job.k + 32) / _PANEL_NEIGHBOURS):
         return "in panels"
     return "by scanning"

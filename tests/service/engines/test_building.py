@@ -267,3 +267,19 @@ def test_engines_describe_themselves() -> None:
     assert described["flat"].available
     assert described["flat"].exact
     assert described["mixed"].reason
+
+
+@pytest.mark.parametrize(
+    ("job", "way"),
+    [
+        (ways.Job(1000, 512, 10), "at once"),
+        (ways.Job(1000, 2048, 64), "by scanning"),
+        (ways.Job(1000, 2048, 256), "at once"),
+        (ways.Job(300, 2048, 10), "at once"),
+        (ways.Job(600, 4096, 256), "by scanning"),
+        (ways.Job(3000, 128, 64), "in panels"),
+        (ways.Job(20_000, 512, 32), "by scanning"),
+    ],
+)
+def test_small_tables_are_computed_at_once_unless_a_scan_leaves_much_out(job: ways.Job, way: str) -> None:
+    assert ways.way_of(job) == way

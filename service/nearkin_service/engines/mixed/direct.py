@@ -1,7 +1,7 @@
 """Small tables: all products at once, and of each row those that can be among its k best, in order.
 
 Up to `AT_ONCE` classes that is quicker than leaving some out, at 32 MiB for the products, unless their keys
-are long. Where k is large, products are float64 and are scores themselves. Else they are float32, and what
+are long and few of them are neighbours. Where k is large, products are float64 and are scores themselves. Else they are float32, and what
 may matter is scored again.
 
 Dimension letters: N classes, M present classes (M <= N), D elements of a key, k neighbours.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.panels import product_error, settled
 from nearkin_service.engines.mixed.ranking import best_of_products
+from nearkin_service.engines.mixed.threads import one_thread_each
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
 from nearkin_service.engines.workers import in_threads, worker_count
@@ -55,10 +58,10 @@ def _self_join(
     few = k < _FEW * count
     error = product_error(size) if few else 0.0
     factors_MD = keys_MD if few else keys_MD.astype(np.float64)
-    products_MM = factors_MD @ factors_MD.T  # of a matrix with its own transpose NumPy computes half
+    products_MM = _products(factors_MD)
     rounded_safely = 0.5 - doubtful_distance(size)
     doubtful = np.zeros(count, np.bool_)
-    step = count if products_MM.size < _SHARED else math.ceil(count / (4 * worker_count()))
+    step = count if count**2 < _SHARED else math.ceil(count / (4 * worker_count()))
 
     def choose(first: int) -> None:
         span = first, min(count, first + step)
@@ -71,3 +74,27 @@ def _self_join(
         ids[present[redo]], scores[present[redo]] = unpack(ranks, present)
     pace.done(count)
     return len(redo)
+
+
+def _products(factors_MD: NDArray[Any]) -> NDArray[Any]:
+    """Of all pairs [M, M], each computed once: of a matrix with its own transpose NumPy computes half.
+
+    Threads of the library's own would still wait busily for more while ours choose.
+    """
+    count = len(factors_MD)
+    if count**2 < _SHARED:
+        return np.asarray(factors_MD @ factors_MD.T)
+    products_MM = np.empty((count, count), factors_MD.dtype)
+    step = math.ceil(count / worker_count())
+    blocks = [slice(start, start + step) for start in range(0, count, step)]
+
+    def multiply(pair: tuple[slice, slice]) -> None:
+        rows, columns = pair
+        np.matmul(factors_MD[rows], factors_MD[columns].T, out=products_MM[rows, columns])
+        if rows != columns:
+            products_MM[columns, rows] = products_MM[rows, columns].T
+
+    pairs = list(combinations_with_replacement(blocks, 2))
+    with one_thread_each():
+        in_threads(multiply, sorted(pairs, key=lambda pair: pair[0] == pair[1]))
+    return products_MM

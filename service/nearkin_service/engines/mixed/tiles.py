@@ -18,6 +18,7 @@ from nearkin_service.engines.mixed.simd import WIDTH
 _TILE_PRODUCTS = 1 << 35  # at most a fraction of a second per tile and thread
 _TILE_ROWS = 512
 _TILE_ROWS_NARROW = 1024
+_LEAST_BLOCKS = 4  # so that threads have something to share
 
 
 class Multiplier(Protocol):
@@ -82,5 +83,5 @@ def _block_rows(count: int, size: int) -> int:
     most = _TILE_ROWS if size >= 256 else _TILE_ROWS_NARROW
     while most > 64 and most * most * size > _TILE_PRODUCTS:
         most //= 2
-    blocks = math.ceil(count / most)
+    blocks = max(_LEAST_BLOCKS, math.ceil(count / most))
     return math.ceil(count / blocks / WIDTH) * WIDTH
