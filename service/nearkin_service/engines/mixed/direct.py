@@ -1,8 +1,8 @@
 """Small tables: all products at once, and of each row those that can be among its k best, in order.
 
 Up to `AT_ONCE` classes that is quicker than leaving some out, at 32 MiB for the products, unless their keys
-are long and few of them are neighbours. Where k is large, products are float64 and are scores themselves. Else they are float32, and what
-may matter is scored again.
+are long and few of them are neighbours. Where k is large, products are float64 and are scores themselves.
+Else they are float32, and what may matter is scored again.
 
 Dimension letters: N classes, M present classes (M <= N), D elements of a key, k neighbours.
 """
