@@ -69,6 +69,8 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
         invalid("wire_dtype", wire_dtype, f"is not one of {', '.join(WIRE_DTYPES)}")
     if tensor and array.device.type == "cpu" and target == name:
         array, tensor = _seen_by_numpy(array), False
+    elif not tensor and _torch_is_quicker(array, target):
+        array, tensor = sys.modules["torch"].from_numpy(array), True
     return (_TensorRows if tensor else _ArrayRows)(array, shape[0], shape[1:], target)
 
 
@@ -79,6 +81,12 @@ def _seen_by_numpy(tensor: Any) -> NDArray[Any]:
         array: NDArray[Any] = tensor.numpy()
         return array
     return tensor.view(torch.int16).numpy().view(WIRE_DTYPES["bfloat16"])  # type: ignore[no-any-return]
+
+
+def _torch_is_quicker(array: NDArray[Any], target: str) -> bool:
+    """From float32 to 16 bits: it rounds to the same ones, in a fraction of the time."""
+    taken = array.dtype == np.float32 and array.flags.writeable and min(array.strides) >= 0
+    return taken and target != "float32" and "torch" in sys.modules
 
 
 def _is_tensor(values: Any) -> bool:

@@ -35,6 +35,21 @@ def test_numpy_and_torch_send_the_same_bytes(shape: tuple[int, ...], dtype: str,
     assert sent(tensor, wire) == sent(array, wire)
 
 
+@pytest.mark.parametrize("wire", ["float16", "bfloat16"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_every_number_is_rounded_to_the_nearest_with_torch_and_without(wire: str, *, writable: bool) -> None:
+    bits = np.concatenate([generator.integers(0, 1 << 32, 1 << 20), np.arange(0x3300_0000, 0x3900_0000, 97)])
+    values = bits.astype(np.uint32).view(np.float32)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(WIRE_DTYPES[wire]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        between = (halves[1:].astype(np.float64) + halves[:-1]).astype(np.float32) / 2
+        rows = np.concatenate([values, halves, between])
+        rows = rows[np.isfinite(rows)][:, None]
+        rows.flags.writeable = writable
+        expected = rows.astype(WIRE_DTYPES[wire])
+    assert sent(rows, wire) == expected.tobytes()
+
+
 @pytest.mark.parametrize(
     "values",
     [
