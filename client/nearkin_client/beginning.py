@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from nearkin.v1 import neighbours_pb2 as pb
+from numpy.typing import NDArray
 
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
@@ -20,7 +21,7 @@ from nearkin_client.values import Retention
 
 MOST_ABSENT = 1 << 20
 """Of one message: five bytes each at most."""
-_MOST_INT32 = 2**31 - 1
+_MOST_INT32, _MOST_INT64 = 2**31 - 1, 2**63 - 1
 _MOST_SECONDS = 366 * 86_400
 
 
@@ -45,8 +46,9 @@ def begin_request(
 ) -> pb.BeginPushRequest:
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
-    if epoch < 0:
-        invalid("epoch", epoch, "is negative")
+    for field, number in (("epoch", epoch), ("base_generation", base_generation or 0)):
+        if not 0 <= number <= _MOST_INT64:
+            invalid(field, number, f"is not in 0..{_MOST_INT64}")
     if not 1 <= k <= classes - 1:
         invalid("k", k, f"is not in 1..num_classes - 1 = {classes - 1}")
     if not 0 <= row_start <= row_start + rows.count <= classes:
@@ -145,11 +147,9 @@ def _num_classes(count: int, row_start: int, num_classes: int | None) -> int:
 
 
 def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
-    ids = np.unique(np.asarray(list(absent)))
+    ids = _class_ids("absent", list(absent))
     if not ids.size:
         return ()
-    if ids.dtype.kind not in "iu":
-        invalid("absent", ids.dtype.name, "is not the dtype of class ids, which are integers")
     if ids[0] < 0 or ids[-1] >= classes:
         wrong = ids[0] if ids[0] < 0 else ids[-1]
         invalid("absent", int(wrong), f"is not within 0..{classes - 1}")
@@ -157,13 +157,19 @@ def _absent(absent: Iterable[int], classes: int) -> Sequence[int]:
     return found
 
 
+def _class_ids(field: str, given: Any) -> NDArray[Any]:
+    """Each once, in order."""
+    ids = np.asarray(given)
+    if ids.size and ids.dtype.kind not in "iu":
+        invalid(field, ids.dtype.name, "is not the dtype of class ids, which are integers")
+    return np.unique(ids)
+
+
 def changed_ranges(changed: Any, row_start: int, count: int) -> list[ranges.Range]:
     """The rows to send, as ranges of classes."""
-    ids = np.unique(np.asarray(changed))
+    ids = _class_ids("changed_rows", changed)
     if not ids.size:
         return []
-    if ids.dtype.kind not in "iu":
-        invalid("changed_rows", ids.dtype.name, "is not the dtype of class ids, which are integers")
     if ids[0] < row_start or ids[-1] >= row_start + count:
         wrong = ids[0] if ids[0] < row_start else ids[-1]
         invalid(

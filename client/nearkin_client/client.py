@@ -203,14 +203,14 @@ class NeighbourClient:
             retention=retention,
             build_timeout=build_timeout,
         )
+        deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
+        todo = [] if changed_rows is None else changed_ranges(changed_rows, row_start, rows.count)
         if base_generation is not None:
             self._require_feature("base_generation", timeout)
         if key == "qaconv":
             self._require_feature("qaconv", timeout)
-        deadline = Deadline(timeout if timeout is not None else self._wire.patience.push)
         if changed_rows is None:
             return self._push_rows(request, rows, row_start, deadline)
-        todo = changed_ranges(changed_rows, row_start, rows.count)
         try:
             push = decoding.push(self._begin(request, rows, row_start, deadline).send(todo))
             return self._commit_changes(push, deadline) if commit else push

@@ -147,6 +147,11 @@ def error_from_rpc(error: grpc.RpcError) -> NearkinError:
     return ERROR_OF_CODE.get(code, ServiceInternalError)(details or code.name, field=_blamed_field(error))
 
 
+def silent(error: grpc.RpcError) -> bool:
+    """Whether the deadline passed without a word from the service: what is said then is gRPC's."""
+    return status_of(error) == (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+
 def locked_out(error: grpc.RpcError) -> bool:
     """Whether the operating system keeps us from the service's unix socket, which waiting does not change."""
     code, details = status_of(error)

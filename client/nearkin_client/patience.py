@@ -11,7 +11,15 @@ from typing import TypeVar
 
 import grpc
 
-from nearkin_client.errors import DeadlineExceeded, error_from_rpc, invalid, locked_out, status_of
+from nearkin_client.errors import (
+    DeadlineExceeded,
+    NearkinError,
+    error_from_rpc,
+    invalid,
+    locked_out,
+    silent,
+    status_of,
+)
 
 log = logging.getLogger("nearkin.client")
 T = TypeVar("T")
@@ -133,16 +141,23 @@ def repeat_until(operation: Callable[[float], T], deadline: Deadline, outage: fl
             return operation(deadline.remaining)
         except grpc.RpcError as error:
             if not interrupted(error):
-                raise error_from_rpc(error) from error
+                raise meaning(error, doing, deadline) from error
             persistence.pause_or_raise(error, doing)
 
 
-def once(operation: Callable[[float], T], deadline: Deadline) -> T:
+def once(operation: Callable[[float], T], deadline: Deadline, doing: str) -> T:
     """Call `operation(seconds_left)` a single time: repeating it might do harm or mislead."""
     try:
         return operation(deadline.remaining)
     except grpc.RpcError as error:
-        raise error_from_rpc(error) from error
+        raise meaning(error, doing, deadline) from error
+
+
+def meaning(error: grpc.RpcError, doing: str, deadline: Deadline) -> NearkinError:
+    """The error of a failed call, with what was asked for where the service says nothing itself."""
+    if silent(error):
+        return DeadlineExceeded(f"{doing}: the service did not answer within {deadline.seconds:g} s")
+    return error_from_rpc(error)
 
 
 def out_of_time(doing: str, deadline: Deadline) -> DeadlineExceeded:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from nearkin_client.errors import (
     DataLoss,
+    DeadlineExceeded,
     FailedPrecondition,
     NotReadyInTime,
     PushFailed,
-    error_from_rpc,
     status_of,
 )
 from nearkin_client.lane import NoLane
-from nearkin_client.patience import Deadline, Persistence, interrupted
+from nearkin_client.patience import Deadline, Persistence, interrupted, meaning
 from nearkin_client.shared import map_table
 from nearkin_client.values import NeighbourTable
 from nearkin_client.wire import Wire
@@ -73,12 +73,12 @@ def read_table(
 def _meaning(error: grpc.RpcError, request: pb.ReadTableRequest, deadline: Deadline, doing: str) -> Exception:
     """The same codes mean something more exact to somebody who waits for an epoch."""
     waiting = request.WhichOneof("which") == "min_epoch"
-    code, _ = status_of(error)
-    if waiting and code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return NotReadyInTime(f"{doing}: not published within {deadline.seconds:g} s", field="timeout")
-    if waiting and code is grpc.StatusCode.FAILED_PRECONDITION:
-        return PushFailed(error_from_rpc(error).message)
-    return error_from_rpc(error)
+    found = meaning(error, doing, deadline)
+    if waiting and isinstance(found, DeadlineExceeded):
+        return NotReadyInTime(found.message, field="timeout")
+    if waiting and isinstance(found, FailedPrecondition):
+        return PushFailed(found.message)
+    return found
 
 
 class _NotMapped(Exception):  # noqa: N818 - nothing is wrong: the blocks are read instead

@@ -88,7 +88,7 @@ class Wire:
 
         if repeatable:
             return repeat_until(attempt, deadline, self.patience.outage, doing)
-        return once(attempt, deadline)
+        return once(attempt, deadline, doing)
 
     def lane(self, offer: pb.BulkLane) -> Lane:
         """The bulk lane that an answer of the service offers. NoLane: it is not for us."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -75,6 +77,34 @@ def test_nobody_there_is_unavailable_and_says_where() -> None:
         client.generations()
 
 
+def test_a_service_that_is_silent_is_said_to_be() -> None:
+    """It is up, and does not answer: gRPC's own words would name neither it nor what was asked."""
+    woken = threading.Event()
+
+    def silent(_: bytes, __: grpc.ServicerContext) -> bytes:
+        woken.wait(10)
+        return b""
+
+    with (
+        fake_service(GetServerInfo=silent, DeleteRun=silent, ReadTable=silent, BeginPush=silent) as address,
+        NeighbourClient(address, run="r") as client,
+    ):
+        calls: dict[str, Callable[[], object]] = {
+            "asking": lambda: client.server_info(timeout=0.2),
+            "deleting a run": lambda: client.delete_run("r", timeout=0.2),
+            "generation 3": lambda: client.table(generation=3, timeout=0.2),
+            "epoch 5": lambda: client.table(epoch=5, timeout=0.2),
+            "epoch 6": lambda: client.push(
+                np.eye(4, dtype=np.float32), epoch=6, k=2, timeout=0.2, commit=False
+            ),
+        }
+        for asked, call in calls.items():
+            with pytest.raises(errors.DeadlineExceeded, match=rf"{asked}.*did not answer within 0\.") as late:
+                call()
+            assert isinstance(late.value, errors.NotReadyInTime) == (asked == "epoch 5")
+        woken.set()
+
+
 def test_a_socket_that_is_not_ours_is_said_at_once() -> None:
     """gRPC's words where the operating system refuses; to root it refuses nothing, so they are said here."""
 
@@ -120,6 +150,14 @@ def test_a_closed_client_says_so() -> None:
         ({"epoch": 0, "k": 2, "absent": [6]}, "absent"),
         ({"epoch": 0, "k": 2, "absent": [0.5]}, "absent"),
         ({"epoch": 0, "k": 2, "timeout": 0}, "timeout"),
+        ({"epoch": 0, "k": 2, "changed_rows": [1], "base_generation": 2**63}, "base_generation"),
+        ({"epoch": 0, "k": 2, "changed_rows": [1], "base_generation": -1}, "base_generation"),
+        ({"epoch": 2**63, "k": 2}, "epoch"),
+        (
+            {"epoch": 0, "k": 2, "changed_rows": np.array([1, "x"], object), "base_generation": 1},
+            "changed_rows",
+        ),
+        ({"epoch": 0, "k": 2, "absent": [1, "x", None]}, "absent"),
     ],
 )
 def test_wrong_arguments_are_caught_before_anything_is_sent(arguments: dict[str, object], field: str) -> None:

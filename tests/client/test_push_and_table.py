@@ -219,7 +219,7 @@ def test_commit_false_only_stores(nearkin: NeighbourClient) -> None:
     push = nearkin.push(rows, epoch=0, k=3, commit=False)
     assert push.state == "open"
     assert nearkin.push_state(push).stored == ((0, 10),)
-    with pytest.raises(NotReadyInTime, match="epoch 0"):
+    with pytest.raises(NotReadyInTime, match=r"epoch 0.*all rows are there, to be committed"):
         nearkin.table(epoch=0, timeout=0.3)
     assert nearkin.commit(push).state in ("building", "published")
     assert nearkin.table(epoch=0, timeout=30).generation == 1

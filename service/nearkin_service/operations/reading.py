@@ -18,7 +18,7 @@ from nearkin_service.errors import InvalidArgumentError, LimitExceededError, Not
 from nearkin_service.operations.core import Core
 from nearkin_service.ranges import RowRange
 from nearkin_service.store import IDS, SCORES, as_bytes
-from nearkin_service.values import FileChecksums, Generation, check_run_name
+from nearkin_service.values import FileChecksums, Generation, PushState, check_run_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,11 @@ class Reading:
         push = run.pushes.get(epoch)
         if push is None:
             return f"epoch {epoch} of run {name!r} was not pushed in time; the newest is {_epoch(run.newest)}"
-        missing = f", {push.missing_count} rows are missing" if push.missing_count else ""
-        return f"epoch {epoch} of run {name!r} was not published in time: its push is {push.state}{missing}"
+        waits = ""
+        if push.state is PushState.OPEN:
+            missing = push.missing_count
+            waits = f", {missing} rows are missing" if missing else ", all rows are there, to be committed"
+        return f"epoch {epoch} of run {name!r} was not published in time: its push is {push.state}{waits}"
 
     async def columns(self, generation: Generation, *, scores: bool) -> list[TableBlocks]:
         """Ids and, if asked for, scores. NotFoundError: the generation was just removed."""
