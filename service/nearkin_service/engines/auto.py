@@ -23,7 +23,7 @@ from nearkin_service.engines.ways import LONGEST_AT_ONCE, Job, few
 
 ENGINES = ("auto", "flat", "mixed", "ivf")
 _WORTH_A_SCAN = 512
-_PACKAGES = {"numba": "mixed", "threadpoolctl": "mixed"}  # and the extra that brings it
+_PACKAGES = {"numba": "mixed"}  # and the extra that brings it
 _PACKAGES_ON_GPU = {**_PACKAGES, "torch": "torch"}
 _INSTRUCTION = "avx2"
 

@@ -21,6 +21,7 @@ from nearkin_service.engines.contract import NO_NEIGHBOUR, BuildMonitor, Neighbo
 from nearkin_service.engines.flat import FlatSearcher
 from nearkin_service.engines.keys import KeyedRows
 from nearkin_service.engines.pacing import Pace, Silence
+from nearkin_service.engines.threads import one_thread_each
 from nearkin_service.engines.workers import in_threads
 
 CANDIDATES_PER_NEIGHBOUR = 8
@@ -97,7 +98,8 @@ def best_by_location(
         ids_Qk[query, : len(order)], scores_Qk[query, : len(order)] = ids_J[order], scores_J[order]
 
     pace = Pace(monitor, "rerank by location", len(ids_Qk))
-    in_threads(rerank, range(len(ids_Qk)), pace.done)
+    with one_thread_each():
+        in_threads(rerank, range(len(ids_Qk)), pace.done)
     return Neighbours(ids_Qk, scores_Qk)
 
 

@@ -5,25 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nearkin_service.engines import auto
+from nearkin_service.engines.qaconv import LocationScore
+from nearkin_service.engines.threads import one_thread_each
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 from tests.service.engines.oracle import build
 
-pytestmark = pytest.mark.skipif(
-    auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
-)
+generator = np.random.default_rng(0)
 
 
 def matrix_threads() -> list[int]:
-    from threadpoolctl import threadpool_info
-
     return [library["num_threads"] for library in threadpool_info() if "numpy" in library["filepath"]]
 
 
 @pytest.mark.parametrize("first_to_end", [0, 1])
 def test_overlapping_builds_leave_the_library_as_it_was(first_to_end: int) -> None:
-    from nearkin_service.engines.mixed.threads import one_thread_each
-
     np.ones((8, 8)) @ np.ones((8, 8))
     before = matrix_threads()
     assert before
@@ -37,6 +34,22 @@ def test_overlapping_builds_leave_the_library_as_it_was(first_to_end: int) -> No
     assert matrix_threads() == before
 
 
+def test_maps_are_compared_by_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, seen = LocationScore.scores, set()
+
+    def noting(score: LocationScore, *maps: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.update(matrix_threads())
+        return scores(score, *maps)
+
+    monkeypatch.setattr(LocationScore, "scores", noting)
+    rows = generator.standard_normal((20, 4 * 3 * 2), dtype=np.float32)
+    build(rows, 5, "flat", key="qaconv", shape=(4, 3, 2))
+    assert seen == {1}
+
+
+@pytest.mark.skipif(
+    auto.mixed_packages_missing() is not None, reason="nearkin-service[mixed] is not installed"
+)
 def test_products_of_panels_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     from nearkin_service.engines.mixed import panels
 
@@ -47,5 +60,5 @@ def test_products_of_panels_have_one_thread_each(monkeypatch: pytest.MonkeyPatch
         multiply(*arrays)
 
     monkeypatch.setattr(panels, "multiply", noting)
-    build(np.random.default_rng(0).standard_normal((2100, 8), dtype=np.float32), 5, "mixed")
+    build(generator.standard_normal((2100, 8), dtype=np.float32), 5, "mixed")
     assert seen == {1}

@@ -23,9 +23,9 @@ from nearkin_service.engines.contract import BuildMonitor, BuiltTable
 from nearkin_service.engines.keys import KeyedRows, fill_keys
 from nearkin_service.engines.mixed.panels import product_error, settled
 from nearkin_service.engines.mixed.ranking import best_of_products
-from nearkin_service.engines.mixed.threads import one_thread_each
 from nearkin_service.engines.mixed.versions import versions
 from nearkin_service.engines.pacing import Pace
+from nearkin_service.engines.threads import one_thread_each
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _FEW = 1 / 16  # of all classes: for fewer neighbours it pays to score them again

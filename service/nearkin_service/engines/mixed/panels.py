@@ -17,7 +17,7 @@ from nearkin_service.engines.canonical import EMPTY, doubtful_distance
 from nearkin_service.engines.complete import Queries, exact_ranks
 from nearkin_service.engines.contract import BuildMonitor
 from nearkin_service.engines.mixed.ranking import STEP, best_of_panel
-from nearkin_service.engines.mixed.threads import one_thread_each
+from nearkin_service.engines.threads import one_thread_each
 from nearkin_service.engines.workers import in_threads, worker_count
 
 _ONE_BY_ONE = 32  # so few rows are better settled one after the other than against all keys

@@ -33,4 +33,7 @@ def one_thread_each() -> Iterator[None]:
 
 @cache
 def _libraries() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
+    """NumPy's own, if it has one: FAISS, which may search for another build meanwhile, keeps its threads."""
+    every = ThreadpoolController().select(user_api="blas")
+    own = [each.filepath for each in every.lib_controllers if "numpy" in each.filepath]
+    return every.select(filepath=own) if own else every
