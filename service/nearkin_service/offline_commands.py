@@ -15,7 +15,7 @@ import typer
 
 from nearkin_service.errors import NearkinError
 from nearkin_service.store import snapshots, verify
-from nearkin_service.store.layout import DirectoryLock
+from nearkin_service.store.layout import ABOUT, DirectoryLock
 
 DataDir = Annotated[Path, typer.Option(help="The data directory; no service may be using it.")]
 snapshot = typer.Typer(help="Take runs from one data directory to another.", no_args_is_help=True)
@@ -61,18 +61,20 @@ def restore(
 ) -> None:
     """Put a saved run into a data directory, which is made if it does not exist."""
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _unserved(data_dir):
+    with _unserved(data_dir, to_write=True):
         run = snapshots.restore(data_dir, file)
     _say(f"run {run} restored into {data_dir}")
 
 
 @contextmanager
-def _unserved(directory: Path) -> Iterator[None]:
+def _unserved(directory: Path, *, to_write: bool = False) -> Iterator[None]:
     """Holds the directory's lock; complaints become a line and exit status 2."""
     try:
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a directory")  # noqa: TRY301
-        lock = DirectoryLock(directory)
+        if not to_write and not (directory / ABOUT).exists():
+            raise ValueError(f"{directory} is no data directory: it has no {ABOUT}")  # noqa: TRY301
+        lock = DirectoryLock(directory, to_write=to_write)
         try:
             yield
         finally:

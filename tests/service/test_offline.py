@@ -118,6 +118,22 @@ def test_what_cannot_be_checked_is_said(start_service: Start, tmp_path: Path) ->
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize("words", [["check"], ["snapshot", "save", "run.tar", "--run", "run", "--data-dir"]])
+def test_what_only_reads_leaves_nothing_behind(left: Path, tmp_path: Path, words: list[str]) -> None:
+    """Neither beside what is no data directory, nor in a copy without its lock."""
+    words = [str(tmp_path / word) if word.endswith(".tar") else word for word in words]
+    other = tmp_path / "other"
+    other.mkdir()
+    done = command(*words, other)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{other} is no data directory: it has no nearkin.json" in done.stderr
+    assert list(other.iterdir()) == []
+    (left / "LOCK").unlink()
+    before = contents(left)
+    assert command(*words, left).returncode == 0
+    assert contents(left) == before
+
+
 def test_a_run_moves_to_another_service(left: Path, start_service: Start, tmp_path: Path) -> None:
     file, elsewhere = tmp_path / "run.tar", tmp_path / "elsewhere"
     saved = command("snapshot", "save", file, "--run", "run", "--data-dir", left)

@@ -117,7 +117,7 @@ class Catalogue:
         try:
             return self._pushes[push_id]
         except KeyError:
-            raise NotFoundError(f"there is no push {push_id[:64]!r}") from None
+            raise NotFoundError(f"there is no push {push_id[:64]!r}; begin its epoch again") from None
 
     def run_of_push(self, push_id: str) -> str | None:
         """None: no such push."""

@@ -20,6 +20,7 @@ from nearkin_service.store.atomic import fsync_directory, read_document, write_d
 from nearkin_service.values import check_run_name
 
 FORMAT_VERSION = 1
+ABOUT = "nearkin.json"
 _PUSH_ID = re.compile(r"[0-9a-f]{24}")
 
 
@@ -95,14 +96,14 @@ class Layout:
                 _remove(left)
 
     def _check_format(self) -> None:
-        path = self.root / "nearkin.json"
+        path = self.root / ABOUT
         if not path.exists():
             write_document(path, {"format": FORMAT_VERSION})
         try:
             found = read_document(path).get("format")
         except DataLossError as error:
             raise ValueError(
-                f"{self.root} cannot be served: {error}; copy nearkin.json from another of its format"
+                f"{self.root} cannot be served: {error}; copy {ABOUT} from another of its format"
             ) from error
         if found != FORMAT_VERSION:
             raise ValueError(
@@ -122,9 +123,14 @@ def _remove(path: Path) -> None:
 class DirectoryLock:
     """Held while a service has the data directory. ValueError: another one has it."""
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # embeddings are not for everyone here
-        self._descriptor = os.open(root / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def __init__(self, root: Path, *, to_write: bool = True) -> None:
+        """Makes the directory; who does not want `to_write` changes nothing, and may be unable to."""
+        place, flags = root / "LOCK", os.O_RDWR | os.O_CREAT
+        if to_write:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # embeddings are not for everyone here
+        else:
+            place, flags = place if place.exists() else root, os.O_RDONLY
+        self._descriptor = os.open(place, flags | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

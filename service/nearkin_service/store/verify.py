@@ -13,7 +13,7 @@ from nearkin_service.store import journal, push_files
 from nearkin_service.store.atomic import read_document
 from nearkin_service.store.integrity import damage
 from nearkin_service.store.journal import Kind
-from nearkin_service.store.layout import FORMAT_VERSION
+from nearkin_service.store.layout import ABOUT, FORMAT_VERSION
 from nearkin_service.store.reserve import verified_reserve
 from nearkin_service.values import EmbeddingsState, Generation, PushSpec
 
@@ -34,7 +34,7 @@ def verify(root: Path) -> Iterator[Finding]:
 
     The directory must not be served meanwhile. FileNotFoundError: there is none. ValueError: another format.
     """
-    found = read_document(root / "nearkin.json").get("format")
+    found = read_document(root / ABOUT).get("format")
     if found != FORMAT_VERSION:
         raise ValueError(f"{root} has format {found}; this version reads format {FORMAT_VERSION}")
     for run in sorted((root / "runs").iterdir()):
