@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.catalogue import Push
+from nearkin_service.errors import NotFoundError
 from nearkin_service.store import DataDirectory, PushFiles
 from nearkin_service.values import Generation
 
@@ -191,6 +192,23 @@ def test_retention_of_a_run_that_is_gone_leaves_the_next_of_its_name_alone(
         np.testing.assert_array_equal(caller.table(generation=epoch + 1).ids, expected)
         found = caller.nearest(range(50), generation=epoch + 1)
         np.testing.assert_array_equal([row.ids for row in found.rows], expected)
+
+
+def test_a_generation_that_is_looked_through_when_another_has_its_place(start_service: Start) -> None:
+    """The rows of a run made anew are not those that were asked for, and not damaged."""
+    service = start_service()
+    caller, core = service.caller(), service.server.core
+    caller.push(ROWS)
+    caller.table(min_epoch=0)
+    before = core.catalogue.run("run").generation(1)
+    delete_run(caller)
+    caller.push(random_rows(50, 4))
+    caller.table(min_epoch=0)
+    eventually(lambda: caller.generation(1).embeddings, lambda state: state == pb.EMBEDDINGS_STATE_KEPT)
+    with pytest.raises(NotFoundError, match="just removed"):
+        core.directory.verify_rows(before)
+    service.stop()
+    assert start_service().caller().generation(1).embeddings == pb.EMBEDDINGS_STATE_KEPT
 
 
 def test_a_generation_that_goes_while_it_is_pinned_or_asked(

@@ -270,11 +270,21 @@ def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
         wrong = "rows.bin is missing"
     if wrong is None:
         return generation.embeddings
-    if not directory.exists():
+    if not _is_there(directory, generation):
         raise NotFoundError(f"generation {generation.number} of run {generation.run!r} was just removed")
     if _read_embeddings_state(directory)["state"] is EmbeddingsState.DROPPED:  # noted before any file goes
         raise _just_dropped(generation)
     return lose(directory, generation, wrong)
+
+
+def _is_there(directory: Path, generation: Generation) -> bool:
+    """Whether it still is what lies here: of a run made anew under its name another one may."""
+    try:
+        return bool(read_document(directory / MANIFEST)["generation"]["push_id"] == generation.push_id)
+    except FileNotFoundError:
+        return False
+    except (DataLossError, LookupError, TypeError):
+        return True
 
 
 def _just_dropped(generation: Generation) -> FailedPreconditionError:
