@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin_client import NeighbourClient
 from nearkin_service.catalogue import Push
 from nearkin_service.errors import NotFoundError
 from nearkin_service.store import DataDirectory, PushFiles
@@ -209,6 +210,29 @@ def test_a_generation_that_is_looked_through_when_another_has_its_place(start_se
         core.directory.verify_rows(before)
     service.stop()
     assert start_service().caller().generation(1).embeddings == pb.EMBEDDINGS_STATE_KEPT
+
+
+@pytest.mark.parametrize("step", ["open_rows", "verify_rows", "absent"])
+def test_a_base_that_goes_while_it_is_read(
+    start_service: Start, at_once: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """As one that was gone before: the client pushes every row."""
+    service = start_service()
+    caller = service.caller()
+    caller.push(ROWS)
+    caller.table(min_epoch=0)
+    changed = ROWS.copy()
+    changed[7] += 1
+    reading = Holding(monkeypatch, DataDirectory, step)
+    with NeighbourClient(service.server.addresses[0], run="run") as client:
+        pushed = at_once(
+            client.push, changed, epoch=1, k=5, changed_rows=[7], base_generation=1, timeout=WAIT
+        )
+        assert reading.begun.wait(WAIT)
+        caller.stub.DeleteGeneration(pb.DeleteGenerationRequest(run="run", generation=1), timeout=WAIT)
+        reading.let_go.set()
+        assert pushed.result().epoch == 1
+        np.testing.assert_array_equal(client.table(epoch=1, timeout=WAIT).ids, brute_force(changed, 5))
 
 
 def test_a_generation_that_goes_while_it_is_pinned_or_asked(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from nearkin_service.catalogue import Push
-from nearkin_service.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
+from nearkin_service.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 from nearkin_service.operations.core import Core
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import PushFiles
@@ -21,10 +26,7 @@ class Composing:
         run = self._core.catalogue.runs.get(spec.run)
         base = run.generations.get(spec.base_generation) if run else None
         if base is None or not base.has_embeddings:
-            raise FailedPreconditionError(
-                f"base_generation: generation {spec.base_generation} of run {spec.run!r} does not exist or "
-                "has no embeddings any more; push every row"
-            )
+            raise _gone(spec)
         for name in ("num_classes", "row_shape", "dtype"):
             theirs, ours = getattr(base.spec, name), getattr(spec, name)
             if theirs != ours:
@@ -43,7 +45,10 @@ class Composing:
             if push.state is not PushState.OPEN or not len(missing):
                 return
             base, files = self.base(push.spec), self._core.files[push.push_id]
-            present, absent = await self._core.io(self._copy, base, files, missing)
+            try:
+                present, absent = await self._core.io(self._copy, base, files, missing)
+            except NotFoundError:  # while it was read
+                raise _gone(push.spec) from None
             stored = await self._core.io(push.stored.union, present)
             await declare(self._core, push, absent, stored)
 
@@ -61,6 +66,13 @@ class Composing:
         finally:
             rows.close()
         return present, absent
+
+
+def _gone(spec: PushSpec) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"base_generation: generation {spec.base_generation} of run {spec.run!r} does not exist or has no "
+        "embeddings any more; push every row"
+    )
 
 
 async def declare(core: Core, push: Push, fresh: RowSet, stored: RowSet | None = None) -> None:
