@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_service.engines import ways
+from nearkin_service.engines import loading, ways
 from nearkin_service.store.atomic import read_document, write_document
 from numpy.typing import NDArray
 
@@ -17,6 +17,12 @@ from tests.service.conftest import Caller, Service, Table, eventually, random_ro
 
 ROWS = random_rows(600, 24)
 FIRST = "data/runs/run/generations/1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loops() -> None:
+    """`auto` chooses the same all along: until loops are loaded it builds small tables by `flat`."""
+    loading.wait(ways.Job(len(ROWS), ROWS.shape[1], 5))
 
 
 def with_changes(rows: NDArray[Any], *changed: int, seed: int = 1) -> NDArray[Any]:
