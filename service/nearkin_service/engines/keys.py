@@ -106,8 +106,9 @@ def _squared_lengths(values_BD: NDArray[Any]) -> NDArray[np.float64]:
     They become float64 part by part, while the part is in a core's cache.
     """
     lengths_B = np.zeros(len(values_BD))
-    for top in range(0, len(values_BD), _SUMMED_ROWS):
-        some = slice(top, top + _SUMMED_ROWS)
+    step = max(_SUMMED_ROWS, _SUMMED_ROWS * _SUMMED // values_BD.shape[1])
+    for top in range(0, len(values_BD), step):
+        some = slice(top, top + step)
         for left in range(0, values_BD.shape[1], _SUMMED):
             part = values_BD[some, left : left + _SUMMED].astype(np.float64, order="C", copy=False)
             lengths_B[some] += np.einsum("bd,bd->b", part, part)
