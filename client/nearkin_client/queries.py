@@ -21,6 +21,8 @@ MOST_QUERIES = 1024
 MOST_ANSWERS = 1 << 20
 """Queries times neighbours per request."""
 
+_MOST_CLASS_ID = np.iinfo(np.int32).max
+
 Query = pb.ClassIds | pb.Vectors
 
 
@@ -29,6 +31,10 @@ def class_batches(
 ) -> Iterator[Query]:
     """Class ids in requests of their own."""
     ids = np.asarray(classes)
+    if ids.dtype.kind != "i":  # Python's integers have any size, and NumPy makes of them what it can
+        for each in np.asarray(classes, object).flat:
+            if isinstance(each, (int, np.integer)) and not 0 <= each <= _MOST_CLASS_ID:
+                invalid("classes", int(each), f"is not within 0..{_MOST_CLASS_ID}")
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         invalid(
             "classes",

@@ -224,6 +224,8 @@ def test_watch(service: LocalService, as_json: bool) -> None:
     ("arguments", "told"),
     [
         (("nearest", "99", "--run", RUN), "99"),
+        (("nearest", str(2**63), "--run", RUN), f"{2**63} is not within 0..2147483647"),
+        (("nearest", "3", str(10**20), "--run", RUN), f"{10**20} is not within 0..2147483647"),
         (("nearest", "3", "--run", "Not A Run"), "run"),
         (("nearest", "3", "--names", "/no/such/file"), "/no/such/file"),
         (("nearest", "three"), "three"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import grpc
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
 from nearkin_service.catalogue import Push
 from nearkin_service.errors import NotFoundError
+from nearkin_service.operations import Pushing, Reading
 from nearkin_service.store import DataDirectory, PushFiles
-from nearkin_service.values import Generation
+from nearkin_service.values import EmbeddingsState, Generation
 
 from tests.service.conftest import (
     WAIT,
@@ -62,6 +65,10 @@ def delete_run(caller: Caller) -> None:
     caller.stub.DeleteRun(pb.DeleteRunRequest(run="run"), timeout=WAIT)
 
 
+def compare(caller: Caller) -> None:
+    caller.stub.CompareGenerations(pb.CompareGenerationsRequest(run="run"), timeout=WAIT)
+
+
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
@@ -89,6 +96,26 @@ def test_a_push_that_ends_while_it_is_being_committed(
     caller.push(ROWS + 1)
     np.testing.assert_array_equal(caller.table().ids, brute_force(ROWS + 1, 5))
     assert errors(caplog) == []
+
+
+def test_a_push_that_ends_before_its_rows_are_summed_up(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rows it has no checksum, and least of all that of the newest generation."""
+    caller.push(ROWS)
+    push_id = caller.begin(ROWS + 1, 1, commit_when_complete=False).push.push_id
+    caller.write(push_id, ROWS + 1)
+    complete = Pushing._require_complete
+
+    async def aborted_then(pushing: Pushing, push: Push) -> None:
+        await complete(pushing, push)
+        await pushing.abort(push.push_id)
+        await push.idle()
+
+    monkeypatch.setattr(Pushing, "_require_complete", aborted_then)
+    request = pb.CommitPushRequest(push_id=push_id, rows_crc32c=crc32c.crc32c((ROWS + 1).tobytes()))
+    refused = refusal(lambda: caller.stub.CommitPush(request, timeout=WAIT))
+    assert refused.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_a_push_that_ends_while_somebody_joins_it(
@@ -146,22 +173,21 @@ def test_a_run_that_is_begun_while_it_is_deleted(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What is begun then is not taken away with what was there before."""
+    """It waits until the old one is gone, and begins a new one."""
     caller.push(ROWS)
     deleting = Holding(monkeypatch, DataDirectory, "delete_run")
     deleted = at_once(delete_run, caller)
     assert deleting.begun.wait(WAIT)
-    begun = at_once(caller.begin, random_rows(30, 4))
+    rows = random_rows(30, 4)
+    begun = at_once(caller.begin, rows)
     with pytest.raises(TimeoutError):
         begun.result(0.2)
     deleting.let_go.set()
     deleted.result()
-    with pytest.raises(grpc.RpcError) as refused:
-        begun.result()
-    assert code_of(refused.value) is grpc.StatusCode.FAILED_PRECONDITION
-    assert "begin again" in str(refused.value)
-    caller.push(random_rows(30, 4))
-    assert caller.table().generation.generation == 1
+    caller.write(begun.result().push.push_id, rows)
+    table = caller.table(min_epoch=0)
+    assert table.generation.generation == 1
+    np.testing.assert_array_equal(table.ids, brute_force(rows, 5))
     assert errors(caplog) == []
 
 
@@ -206,10 +232,59 @@ def test_a_generation_that_is_looked_through_when_another_has_its_place(start_se
     caller.push(random_rows(50, 4))
     caller.table(min_epoch=0)
     eventually(lambda: caller.generation(1).embeddings, lambda state: state == pb.EMBEDDINGS_STATE_KEPT)
-    with pytest.raises(NotFoundError, match="just removed"):
-        core.directory.verify_rows(before)
+    for look in (core.directory.verify_rows, core.directory.flush):
+        with pytest.raises(NotFoundError, match="just removed"):
+            look(before)
+    with pytest.raises(NotFoundError, match="just removed"), Reading(core).opened(before, scores=True):
+        pass
+    core.catalogue.replace(replace(before, embeddings=EmbeddingsState.LOST))
     service.stop()
     assert start_service().caller().generation(1).embeddings == pb.EMBEDDINGS_STATE_KEPT
+
+
+def _joined(caller: Caller) -> None:
+    caller.write(caller.begin(ROWS).push.push_id, ROWS)
+
+
+def _committed_again(caller: Caller) -> None:
+    push_id = caller.begin(ROWS).push.push_id
+    crc = crc32c.crc32c(ROWS.tobytes())
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id, rows_crc32c=crc), timeout=WAIT)
+
+
+@pytest.mark.parametrize(
+    ("step", "ask"),
+    [
+        ("map_column", lambda caller: caller.table(generation=1)),
+        ("open_rows", lambda caller: caller.nearest([0], generation=1)),
+        ("absent", lambda caller: caller.nearest([0], generation=1)),
+        ("map_column", compare),
+        ("absent", compare),
+        ("compare", _joined),
+        ("open_rows", _committed_again),
+    ],
+    ids=["table", "nearest", "nearest, open", "compare", "compare, absent", "joined", "committed again"],
+)
+def test_nothing_is_answered_from_a_run_made_anew(
+    caller: Caller,
+    at_once: Callable[..., Future[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: str,
+    ask: Callable[[Caller], object],
+) -> None:
+    """Its files have the very names of those that were about to be opened."""
+    for epoch in range(2):
+        caller.push(ROWS + epoch, epoch)
+    opening = Holding(monkeypatch, DataDirectory, step)
+    asked = at_once(ask, caller)
+    assert opening.begun.wait(WAIT)
+    delete_run(caller)
+    for epoch in range(2):
+        caller.push(random_rows(50, 4, seed=1), epoch)
+    opening.let_go.set()
+    assert refusal(asked.result).code() is grpc.StatusCode.NOT_FOUND
+    assert errors(caplog) == []
 
 
 @pytest.mark.parametrize("step", ["open_rows", "verify_rows", "absent"])

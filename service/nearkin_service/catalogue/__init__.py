@@ -1,7 +1,7 @@
 """What exists right now: runs, their pushes and generations, who waits and who watches.
 
-Lives on the event loop and is never touched from another thread, so it needs no locks. No files, no grpc, no
-engines.
+Lives on the event loop, which alone changes it, so it needs no locks; what may be asked on other threads says
+so. No files, no grpc, no engines.
 """
 
 from nearkin_service.catalogue.events import EventHub

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from nearkin_service.catalogue.events import EventHub
 from nearkin_service.catalogue.pushes import Push
@@ -119,6 +120,34 @@ class Catalogue:
         except KeyError:
             raise NotFoundError(f"there is no push {push_id[:64]!r}; begin its epoch again") from None
 
+    def generation_of(self, push: Push) -> Generation:
+        """What a published push became. NotFoundError: it was removed. Any thread."""
+        found = self._look(push.spec.run, push.generation, push.push_id)
+        if found is None:
+            raise _removed(push.spec.run, push.generation)
+        return found
+
+    def present(self, generation: Generation) -> Generation | None:
+        """The same as it is by now, or None; another may have its number, in a run made anew. Any thread."""
+        return self._look(generation.run, generation.number, generation.push_id)
+
+    def _look(self, run: str, number: int, push_id: str) -> Generation | None:
+        there = self.runs.get(run)
+        found = there.generations.get(number) if there else None
+        return found if found is not None and found.push_id == push_id else None
+
+    @contextmanager
+    def kept(self, generation: Generation) -> Iterator[None]:
+        """Around the reading of a generation's files. Any thread.
+
+        NotFoundError: it was removed before the end, so that another may have lain in its place.
+        """
+        try:
+            yield
+        finally:
+            if self.present(generation) is None:
+                raise _removed(generation.run, generation.number)
+
     def run_of_push(self, push_id: str) -> str | None:
         """None: no such push."""
         push = self._pushes.get(push_id)
@@ -174,9 +203,8 @@ class Catalogue:
 
     def replace(self, generation: Generation) -> None:
         """Takes a generation's new state of embeddings, unless it was removed meanwhile."""
-        run = self.runs.get(generation.run)
-        if run is not None and generation.number in run.generations:
-            run.generations[generation.number] = generation
+        if self.present(generation) is not None:
+            self.runs[generation.run].generations[generation.number] = generation
 
     def remove_generation(self, run: Run, generation: Generation) -> None:
         del run.generations[generation.number]
@@ -195,3 +223,7 @@ class Catalogue:
     def _tell(self, run: str, event: RunEvent) -> None:
         self.events.publish(run, event)
         self.changed.fire()
+
+
+def _removed(run: str, number: int) -> NotFoundError:
+    return NotFoundError(f"generation {number} of run {run!r} was just removed")

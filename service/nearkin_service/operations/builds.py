@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
-from nearkin_service.errors import DataLossError
+from nearkin_service.errors import DataLossError, NotFoundError
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.parents import opened, parent_of
 from nearkin_service.operations.searching import Searching
@@ -312,10 +312,9 @@ class Builds:
         """Waits for the disk to have the embeddings, and says so."""
         try:
             state = await self._core.background(self._core.directory.flush, generation)
-        except OSError:
+        except (OSError, NotFoundError):
             return  # removed or dropped meanwhile
-        found = self._core.catalogue.runs.get(generation.run)
-        current = found.generations.get(generation.number) if found else None
+        current = self._core.catalogue.present(generation)
         if current is not None and current.embeddings is EmbeddingsState.FLUSHING:
             self._core.catalogue.replace(replace(current, embeddings=state))
 

@@ -5,6 +5,7 @@ Dimension letters: N classes, k neighbours, b classes of a block, R elements of 
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +70,14 @@ class Comparing:
         return await self._core.compute(self._compare, now, then, k or most, listed or 10)
 
     def _compare(self, later: Generation, earlier: Generation, k: int, listed: int) -> Comparison:
-        directory = self._core.directory
         present = np.ones(later.spec.num_classes, bool)
+        tables: list[NDArray[np.int32]] = []
         for generation in (later, earlier):
-            present[directory.absent(generation)] = False
+            with self._core.catalogue.kept(generation):
+                present[self._core.directory.absent(generation)] = False
+                tables.append(self._core.directory.map_column(generation, IDS)[:, :k])
         classes = np.flatnonzero(present)
-        now, then = (directory.map_column(g, IDS)[:, :k] for g in (later, earlier))
+        now, then = tables
         overlap = _by_blocks(lambda ids: _overlap(now[ids], then[ids]), classes, 2 * k)
         movement = self._movement(later, earlier, classes)
         order = np.lexsort((classes, np.zeros(len(classes)) if movement is None else -movement, overlap))
@@ -93,13 +96,11 @@ class Comparing:
         return _by_blocks(lambda ids: _moved(now[ids], then[ids]), classes, now.shape[1])
 
     def _rows(self, generation: Generation) -> NDArray[Any]:
-        if self._core.directory.verify_rows(generation) is EmbeddingsState.LOST:
-            raise DataLossError("lost")
-        file = self._core.directory.open_rows(generation)
-        try:
-            return file.map()
-        finally:
-            file.close()
+        with self._core.catalogue.kept(generation):
+            if self._core.directory.verify_rows(generation) is EmbeddingsState.LOST:
+                raise DataLossError("lost")
+            with closing(self._core.directory.open_rows(generation)) as file:
+                return file.map()
 
 
 def _by_blocks(measure: Any, classes: NDArray[np.int64], width: int) -> NDArray[np.float64]:

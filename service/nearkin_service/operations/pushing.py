@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.composing import Composing, declare
 from nearkin_service.operations.core import Core
 from nearkin_service.ranges import RowRange, RowSet
-from nearkin_service.values import PushSpec, PushState, PushView
+from nearkin_service.values import Generation, PushSpec, PushState, PushView
 
 log = logging.getLogger("nearkin.push")
 
@@ -51,10 +52,7 @@ class Pushing:
         self._core.require_engine(spec.engine)
         self._core.pacing.rows_arrived(0)  # the first are on their way
         declared = await self._core.io(_declared, absent, spec.num_classes)
-        run = await self._run(spec)
-        async with run.lock:
-            if self._core.catalogue.runs.get(run.name) is not run:
-                raise FailedPreconditionError(f"run {run.name!r} was just deleted; begin again")
+        async with self._locked_run(spec) as run:
             push = run.pushes.get(spec.epoch)
             if push is None or push.state in (PushState.FAILED, PushState.ABORTED):
                 push = await self._create(run, spec)
@@ -79,6 +77,16 @@ class Pushing:
         for name, value in asked.items():
             if value > getattr(limits, name):
                 raise LimitExceededError(name, f"{value:,} is above this service's {getattr(limits, name):,}")
+
+    @asynccontextmanager
+    async def _locked_run(self, spec: PushSpec) -> AsyncIterator[Run]:
+        """A run that nobody else changes: made if there is none, anew if it was deleted meanwhile."""
+        while True:
+            run = await self._run(spec)
+            async with run.lock:
+                if self._core.catalogue.runs.get(run.name) is run:
+                    yield run
+                    return
 
     async def _run(self, spec: PushSpec) -> Run:
         async with self._creating_run:
@@ -176,8 +184,11 @@ class Pushing:
     async def _absent(self, push: Push) -> RowSet:
         if push.state is not PushState.PUBLISHED:
             return push.absent
-        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        return await self._core.io(lambda: RowSet.from_ids(self._core.directory.absent(generation)))
+        return await self._core.io(self._read_absent, self._core.catalogue.generation_of(push))
+
+    def _read_absent(self, generation: Generation) -> RowSet:
+        with self._core.catalogue.kept(generation):
+            return RowSet.from_ids(self._core.directory.absent(generation))
 
     # ------------------------------------------------------------------------------------------- closing
 
@@ -191,6 +202,7 @@ class Pushing:
         if rows_crc is not None:
             everything = RowRange(0, push.spec.num_classes)
             async with push.claim(everything):
+                push.require_usable()
                 await self._blank(push)
                 await self._require_checksum(push, everything, rows_crc)
         await self._close(push)
@@ -260,12 +272,12 @@ class Pushing:
         files = self._core.files.get(push.push_id)
         if files is not None:
             return files.rows.checksum(rows.start, len(rows))
-        generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
-        file = self._core.directory.open_rows(generation)
-        try:
+        generation = self._core.catalogue.generation_of(push)
+        with (
+            self._core.catalogue.kept(generation),
+            closing(self._core.directory.open_rows(generation)) as file,
+        ):
             return file.checksum(rows.start, len(rows))
-        finally:
-            file.close()
 
     async def _close(self, push: Push) -> None:
         """Does nothing for a push that is no longer open."""

@@ -144,9 +144,13 @@ class Reading:
         """Ids and, if asked for, scores. NotFoundError: the generation was just removed."""
         wanted = [(IDS, generation.ids), (SCORES, generation.scores)][: 2 if scores else 1]
         return [
-            TableBlocks(await self._core.io(self._core.directory.map_column, generation, name), checksums)
+            TableBlocks(await self._core.io(self._column, generation, name), checksums)
             for name, checksums in wanted
         ]
+
+    def _column(self, generation: Generation, name: str) -> NDArray[Any]:
+        with self._core.catalogue.kept(generation):
+            return self._core.directory.map_column(generation, name)
 
     @contextmanager
     def opened(self, generation: Generation, *, scores: bool) -> Iterator[list[tuple[TableBlocks, int]]]:
@@ -158,10 +162,11 @@ class Reading:
         wanted = [(IDS, generation.ids), (SCORES, generation.scores)][: 2 if scores else 1]
         columns: list[tuple[TableBlocks, int]] = []
         try:
-            for name, checksums in wanted:
-                blocks = TableBlocks(directory.map_column(generation, name), checksums)
-                path = directory.column_path(generation, name)
-                columns.append((blocks, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+            with self._core.catalogue.kept(generation):
+                for name, checksums in wanted:
+                    blocks = TableBlocks(directory.map_column(generation, name), checksums)
+                    path = directory.column_path(generation, name)
+                    columns.append((blocks, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
             yield columns
         except FileNotFoundError:
             raise NotFoundError(f"generation {generation.number} was just removed") from None

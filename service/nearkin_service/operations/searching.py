@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -104,21 +105,17 @@ class Searching:
     async def _open_searcher(self, generation: Generation) -> Searcher:
         if generation.push_id not in self._trusted:
             generation = await self._verified(generation)
-        rows = await self._core.compute(self._core.directory.open_rows, generation)
-        try:
-            absent = await self._core.compute(self._core.directory.absent, generation)
-            spec = generation.spec
-            return await self._core.compute(
-                self._core.engines.open_searcher,
-                rows.map(),
-                spec.row_shape,
-                spec.key,
-                absent,
-                self._core.device,
-                qaconv=spec.qaconv,
-            )
-        finally:
-            rows.close()
+        return await self._core.compute(self._opened, generation)
+
+    def _opened(self, generation: Generation) -> Searcher:
+        core, spec = self._core, generation.spec
+        with core.catalogue.kept(generation):
+            with closing(core.directory.open_rows(generation)) as file:
+                rows = file.map()
+            absent = core.directory.absent(generation)
+        return core.engines.open_searcher(
+            rows, spec.row_shape, spec.key, absent, core.device, qaconv=spec.qaconv
+        )
 
     async def _verified(self, generation: Generation) -> Generation:
         """The generation with what its rows turned out to be; read once per process."""

@@ -117,7 +117,7 @@ class Writing:
 
     def _held(self, push: Push, rows: RowRange) -> Held:
         if push.state is PushState.PUBLISHED:
-            generation = self._core.catalogue.run(push.spec.run).generation(push.generation)
+            generation = self._core.catalogue.generation_of(push)
             return Held(push, rows, partial(self._compare, generation, rows.start), None)
         files = self._core.files[push.push_id]
         # Once the push is closed every row counts as known: one that never came is absent, and ignored.
@@ -129,7 +129,8 @@ class Writing:
     def _compare(
         self, generation: Generation, row_start: int, payload: memoryview, crc: int | None
     ) -> RowSet:
-        self._core.directory.compare(generation, row_start, payload, crc)
+        with self._core.catalogue.kept(generation):
+            self._core.directory.compare(generation, row_start, payload, crc)
         return RowSet.empty()
 
     @property

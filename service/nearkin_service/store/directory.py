@@ -232,7 +232,7 @@ class DataDirectory:
         self._layout.discard(self._layout.generation(generation.run, generation.number))
 
     def flush(self, generation: Generation) -> EmbeddingsState:
-        return gens.flush(self._layout.generation(generation.run, generation.number))
+        return gens.flush(self._layout.generation(generation.run, generation.number), generation)
 
     def drop_embeddings(self, generation: Generation) -> EmbeddingsState:
         path = self._layout.generation(generation.run, generation.number)

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -270,21 +270,21 @@ def verify_rows(directory: Path, generation: Generation) -> EmbeddingsState:
         wrong = "rows.bin is missing"
     if wrong is None:
         return generation.embeddings
-    if not _is_there(directory, generation):
-        raise NotFoundError(f"generation {generation.number} of run {generation.run!r} was just removed")
+    _require_there(directory, generation)
     if _read_embeddings_state(directory)["state"] is EmbeddingsState.DROPPED:  # noted before any file goes
         raise _just_dropped(generation)
     return lose(directory, generation, wrong)
 
 
-def _is_there(directory: Path, generation: Generation) -> bool:
-    """Whether it still is what lies here: of a run made anew under its name another one may."""
-    try:
-        return bool(read_document(directory / MANIFEST)["generation"]["push_id"] == generation.push_id)
-    except FileNotFoundError:
-        return False
-    except (DataLossError, LookupError, TypeError):
-        return True
+def _require_there(directory: Path, generation: Generation) -> None:
+    """NotFoundError: it is gone; of a run made anew under its name another one may lie here."""
+    with suppress(DataLossError, LookupError, TypeError):
+        try:
+            there = read_document(directory / MANIFEST)["generation"]["push_id"] == generation.push_id
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise NotFoundError(f"generation {generation.number} of run {generation.run!r} was just removed")
 
 
 def _just_dropped(generation: Generation) -> FailedPreconditionError:
@@ -305,9 +305,13 @@ def lose(directory: Path, generation: Generation, why: str) -> EmbeddingsState:
     return EmbeddingsState.LOST
 
 
-def flush(directory: Path) -> EmbeddingsState:
-    """Waits until the disk has the embeddings. May take as long as the disk needs for them."""
+def flush(directory: Path, generation: Generation) -> EmbeddingsState:
+    """Waits until the disk has the embeddings. May take as long as the disk needs for them.
+
+    NotFoundError: the generation was removed.
+    """
     fsync_file(directory / ROWS)
+    _require_there(directory, generation)
     faults.point("embeddings.flushed")
     _write_embeddings_state(directory, EmbeddingsState.KEPT)
     return EmbeddingsState.KEPT
@@ -338,7 +342,10 @@ def _write_embeddings_state(directory: Path, state: EmbeddingsState) -> None:
 
 
 def open_rows(directory: Path, generation: Generation) -> RowsFile:
-    """The embeddings. DataLossError: they are lost. FailedPreconditionError: they were dropped meanwhile."""
+    """The embeddings. DataLossError: they are lost. FailedPreconditionError: they were dropped meanwhile.
+
+    NotFoundError: the generation was removed.
+    """
     if generation.embeddings is EmbeddingsState.LOST:
         raise DataLossError(
             f"the embeddings of generation {generation.number} of run {generation.run!r} were damaged or "
@@ -348,6 +355,7 @@ def open_rows(directory: Path, generation: Generation) -> RowsFile:
     try:
         return RowsFile(directory / ROWS, generation.spec)
     except FileNotFoundError:
+        _require_there(directory, generation)
         raise _just_dropped(generation) from None
 
 
