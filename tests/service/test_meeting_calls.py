@@ -191,6 +191,29 @@ def test_a_run_that_is_begun_while_it_is_deleted(
     assert errors(caplog) == []
 
 
+def test_who_waits_for_a_run_that_is_deleted_hears_that_and_not_of_its_pushes(
+    start_service: Start, at_once: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if something else wakes them in between."""
+    service = start_service()
+    caller, counted = service.caller(), service.server.core.metrics.waiting_readers._value.get
+    caller.begin(ROWS)
+    waiting = at_once(caller.table, min_epoch=0)
+    eventually(counted, lambda count: count == 1)
+    deleting = Holding(monkeypatch, DataDirectory, "delete_run")
+    deleted = at_once(delete_run, caller)
+    assert deleting.begun.wait(WAIT)
+    caller.begin(ROWS, run="another")
+    late = at_once(caller.table, min_epoch=0)
+    for each in (waiting, late):
+        with pytest.raises(TimeoutError):
+            each.result(0.2)
+    deleting.let_go.set()
+    deleted.result()
+    for each in (waiting, late):
+        assert refusal(each.result).code() is grpc.StatusCode.NOT_FOUND
+
+
 def test_retention_of_a_run_that_is_gone_leaves_the_next_of_its_name_alone(
     start_service: Start, at_once: Callable[..., Future[Any]]
 ) -> None:

@@ -28,6 +28,7 @@ class Run:
         self.name = name
         self.created = created
         self.last_generation = 0
+        self.leaving = False  # being deleted: its readers are to hear that, not what becomes of its pushes
         self.lock = asyncio.Lock()
         self.generations: dict[int, Generation] = {}
         self.pushes: dict[int, Push] = {}  # by epoch: the latest attempt
@@ -60,6 +61,8 @@ class Run:
 
     def require_hope(self, epoch: int) -> None:
         """FailedPreconditionError: the epoch's push came to nothing, and no later one is on its way."""
+        if self.leaving:
+            return
         ended = self.pushes.get(epoch)
         hope = any(push.spec.epoch >= epoch for push in self.live_pushes)
         if ended is not None and not hope:

@@ -70,14 +70,18 @@ class Administering:
     async def delete_run(self, name: str) -> None:
         """NotFoundError: no such run."""
         async with self._locked(name) as run:
-            for push in run.live_pushes:
-                while push.publishing:
-                    await self._core.catalogue.changed.wait()
-                self._builds.drop(push, PushState.ABORTED, "its run was deleted")
-            for generation in run.generations.values():
-                self._searching.forget(generation)
-            await self._core.io(self._core.directory.delete_run, name)
-            self._core.catalogue.remove_run(run)  # afterwards: its name is free once its place is
+            run.leaving = True
+            try:
+                for push in run.live_pushes:
+                    while push.publishing:
+                        await self._core.catalogue.changed.wait()
+                    self._builds.drop(push, PushState.ABORTED, "its run was deleted")
+                for generation in run.generations.values():
+                    self._searching.forget(generation)
+                await self._core.io(self._core.directory.delete_run, name)
+                self._core.catalogue.remove_run(run)  # afterwards: its name is free once its place is
+            finally:
+                run.leaving = False
         log.info("run %s deleted", name)
 
     async def delete_generation(self, name: str, number: int) -> None:
