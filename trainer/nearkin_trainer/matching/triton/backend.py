@@ -100,21 +100,21 @@ class _Maxima(Function):
         class_side = _side(classes.flatten(2), touched.ids, slots, class_visibility_UQ)
         found, where = _forward(probe_side, class_side, touched.slots.shape)
         # The maps go through save_for_backward, which notices if someone changes them in between.
-        ctx.save_for_backward(probes_BCP, classes, found, where)
-        ctx.sides, ctx.sparse = (probe_side, class_side), sparse
-        return found
+        ctx.save_for_backward(probes_BCP, classes)
+        ctx.sides, ctx.outcome, ctx.sparse = (probe_side, class_side), (found, where), sparse
+        return found.clone()  # backward needs the maxima as they are; who has the result may change it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        _, classes, found, where = ctx.saved_tensors
+        _, classes = ctx.saved_tensors
         probe_side, class_side = ctx.sides
         wanted = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * 6
         if wanted[0] or wanted[2]:
-            result[0], result[2] = _side_gradient(probe_side, class_side, weights, (found, where), first=True)
+            result[0], result[2] = _side_gradient(probe_side, class_side, weights, ctx.outcome, first=True)
         if wanted[1] or wanted[3]:
-            rows, result[3] = _side_gradient(class_side, probe_side, weights, (found, where), first=False)
+            rows, result[3] = _side_gradient(class_side, probe_side, weights, ctx.outcome, first=False)
             rows = rows.view(-1, *classes.shape[1:])
             result[1] = rows_gradient(class_side.rows, rows, classes.shape, sparse=ctx.sparse)
         return tuple(gradient if want else None for gradient, want in zip(result, wanted, strict=True))
