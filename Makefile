@@ -2,6 +2,7 @@
 # make test   install, then run the whole test suite
 # make check  formatting, lint, strict types, stub freshness
 # make bench  every benchmark beside its peers      make soak   the long fault rounds
+# make kernels   install Triton (a gigabyte), then test its kernel through the interpreter; no GPU needed
 # make fuzz   a minute of coverage-guided fuzzing for each reader of foreign bytes
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NEARKIN := -e ./protos -e ./client -e './service[cpu,mixed]' -e ./trainer
 MANIFESTS := constraints.txt $(wildcard */pyproject.toml)
 
-.PHONY: setup demo test check format stubs bench fuzz soak constraints clean
+.PHONY: setup demo test kernels check format stubs bench fuzz soak constraints clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +48,10 @@ demo: $(VENV)/.demonstrating
 test: $(VENV)/.developing
 	@$(BIN)/python -m compileall -q protos client service trainer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+kernels: $(VENV)/.developing
+	@$(PIP) -e './trainer[triton]'
+	$(BIN)/python -m pytest tests/trainer/matching --numprocesses 2
 
 check: $(VENV)/.developing
 	$(BIN)/ruff format --check .
