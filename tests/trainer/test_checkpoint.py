@@ -83,7 +83,9 @@ def _write_half(path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half an archive", b"hello"])
 def test_what_is_not_a_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"c\.npz is not a checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"c\.npz is not a checkpoint that can be read: File is not a zip file"
+    ):
         checkpoint.load(tmp_path / "c.npz")
 
 

@@ -292,6 +292,8 @@ def test_without_validation_images_metrics_are_null(tmp_path: Path, nearkin_serv
         (["--refresh", "background", "--staleness", "0"], "staleness=0 must be at least 1"),
         (["--resume", "--overwrite"], "contradict"),
         (["--data", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--out", "/dev/null"], "out=/dev/null is no folder and cannot be made one: File exists"),
+        (["--out", "/dev/null/here"], "out=/dev/null/here is no folder and cannot be made one"),
         (["--service", "nonsense"], "is not unix:///path"),
     ],
 )

@@ -60,6 +60,7 @@ def load(path: Path, leave: Callable[[Keys], bool] = lambda _: False) -> dict[st
         ValueError: the file is not a checkpoint, or damaged.
     """
     try:
+        zipfile.ZipFile(path).close()  # anything else NumPy takes for a pickle, and says how to load it
         with np.load(path, allow_pickle=False) as archive:
             content = json.loads(archive["tree"].tobytes())
             tree = _put_together(content[FORMAT], archive, _Left(path, leave))

@@ -83,12 +83,19 @@ def _choose_start(config: TrainConfig, world: World) -> Path | None:
             f"out={config.out} holds a checkpoint: continue with --resume, or replace it with --overwrite"
         )
     if world.leads:
-        config.out.mkdir(parents=True, exist_ok=True)
+        _make_folder(config.out)
         if config.overwrite:
             path.unlink(missing_ok=True)
         if config.resume and not exists:
             logger.info("resume: no checkpoint in %s yet, starting from the beginning", config.out)
     return path if exists and config.resume else None
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out} is no folder and cannot be made one: {error.strerror}") from error
 
 
 @contextlib.contextmanager
