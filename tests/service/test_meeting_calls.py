@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def delete_run(caller: Caller) -> None:
 
 def compare(caller: Caller) -> None:
     caller.stub.CompareGenerations(pb.CompareGenerationsRequest(run="run"), timeout=WAIT)
+
+
+def open_files(folder: Path) -> str:
+    """Of this process, in this folder."""
+    names = []
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            names.append(str(each.readlink()))
+    return " ".join(name for name in names if name.startswith(str(folder)))
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -212,6 +222,20 @@ def test_who_waits_for_a_run_that_is_deleted_hears_that_and_not_of_its_pushes(
     deleted.result()
     for each in (waiting, late):
         assert refusal(each.result).code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_nothing_of_a_run_stays_open_that_was_asked_while_it_was_deleted(
+    caller: Caller, at_once: Callable[..., Future[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caller.push(ROWS)
+    deleting = Holding(monkeypatch, DataDirectory, "delete_run")
+    deleted = at_once(delete_run, caller)
+    assert deleting.begun.wait(WAIT)
+    caller.nearest([0])
+    assert "rows.bin" in open_files(tmp_path)
+    deleting.let_go.set()
+    deleted.result()
+    eventually(lambda: "rows.bin" in open_files(tmp_path), lambda some: not some)
 
 
 def test_retention_of_a_run_that_is_gone_leaves_the_next_of_its_name_alone(

@@ -76,10 +76,10 @@ class Administering:
                     while push.publishing:
                         await self._core.catalogue.changed.wait()
                     self._builds.drop(push, PushState.ABORTED, "its run was deleted")
-                for generation in run.generations.values():
-                    self._searching.forget(generation)
                 await self._core.io(self._core.directory.delete_run, name)
                 self._core.catalogue.remove_run(run)  # afterwards: its name is free once its place is
+                for generation in run.generations.values():
+                    self._searching.forget(generation)  # afterwards: nobody can open it any more
             finally:
                 run.leaving = False
         log.info("run %s deleted", name)
