@@ -21,9 +21,10 @@ from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import followed_by
+from nearkin.v1.room import Room, agrees
 from numpy.typing import NDArray
 
-from nearkin_client.arrays import PIECE_BYTES, Rows, sound
+from nearkin_client.arrays import Rows, sound
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import FailedPrecondition
 from nearkin_client.ranges import Range
@@ -32,7 +33,6 @@ log = logging.getLogger("nearkin.client.shared")
 
 T = TypeVar("T")
 _WRITERS = min(4, os.cpu_count() or 1)
-_LINE_BYTES = 64
 
 
 def lent(
@@ -119,23 +119,18 @@ class _Bench(threading.local):
     """Memory of each thread's own to lay a piece out in."""
 
     def __init__(self) -> None:
-        self._place = np.empty(0, np.uint8)
+        self._room = Room()
 
     def alike(self, piece: memoryview, at: int) -> memoryview:
-        """The same bytes, at an address that agrees modulo a cache line with `at`, their place in the file.
+        """The same bytes, at an address that agrees with `at`, their place in the file.
 
-        The kernel is slower to copy them where it does not, as of most of NumPy's arrays. To lay them out,
-        while they come from memory, takes less.
+        To lay them out, while they come from memory, takes less than the kernel loses otherwise.
         """
-        given = np.frombuffer(piece, np.uint8)
-        if (given.ctypes.data - at) % _LINE_BYTES == 0:
+        if agrees(piece, at):
             return piece
-        if not len(self._place):
-            self._place = np.empty(PIECE_BYTES + _LINE_BYTES, np.uint8)
-        shift = (at - self._place.ctypes.data) % _LINE_BYTES
-        laid_out = self._place[shift : shift + len(given)]
-        np.copyto(laid_out, given)
-        return laid_out.data
+        laid_out = self._room.of(len(piece), at)
+        np.copyto(np.frombuffer(laid_out, np.uint8), np.frombuffer(piece, np.uint8))
+        return laid_out
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

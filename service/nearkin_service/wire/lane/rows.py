@@ -14,10 +14,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 from google.protobuf.message import DecodeError
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.room import Room
 
 from nearkin_service.config import KIB, Limits
 from nearkin_service.errors import InvalidArgumentError, LimitExceededError, UnavailableError
@@ -28,7 +28,6 @@ from nearkin_service.wire import convert
 
 STALL_SECONDS = 10.0
 """For which a caller may stop in the middle of a message, and keep everybody from its rows."""
-_LINE_BYTES = 64
 
 T = TypeVar("T")
 
@@ -108,7 +107,7 @@ class RowsReceiver:
         return await self._writing.hold(call.push_id, head.row_start, nbytes, call.loan(head.loan))
 
     def _received(
-        self, connection: socket.socket, held: Held, room: _Room, head: bulk.WriteRows, tail: bytearray
+        self, connection: socket.socket, held: Held, room: Room, head: bulk.WriteRows, tail: bytearray
     ) -> RowSet:
         def said() -> tuple[int | None, bool]:
             if not tail:
@@ -144,7 +143,7 @@ class _Call:
 
     def __init__(self, push_id: str, using: Callable[[str], AbstractContextManager[Loan]]) -> None:
         self.push_id = push_id
-        self.room = _Room()
+        self.room = Room()
         self._using = using
         self._held = ExitStack()
         self._loans: dict[str, Loan | None] = {"": None}
@@ -163,20 +162,3 @@ class _Call:
     ) -> None:
         """Gives the loans back; after an error somebody may go on with them."""
         self._held.__exit__(kind, error, trace)
-
-
-class _Room:
-    """Memory for one thing after another: its pages stay."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def of(self, length: int, at: int) -> memoryview:
-        """So many bytes, at an address that agrees with `at` modulo a cache line.
-
-        If that is their place in a file, the kernel is quicker to copy them there.
-        """
-        if length + _LINE_BYTES > len(self._bytes):
-            self._bytes = np.empty(length + _LINE_BYTES, np.uint8)
-        shift = (at - self._bytes.ctypes.data) % _LINE_BYTES
-        return self._bytes[shift : shift + length].data

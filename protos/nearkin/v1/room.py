@@ -1,0 +1,32 @@
+"""Memory that bytes pass through on their way into a file, where the kernel is quick to copy them from.
+
+It is slower where their address and their place in the file differ modulo a cache line, as of most of NumPy's
+arrays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nearkin.v1.bulk import Buffer
+
+_LINE_BYTES = 64
+
+
+def agrees(data: Buffer, at: int) -> bool:
+    """Whether the address of these bytes and `at` are the same modulo a cache line."""
+    return bool((np.frombuffer(data, np.uint8).ctypes.data - at) % _LINE_BYTES == 0)
+
+
+class Room:
+    """For one thing after another: its pages stay. Each is valid until the next."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def of(self, length: int, at: int) -> memoryview:
+        """So many bytes, whose address agrees with `at`."""
+        if length + _LINE_BYTES > len(self._bytes):
+            self._bytes = np.empty(length + _LINE_BYTES, np.uint8)
+        shift = (at - self._bytes.ctypes.data) % _LINE_BYTES
+        return self._bytes[shift : shift + length].data
