@@ -141,12 +141,14 @@ class Catalogue:
 
     @contextmanager
     def kept(self, generation: Generation) -> Iterator[None]:
-        """Around the reading of a generation's files. Any thread.
+        """Around the use of a generation's files. Any thread.
 
-        NotFoundError: it was removed before the end, so that another may have lain in its place.
+        NotFoundError: it was removed before the end: files were missing, or another's may have lain there.
         """
         try:
             yield
+        except FileNotFoundError:
+            raise _removed(generation.run, generation.number) from None
         finally:
             if self.present(generation) is None:
                 raise _removed(generation.run, generation.number)

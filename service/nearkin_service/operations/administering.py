@@ -102,7 +102,8 @@ class Administering:
         async with self._locked(name) as run:
             generation = replace(run.generation(number), pinned=pinned)
             self._core.catalogue.replace(generation)  # first: a sweep from now on knows
-            await self._core.io(self._core.directory.pin, generation, pinned=pinned)
+            with self._core.catalogue.kept(generation):
+                await self._core.io(self._core.directory.pin, generation, pinned=pinned)
         log.info("run %s: generation %d %s", name, generation.number, "pinned" if pinned else "unpinned")
         return generation
 

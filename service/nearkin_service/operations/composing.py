@@ -47,7 +47,7 @@ class Composing:
             base, files = self.base(push.spec), self._core.files[push.push_id]
             try:
                 present, absent = await self._core.io(self._copy, base, files, missing)
-            except NotFoundError:  # while it was read
+            except (NotFoundError, FileNotFoundError):  # while it was read
                 raise _gone(push.spec) from None
             stored = await self._core.io(push.stored.union, present)
             await declare(self._core, push, absent, stored)

@@ -168,8 +168,6 @@ class Reading:
                     path = directory.column_path(generation, name)
                     columns.append((blocks, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
             yield columns
-        except FileNotFoundError:
-            raise NotFoundError(f"generation {generation.number} was just removed") from None
         finally:
             for _, descriptor in columns:
                 os.close(descriptor)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from nearkin_service import faults
 from nearkin_service.engines.contract import Neighbours
-from nearkin_service.errors import DataLossError, LimitExceededError, NotFoundError
+from nearkin_service.errors import DataLossError, LimitExceededError
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import push_files
@@ -239,9 +237,8 @@ class DataDirectory:
         return gens.drop_embeddings(path, self._spares)
 
     def pin(self, generation: Generation, *, pinned: bool) -> None:
-        """NotFoundError: the generation was just removed."""
-        with _removed(generation):
-            gens.pin(self._layout.generation(generation.run, generation.number), pinned=pinned)
+        """FileNotFoundError: the generation was removed."""
+        gens.pin(self._layout.generation(generation.run, generation.number), pinned=pinned)
 
     def verify_rows(self, generation: Generation) -> EmbeddingsState:
         return gens.verify_rows(self._layout.generation(generation.run, generation.number), generation)
@@ -250,9 +247,8 @@ class DataDirectory:
         return gens.open_rows(self._layout.generation(generation.run, generation.number), generation)
 
     def absent(self, generation: Generation) -> NDArray[np.int64]:
-        """NotFoundError: the generation was just removed."""
-        with _removed(generation):
-            return gens.read_absent(self._layout.generation(generation.run, generation.number), generation)
+        """FileNotFoundError: the generation was removed."""
+        return gens.read_absent(self._layout.generation(generation.run, generation.number), generation)
 
     def compare(self, generation: Generation, start: int, payload: memoryview, crc: int | None) -> None:
         """Compares rows sent again with a published generation's. AlreadyExistsError: they differ."""
@@ -266,11 +262,8 @@ class DataDirectory:
             file.close()
 
     def map_column(self, generation: Generation, name: str) -> NDArray[Any]:
-        """[N, k] of the table, mapped read-only. NotFoundError: the generation was just removed."""
-        with _removed(generation):
-            return gens.map_column(
-                self._layout.generation(generation.run, generation.number), generation, name
-            )
+        """[N, k] of the table, mapped read-only. FileNotFoundError: the generation was removed."""
+        return gens.map_column(self._layout.generation(generation.run, generation.number), generation, name)
 
     def verified_table(self, generation: Generation) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids and scores as they were published. DataLossError: they are damaged or gone."""
@@ -299,15 +292,6 @@ class DataDirectory:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._layout.root).free
-
-
-@contextmanager
-def _removed(generation: Generation) -> Iterator[None]:
-    """Files of a generation that are missing are ones that have just gone with it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise NotFoundError(f"generation {generation.number} of run {generation.run!r} was removed") from None
 
 
 def _read_about(path: Path) -> dict[str, Any]:
