@@ -41,7 +41,7 @@ class Subscription:
         """
         await self._filled.wait()
         if self._closed:
-            raise UnavailableError("the service is stopping; watch again once it is back")
+            raise _stopping()
         if self._overflowed:
             self._events.clear()
             self._overflowed = False
@@ -58,19 +58,24 @@ class EventHub:
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, set[Subscription]] = {}
+        self._closed = False
 
     def publish(self, run: str, event: RunEvent) -> None:
         for subscription in self._subscriptions.get(run, ()):
             subscription.put(event)
 
     def close(self) -> None:
-        """Tells every watcher that the service is stopping."""
+        """Tells every watcher that the service is stopping, and who comes from now on."""
+        self._closed = True
         for watchers in self._subscriptions.values():
             for subscription in watchers:
                 subscription.close()
 
     @contextmanager
     def subscribe(self, run: str) -> Iterator[Subscription]:
+        """UnavailableError: the service is stopping."""
+        if self._closed:
+            raise _stopping()
         subscription = Subscription()
         watchers = self._subscriptions.setdefault(run, set())
         watchers.add(subscription)
@@ -80,3 +85,7 @@ class EventHub:
             watchers.discard(subscription)
             if not watchers and self._subscriptions.get(run) is watchers:
                 del self._subscriptions[run]
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError("the service is stopping; watch again once it is back")
