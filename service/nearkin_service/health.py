@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from nearkin_service import listening, wire
 from nearkin_service.access import Gate
-from nearkin_service.catalogue import Catalogue
+from nearkin_service.catalogue import Catalogue, Signal
 from nearkin_service.errors import NearkinError, NotFoundError
 from nearkin_service.values import PushState
 
@@ -31,6 +31,8 @@ class RunHealth(health.aio.HealthServicer):  # type: ignore[misc]
     def __init__(self, catalogue: Catalogue) -> None:
         super().__init__()
         self._catalogue = catalogue
+        self._changed = Signal()
+        self._draining = False
 
     async def Check(self, request: Any, context: Any) -> Any:
         if not request.service.startswith(RUN_HEALTH):
@@ -39,6 +41,31 @@ class RunHealth(health.aio.HealthServicer):  # type: ignore[misc]
             return _of_run(self._catalogue, request.service)
         except NotFoundError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        """Ends once it has said that the service drains: the standard one would hold up its end.
+
+        That one also forgets every watcher of a name as soon as one of them leaves.
+        """
+        told = None
+        while True:
+            status = self._server_status.get(request.service, _WELL.SERVICE_UNKNOWN)
+            if status != told:
+                told = status
+                await context.write(_WELL(status=status))
+            elif self._draining:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
+            else:
+                await self._changed.wait()
+
+    async def set(self, service: str, status: Any) -> None:
+        await super().set(service, status)
+        self._changed.fire()
+
+    async def enter_graceful_shutdown(self) -> None:
+        await super().enter_graceful_shutdown()
+        self._draining = True
+        self._changed.fire()
 
 
 class _OnThreads(health.HealthServicer):  # type: ignore[misc]

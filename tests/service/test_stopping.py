@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service import engines
 
@@ -66,4 +68,27 @@ def test_who_comes_back_to_watch_while_a_build_ends_holds_up_nobody(start_servic
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "stopping" in (error.details() or "")
     assert start_service().caller().generation().generation == 1
+    caller.channel.close()
+
+
+def test_who_watches_health_is_told_and_holds_up_nobody(start_service: Start) -> None:
+    service = start_service(drain_seconds=DRAIN_SECONDS)
+    caller = service.caller()
+    stub = health_pb2_grpc.HealthStub(caller.channel)
+    watches = [
+        stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=WAIT) for name in ("", "", "?")
+    ]
+    serving, not_serving, unknown = (
+        health_pb2.HealthCheckResponse.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+        health_pb2.HealthCheckResponse.SERVICE_UNKNOWN,
+    )
+    assert [next(each).status for each in watches] == [serving, serving, unknown]
+    watches.pop(0).cancel()  # who leaves takes nobody along
+    began = time.monotonic()
+    with stopping(service):
+        assert next(watches[0]).status == not_serving
+        codes = [refusal(partial(next, each)).code() for each in watches]
+        assert codes == [grpc.StatusCode.UNAVAILABLE] * 2
+    assert time.monotonic() - began < DRAIN_SECONDS / 2
     caller.channel.close()

@@ -8,5 +8,6 @@ from nearkin_service.catalogue.events import EventHub
 from nearkin_service.catalogue.pushes import Push
 from nearkin_service.catalogue.retention import Sweep, sweep
 from nearkin_service.catalogue.runs import Catalogue, Run
+from nearkin_service.catalogue.signal import Signal
 
-__all__ = ["Catalogue", "EventHub", "Push", "Run", "Sweep", "sweep"]
+__all__ = ["Catalogue", "EventHub", "Push", "Run", "Signal", "Sweep", "sweep"]
