@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -130,6 +131,8 @@ def serve(  # noqa: PLR0917 - one parameter per option
         return
     if data_dir is None:
         raise typer.BadParameter("it is needed", param_hint="--data-dir")
+    # While it starts there is nobody to wait for, and what is on disk may be left at any moment.
+    _when_asked_to_stop(lambda *_: os._exit(0))
     try:
         logs.configure(log_level, log_format)
         allow_many_connections()
@@ -179,16 +182,22 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
         log.info("this C library gives freed buffers back at once: receiving rows costs more")
     device = engines.resolve_device(config.device)
     server = NeighbourServer(config, engines, device)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
     await server.start()
+    _when_asked_to_stop(lambda *_: loop.call_soon_threadsafe(stopping.set))
     _announce(server, config.data_dir, ready_file)
     await stopping.wait()
     log.info("stopping; up to %g s for builds and readers", config.drain_seconds)
     await server.stop()
     if ready_file:
         ready_file.unlink(missing_ok=True)
+    _when_asked_to_stop(signal.SIG_IGN)  # all is done: another SIGTERM must not make a failure of it
+
+
+def _when_asked_to_stop(handler: Callable[..., object] | signal.Handlers) -> None:
+    """Not by asyncio, which would give both signals their default meaning while this process ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def _announce(server: NeighbourServer, data_dir: Path, ready_file: Path | None) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service import engines
 
-from tests.service.conftest import WAIT, Caller, Service, eventually, random_rows, refusal
+from tests.service.conftest import WAIT, Caller, Service, Serving, eventually, random_rows, refusal
 
 Start = Callable[..., Service]
+Serve = Callable[..., Serving]
 ROWS = random_rows(60, 8)
 DRAIN_SECONDS = 20.0
 
@@ -92,3 +98,50 @@ def test_who_watches_health_is_told_and_holds_up_nobody(start_service: Start) ->
         assert codes == [grpc.StatusCode.UNAVAILABLE] * 2
     assert time.monotonic() - began < DRAIN_SECONDS / 2
     caller.channel.close()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_asks_again_changes_nothing(serve: Serve, second: signal.Signals) -> None:
+    serving = serve()
+    serving.caller().push(ROWS)
+    serving.process.send_signal(signal.SIGTERM)
+    while serving.process.poll() is None:
+        serving.process.send_signal(second)
+        time.sleep(0.001)
+    assert serving.process.returncode == 0, serving.log.read_text()
+    assert "Traceback" not in serving.log.read_text()
+    assert serve().caller().generation().generation == 1
+
+
+SLOW_START = """
+import sys, time
+from nearkin_service import cli, store
+
+def slow(*_):
+    print("here", flush=True)
+    time.sleep(60)
+
+{place} = slow
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("place", ["cli.allow_many_connections", "store.DataDirectory.recover"])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_does_not_wait_for_a_start(
+    serve: Serve, tmp_path: Path, place: str, asked: signal.Signals
+) -> None:
+    """To read all tables of a large directory takes minutes."""
+    first = serve()
+    first.caller().push(ROWS)
+    first.terminate()
+    command = [sys.executable, "-c", SLOW_START.format(place=place), "--data-dir", str(tmp_path / "data")]
+    listen = ("--listen", f"unix://{tmp_path}/serve.sock")
+    with subprocess.Popen([*command, *listen], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert b"here" in process.stdout.readline()
+        process.send_signal(asked)
+        assert process.wait(WAIT) == 0
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    assert serve().caller().generation().generation == 1
