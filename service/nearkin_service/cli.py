@@ -182,15 +182,17 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
         log.info("this C library gives freed buffers back at once: receiving rows costs more")
     device = engines.resolve_device(config.device)
     server = NeighbourServer(config, engines, device)
+    if ready_file:
+        ready_file.unlink(missing_ok=True)  # of a service that was killed
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
     await server.start()
     _when_asked_to_stop(lambda *_: loop.call_soon_threadsafe(stopping.set))
     _announce(server, config.data_dir, ready_file)
     await stopping.wait()
     log.info("stopping; up to %g s for builds and readers", config.drain_seconds)
-    await server.stop()
-    if ready_file:
+    if ready_file:  # before the next service may write it
         ready_file.unlink(missing_ok=True)
+    await server.stop()
     _when_asked_to_stop(signal.SIG_IGN)  # all is done: another SIGTERM must not make a failure of it
 
 

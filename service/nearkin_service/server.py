@@ -231,11 +231,11 @@ class NeighbourServer:
             await asyncio.to_thread(self._http.close)
         if self._health_threads:
             await asyncio.to_thread(self._health_threads.close)
-        await asyncio.to_thread(core.close)
-        for address in self.addresses:
+        for address in self.addresses:  # before the next service may have them
             if listening.is_unix(address):
                 listening.socket_path(address).unlink(missing_ok=True)
                 listening.bulk_path(address).unlink(missing_ok=True)
+        await asyncio.to_thread(core.close)
 
 
 async def _within(deadline: float, wait: Callable[[], object]) -> bool:

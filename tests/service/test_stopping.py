@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service import engines
 
-from tests.service.conftest import WAIT, Caller, Service, Serving, eventually, random_rows, refusal
+from tests.service.conftest import WAIT, Caller, Service, Serving, eventually, message, random_rows, refusal
 
 Start = Callable[..., Service]
 Serve = Callable[..., Serving]
@@ -145,3 +145,51 @@ def test_a_stop_does_not_wait_for_a_start(
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
     assert serve().caller().generation().generation == 1
+
+
+def test_what_the_next_service_makes_is_not_removed(start_service: Start, tmp_path: Path) -> None:
+    """It may begin as soon as the directory is given back."""
+    service = start_service()
+    left: list[Path] = []
+    directory = service.server.core.directory
+    close = directory.close
+
+    def closing() -> None:
+        left.extend(tmp_path.glob("*.sock*"))
+        close()
+
+    directory.close = closing  # type: ignore[method-assign]
+    assert len(list(tmp_path.glob("*.sock*"))) == 2
+    service.stop()
+    assert not left
+
+
+def test_a_ready_file_is_there_only_while_the_service_is_ready(serve: Serve, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    first = serve("--ready-file", str(ready), "--drain-seconds", "20")
+    caller = first.caller()
+    push_id, go_on = caller.begin(ROWS).push.push_id, threading.Event()
+
+    def slow() -> Iterator[pb.WriteRowsRequest]:
+        yield message(push_id, ROWS[:30], 0)
+        go_on.wait(WAIT)
+        yield message(push_id, ROWS[30:], 30)
+
+    writing = caller.stub.WriteRows.future(slow(), timeout=WAIT)
+    eventually(lambda: caller.state(push_id).rows_stored, lambda stored: stored == 30)
+    first.process.send_signal(signal.SIGTERM)
+    eventually(ready.exists, lambda there: not there)
+    assert first.process.poll() is None
+    go_on.set()
+    assert writing.result().complete
+    assert first.process.wait(WAIT) == 0
+    ready.write_text("of a service that was killed")
+    command = [sys.executable, "-c", SLOW_START.format(place="store.DataDirectory.recover")]
+    options = ["--data-dir", str(tmp_path / "data"), "--listen", first.address, "--ready-file", str(ready)]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert b"here" in process.stdout.readline()
+        assert not ready.exists()
+        process.kill()
+    assert serve("--ready-file", str(ready)).caller().table(min_epoch=0).generation.generation == 1
+    assert ready.read_text().startswith("unix:")
