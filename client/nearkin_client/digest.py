@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from crc32c import crc32c
-from nearkin.v1.checksums import followed_by
+from nearkin.v1.checksums import crc32c, followed_by
 
 from nearkin_client.arrays import Rows
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import grpc
 import numpy as np
-from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin.v1.checksums import followed_by
+from nearkin.v1.checksums import crc32c, followed_by
 from numpy.typing import NDArray
 
 from nearkin_client.arrays import Rows, in_pieces, sound

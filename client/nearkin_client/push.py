@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import grpc
-from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.checksums import crc32c
 
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows

@@ -17,10 +17,9 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin.v1.checksums import followed_by
+from nearkin.v1.checksums import crc32c, followed_by
 from nearkin.v1.room import Room, agrees
 from numpy.typing import NDArray
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin.v1.checksums import followed_by
+from nearkin.v1.checksums import crc32c, followed_by
 from numpy.typing import NDArray
 
 from nearkin_client.errors import (

@@ -11,7 +11,7 @@ import pytest
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
-from nearkin.v1 import bulk
+from nearkin.v1 import bulk, checksums
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import followed_by, of_zeros
 from nearkin_client import DataLoss, NeighbourClient, lane
@@ -22,6 +22,15 @@ from nearkin_client.wire import Wire
 
 generator = np.random.default_rng(9)
 ROWS = generator.standard_normal((64, 1 << 14)).astype(np.float32)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 255, 256, 257, 1023, 4096 + 7, (1 << 20) + 5])
+@pytest.mark.parametrize("offset", [0, 1, 16])
+def test_a_checksum_is_that_of_another_library(nbytes: int, offset: int) -> None:
+    data = memoryview(ROWS).cast("B")[offset : offset + nbytes]
+    assert checksums.crc32c(data) == crc32c(data)
+    assert checksums.crc32c(data, 0xDEAD_BEEF) == crc32c(data, 0xDEAD_BEEF)
+    assert checksums.crc32c(bytes(data)) == checksums.crc32c(bytearray(data)) == crc32c(data)
 
 
 @given(first=st.binary(), second=st.binary())

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import crc32c
 import numpy as np
+from nearkin.v1.checksums import crc32c
 from numpy.typing import NDArray
 
 from nearkin_service.errors import InvalidArgumentError, LimitExceededError, NotFoundError, NotInTimeError
@@ -50,7 +50,7 @@ class TableBlocks:
         payload = as_bytes(np.asarray(self.table[rows.start : rows.stop]))
         number, step = rows.start // self.checksums.block_rows, self.checksums.block_rows
         whole = RowRange(number * step, min((number + 1) * step, len(self.table)))
-        crc = self.checksums.blocks[number] if rows == whole else crc32c.crc32c(payload)
+        crc = self.checksums.blocks[number] if rows == whole else crc32c(payload)
         return Block(rows, crc, payload)
 
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import crc32c
+from nearkin.v1.checksums import crc32c
 
 from nearkin_service import faults
 from nearkin_service.errors import DataLossError
@@ -18,7 +18,7 @@ from nearkin_service.errors import DataLossError
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
     """Replaces the document at `path`; it is on disk when this returns."""
-    data = json.dumps({"body": body, "crc32c": crc32c.crc32c(_canonical(body))}, indent=1, allow_nan=False)
+    data = json.dumps({"body": body, "crc32c": crc32c(_canonical(body))}, indent=1, allow_nan=False)
     aside = path.with_name(f".{path.name}.aside")
     with aside.open("w", encoding="utf-8") as file:
         file.write(data + "\n")
@@ -37,7 +37,7 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         body, stored = document["body"], document["crc32c"]
-        sound = isinstance(body, dict) and crc32c.crc32c(_canonical(body)) == stored
+        sound = isinstance(body, dict) and crc32c(_canonical(body)) == stored
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataLossError(f"{path.name} is not a document: {error}") from error
     if not sound:

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
+from nearkin.v1.checksums import crc32c
 from numpy.typing import NDArray
 
 from nearkin_service import faults
@@ -115,7 +115,7 @@ def _write_tables(directory: Path, finished: Finished) -> Generation:
         recall=table.recall,
         ids=_write_column(directory / IDS, np.ascontiguousarray(table.ids, "<i4")),
         scores=_write_column(directory / SCORES, np.ascontiguousarray(table.scores, "<f4")),
-        absent_crc32c=crc32c.crc32c(as_bytes(absent)),
+        absent_crc32c=crc32c(as_bytes(absent)),
         reserve=write_reserve(directory, table.reserve),
     )
 
@@ -139,8 +139,8 @@ def _checksums(column_Nk: NDArray[Any]) -> FileChecksums:
     whole = 0
     for at in range(0, len(column_Nk), block_rows):
         data = as_bytes(column_Nk[at : at + block_rows])
-        blocks.append(crc32c.crc32c(data))
-        whole = crc32c.crc32c(data, whole)
+        blocks.append(crc32c(data))
+        whole = crc32c(data, whole)
     return FileChecksums(block_rows, whole, tuple(blocks))
 
 
@@ -233,7 +233,7 @@ def _verify_column(path: Path, generation: Generation, expected: FileChecksums) 
 def read_absent(directory: Path, generation: Generation) -> NDArray[np.int64]:
     """Ids of the classes that had no embedding, ascending."""
     absent: NDArray[np.int64] = np.fromfile(directory / ABSENT, "<i8")
-    if crc32c.crc32c(as_bytes(absent)) != generation.absent_crc32c:
+    if crc32c(as_bytes(absent)) != generation.absent_crc32c:
         raise DataLossError(f"{ABSENT} does not match its checksum")
     return absent
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-import crc32c
 import numpy as np
-from nearkin.v1.checksums import followed_by, of_zeros
+from nearkin.v1.checksums import crc32c, followed_by, of_zeros
 from numpy.typing import NDArray
 
 from nearkin_service.ranges import RowRange, RowSet
@@ -61,7 +60,7 @@ class Record:
 
     def packed(self) -> bytes:
         head = _FIELDS.pack(self.kind, self.crc, self.start, self.count, 0)
-        return head + _CHECKSUM.pack(crc32c.crc32c(head))
+        return head + _CHECKSUM.pack(crc32c(head))
 
 
 def append(descriptor: int, records: Iterable[Record]) -> None:
@@ -92,7 +91,7 @@ def read(path: Path) -> tuple[list[Record], int]:
 def _unpack(data: bytes) -> Record | None:
     kind, crc, start, count, _reserved = _FIELDS.unpack_from(data)
     (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
-    if checksum != crc32c.crc32c(data[: _FIELDS.size]) or kind not in _KINDS:
+    if checksum != crc32c(data[: _FIELDS.size]) or kind not in _KINDS:
         return None
     sound = start >= 0 and count >= 0 and start + count <= MAX_INT32
     return Record(Kind(kind), start, count, crc) if sound else None

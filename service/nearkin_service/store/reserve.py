@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import crc32c
 import numpy as np
+from nearkin.v1.checksums import crc32c
 from numpy.typing import NDArray
 
 from nearkin_service.engines.contract import Neighbours
@@ -29,7 +29,7 @@ def write_reserve(directory: Path, reserve: Neighbours | None) -> ReserveFile | 
     with (directory / RESERVE).open("wb") as file:
         for part in parts:
             file.write(as_bytes(part))
-            checksum = crc32c.crc32c(as_bytes(part), checksum)
+            checksum = crc32c(as_bytes(part), checksum)
         file.flush()
         os.fsync(file.fileno())
     return ReserveFile(reserve.ids.shape[1], checksum)
@@ -44,7 +44,7 @@ def verified_reserve(directory: Path, generation: Generation) -> Neighbours | No
     if about.places < 1 or size != generation.reserve_bytes:
         raise DataLossError(f"{RESERVE} has {size} bytes, not {generation.reserve_bytes}")
     data: NDArray[np.int32] = np.fromfile(directory / RESERVE, "<i4")
-    if crc32c.crc32c(as_bytes(data)) != about.crc32c:
+    if crc32c(as_bytes(data)) != about.crc32c:
         raise DataLossError(f"{RESERVE} does not match its checksum")
     ids, scores = data.reshape(2, generation.spec.num_classes, about.places)
     return Neighbours(ids, scores.view("<f4"))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import crc32c
 import numpy as np
+from nearkin.v1.checksums import crc32c
 from nearkin.v1.soundness import INFINITY, all_finite, zero_rows
 from numpy.typing import NDArray
 
@@ -80,7 +80,7 @@ class Examiner:
 
     def add_up(self, data: memoryview) -> None:
         """The same for rows that somebody else has looked at."""
-        self._crc = crc32c.crc32c(data, self._crc)
+        self._crc = crc32c(data, self._crc)
 
     def found(self) -> Examined:
         """In all rows so far."""
@@ -153,7 +153,7 @@ class RowsFile:
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
         """Stores whole rows (their CRC32C is `crc`, if known); returns what the journal is to say of them."""
         self.put(start, data)
-        checksum = crc32c.crc32c(data) if crc is None else crc
+        checksum = crc32c(data) if crc is None else crc
         return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
     def put(self, start: int, data: memoryview) -> None:
@@ -207,7 +207,7 @@ class RowsFile:
             got = os.preadv(self._descriptor, [buffer[: end - at]], at)
             if not got:
                 raise DataLossError(f"row {at // self._spec.row_bytes} is missing from rows.bin")
-            crc = crc32c.crc32c(buffer[:got], crc)
+            crc = crc32c(buffer[:got], crc)
             at += got
         return crc
 
