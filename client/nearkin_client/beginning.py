@@ -17,6 +17,7 @@ from nearkin_client.arrays import Rows
 from nearkin_client.decoding import DTYPES, KEYS, chosen
 from nearkin_client.errors import InvalidArgument, invalid
 from nearkin_client.lane import SMALLEST_BYTES
+from nearkin_client.shared import best_begin
 from nearkin_client.values import Retention
 
 MOST_ABSENT = 1 << 20
@@ -73,6 +74,7 @@ def begin_request(
         accept_bulk_lane=rows.count * rows.row_bytes >= SMALLEST_BYTES,
         row_start=row_start,
         row_count=rows.count,
+        rows_at=best_begin(rows, row_start) if shared else None,
         qaconv_candidates=_candidates(qaconv_candidates, key, k),
         qaconv_weights=_weights(qaconv_weights, key, rows.shape),
         retention=None if retention is None else _retention(retention),

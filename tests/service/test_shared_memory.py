@@ -38,7 +38,7 @@ class Lent:
 
     def write(self, rows: NDArray[Any], start: int) -> None:
         with Path(self.offer.path).open("r+b") as file:
-            file.seek(start * rows[0].nbytes)
+            file.seek(self.offer.rows_at + start * rows[0].nbytes)
             file.write(rows.tobytes())
 
     def message(self, rows: NDArray[Any], start: int, **changes: Any) -> pb.WriteRowsRequest:
@@ -87,6 +87,65 @@ def test_rows_written_in_place_become_the_same_table(caller: Caller) -> None:
     messages = [lent.written(rows[at : at + 10], at) for at in (20, 0, 10)]
     assert send(caller, *messages).complete
     np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+@pytest.mark.parametrize("rows_at", [16, 48])
+def test_a_file_begins_where_its_first_caller_would_have_it(caller: Caller, rows_at: int) -> None:
+    rows = random_rows(30, 7)
+    lent = lend(caller, rows, count=10, rows_at=rows_at)
+    other = lend(caller, rows, start=10, count=10, rows_at=0)
+    assert (lent.offer.rows_at, other.offer.rows_at) == (rows_at, rows_at)
+    assert Path(lent.offer.path).stat().st_size == rows_at + rows.nbytes
+    send(caller, lent.written(rows[:10], 0))
+    send(caller, other.written(rows[10:20], 10, sound=True))
+    caller.write(lent.push_id, rows[20:], 20)
+    caller.write(lent.push_id, rows[5:15], 5)  # compared
+    error = refusal(lambda: caller.write(lent.push_id, rows[5:15] + 1, 5))
+    assert code_of(error) is grpc.StatusCode.ALREADY_EXISTS
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+    changed = caller.begin(rows, 1, base_generation=1, commit_when_complete=False).push.push_id
+    caller.write(changed, rows[:2] + 1)
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=changed), timeout=30)
+    expected = np.concatenate([rows[:2] + 1, rows[2:]])
+    np.testing.assert_array_equal(caller.table(min_epoch=1).ids, brute_force(expected, 5))
+
+
+def test_who_does_not_know_where_a_file_begins_is_lent_nothing_of_it(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows, count=10, rows_at=32)
+    assert not caller.begin(rows, accept_shared_memory=True, row_start=10, row_count=20).HasField("lent_rows")
+    caller.write(lent.push_id, rows[10:], 10)
+    send(caller, lent.written(rows[:10], 0))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+
+
+@pytest.mark.parametrize("rows_at", [-16, 8, 64])
+def test_a_file_begins_nowhere_else(caller: Caller, rows_at: int) -> None:
+    error = refusal(lambda: lend(caller, random_rows(30, 8), rows_at=rows_at))
+    assert code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error.details()).startswith("rows_at")
+
+
+def test_a_file_that_begins_elsewhere_outlives_its_service(
+    serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    rows = random_rows(30, 7)
+    serving = serve()
+    lent = lend(serving.caller(), rows, rows_at=48)
+    send(serving.caller(), lent.written(rows[:10], 0))
+    serving.kill()
+    serving = serve()
+    again = lend(serving.caller(), rows, start=10, count=20)
+    assert not again.offer.path, "it would be written from byte 0 on"
+    again = lend(serving.caller(), rows, start=10, count=20, rows_at=0)
+    assert again.offer.rows_at == 48
+    send(serving.caller(), again.written(rows[10:], 10))
+    np.testing.assert_array_equal(serving.caller().table(min_epoch=0).ids, brute_force(rows, 5))
+    serving.kill()
+    found = serve().caller().nearest([3], k=5)
+    assert list(found.rows[0].ids) == brute_force(rows, 5)[3].tolist()
+    (stored,) = tmp_path.glob("*/runs/run/generations/1/rows.bin")
+    assert stored.read_bytes()[48:] == rows.tobytes()
 
 
 @pytest.mark.parametrize("row_elements", [1, 7, 100_003])
@@ -282,6 +341,14 @@ def test_a_client_that_cuts_the_file_short_loses_its_own_push_and_no_other(calle
     assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.DATA_LOSS
     caller.push(rows, 1)
     np.testing.assert_array_equal(caller.table(min_epoch=1).ids, brute_force(rows, 5))
+
+
+def test_cutting_less_than_what_is_before_the_rows_is_seen_as_well(caller: Caller) -> None:
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows, rows_at=48)
+    request = lent.written(rows, 0)
+    os.truncate(lent.offer.path, 16 + rows.nbytes)
+    assert code_of(refusal(lambda: send(caller, request))) is grpc.StatusCode.DATA_LOSS
 
 
 def test_nothing_is_lent_over_tcp(start_service: Callable[..., Service]) -> None:

@@ -100,7 +100,7 @@ def test_any_sequence_of_writes_is_recovered(tmp_path: Path, data: st.DataObject
     """Against a model: messages of any ranges, right or with other bytes; the files closed as if killed."""
     directory = tmp_path / os.urandom(12).hex()
     truth = np.arange(36, dtype=np.float32).reshape(12, 3)
-    files = PushFiles.create(directory, directory.name, SPEC, 1.0)
+    files = PushFiles.create(directory, directory.name, SPEC, 1.0, rows_at=data.draw(st.integers(0, 63)))
     stored: set[int] = set()
     for _ in range(data.draw(st.integers(0, 6))):
         start = data.draw(st.integers(0, 11))

@@ -214,6 +214,7 @@ class BeginPushRequest(_message.Message):
     ACCEPT_BULK_LANE_FIELD_NUMBER: _builtins.int
     ROW_START_FIELD_NUMBER: _builtins.int
     ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ROWS_AT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     epoch: _builtins.int
     """>= 0"""
@@ -238,6 +239,11 @@ class BeginPushRequest(_message.Message):
     row_start: _builtins.int
     """With accept_shared_memory: the rows that this caller is going to send."""
     row_count: _builtins.int
+    rows_at: _builtins.int
+    """At which byte of the file row 0 had best begin: 0, 16, 32 or 48. The kernel copies quicker where a row's address and
+    its place in the file agree modulo 64. The first of a push's callers decides; LentRows.rows_at is what it came to.
+    Who leaves it out is lent nothing of a file that begins elsewhere than at 0.
+    """
     @_builtins.property
     def row_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[D] or [C, H, W]"""
@@ -280,14 +286,20 @@ class BeginPushRequest(_message.Message):
         accept_bulk_lane: _builtins.bool = ...,
         row_start: _builtins.int = ...,
         row_count: _builtins.int = ...,
+        rows_at: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "retention", b"retention"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "_rows_at", b"_rows_at", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "retention", b"retention", "rows_at", b"rows_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "absent", b"absent", "accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_count", b"row_count", "row_shape", b"row_shape", "row_start", b"row_start", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation", "_rows_at", b"_rows_at", "absent", b"absent", "accept_bulk_lane", b"accept_bulk_lane", "accept_shared_memory", b"accept_shared_memory", "base_generation", b"base_generation", "build_timeout", b"build_timeout", "commit_when_complete", b"commit_when_complete", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "k", b"k", "key", b"key", "num_classes", b"num_classes", "qaconv_candidates", b"qaconv_candidates", "qaconv_weights", b"qaconv_weights", "retention", b"retention", "row_count", b"row_count", "row_shape", b"row_shape", "row_start", b"row_start", "rows_at", b"rows_at", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_generation: _TypeAlias = _typing.Literal["base_generation"]  # noqa: Y015
     _WhichOneofArgType__base_generation: _TypeAlias = _typing.Literal["_base_generation", b"_base_generation"]  # noqa: Y015
+    _WhichOneofReturnType__rows_at: _TypeAlias = _typing.Literal["rows_at"]  # noqa: Y015
+    _WhichOneofArgType__rows_at: _TypeAlias = _typing.Literal["_rows_at", b"_rows_at"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_generation) -> _WhichOneofReturnType__base_generation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rows_at) -> _WhichOneofReturnType__rows_at | None: ...
 
 Global___BeginPushRequest: _TypeAlias = BeginPushRequest  # noqa: Y015
 
@@ -333,7 +345,7 @@ Global___BeginPushResponse: _TypeAlias = BeginPushResponse  # noqa: Y015
 
 @_typing.final
 class LentRows(_message.Message):
-    """Rows that are this caller's to write where the service keeps them: row r at byte r * row bytes of the file. Write
+    """Rows that are this caller's to write where the service keeps them: row r at byte rows_at + r * row bytes of the file. Write
     while a WriteRows stream is open that names the loan (or has yet to send its first message), then send a message
     without payload that says which rows are there. The service reads them where they lie, checks them (at once, or in
     the build if they are said to be `sound`), and stores nothing twice. Rows that `Push.stored` lists are not to be written: send them as payload, with the loan's name, and
@@ -345,22 +357,26 @@ class LentRows(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     LOAN_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
+    ROWS_AT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """a caller who cannot open it sends payloads, with the name of the loan"""
     loan: _builtins.str
     """its name in WriteRowsRequest; empty: somebody writes some of them just now"""
     max_bytes: _builtins.int
     """of the rows that one message may speak of; 0: max_message_bytes"""
+    rows_at: _builtins.int
+    """where row 0 begins, in bytes; 0 unless BeginPushRequest.rows_at was given"""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         loan: _builtins.str = ...,
         max_bytes: _builtins.int = ...,
+        rows_at: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "max_bytes", b"max_bytes", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "max_bytes", b"max_bytes", "path", b"path", "rows_at", b"rows_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

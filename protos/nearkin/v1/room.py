@@ -10,12 +10,17 @@ import numpy as np
 
 from nearkin.v1.bulk import Buffer
 
-_LINE_BYTES = 64
+LINE_BYTES = 64
 
 
 def agrees(data: Buffer, at: int) -> bool:
     """Whether the address of these bytes and `at` are the same modulo a cache line."""
-    return bool((np.frombuffer(data, np.uint8).ctypes.data - at) % _LINE_BYTES == 0)
+    return (address(data) - at) % LINE_BYTES == 0
+
+
+def address(data: Buffer) -> int:
+    """Where these bytes, at least one, lie in memory."""
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
 class Room:
@@ -26,7 +31,7 @@ class Room:
 
     def of(self, length: int, at: int) -> memoryview:
         """So many bytes, whose address agrees with `at`."""
-        if length + _LINE_BYTES > len(self._bytes):
-            self._bytes = np.empty(length + _LINE_BYTES, np.uint8)
-        shift = (at - self._bytes.ctypes.data) % _LINE_BYTES
+        if length + LINE_BYTES > len(self._bytes):
+            self._bytes = np.empty(length + LINE_BYTES, np.uint8)
+        shift = (at - self._bytes.ctypes.data) % LINE_BYTES
         return self._bytes[shift : shift + length].data

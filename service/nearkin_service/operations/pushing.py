@@ -40,9 +40,16 @@ class Pushing:
     # ------------------------------------------------------------------------------------------ beginning
 
     async def begin(
-        self, spec: PushSpec, absent: Callable[[], NDArray[np.int64]], *, commit_when_complete: bool
+        self,
+        spec: PushSpec,
+        absent: Callable[[], NDArray[np.int64]],
+        *,
+        commit_when_complete: bool,
+        rows_at: int = 0,
     ) -> PushView:
         """Opens the push of an epoch or joins it. `absent` is called on another thread.
+
+        A file made for it has its row 0 at byte `rows_at`.
 
         AlreadyExistsError: the epoch has a push or generation with other arguments. LimitExceededError: one
         of the service's limits, or the disk's.
@@ -55,7 +62,7 @@ class Pushing:
         async with self._locked_run(spec) as run:
             push = run.pushes.get(spec.epoch)
             if push is None or push.state in (PushState.FAILED, PushState.ABORTED):
-                push = await self._create(run, spec)
+                push = await self._create(run, spec, rows_at)
             elif difference := push.spec.difference(spec):
                 raise AlreadyExistsError(
                     f"epoch {spec.epoch} of run {run.name!r} is pushed already, and its {difference}"
@@ -132,7 +139,7 @@ class Pushing:
                 "delete generations, or keep fewer with its retention",
             )
 
-    async def _create(self, run: Run, spec: PushSpec) -> Push:
+    async def _create(self, run: Run, spec: PushSpec, rows_at: int) -> Push:
         self._require_room_for_push(run)
         self._require_share(run, spec)
         if spec.base_generation:
@@ -143,7 +150,7 @@ class Pushing:
         )
         await core.io(core.directory.require_space, spec, promised, core.config.limits.min_free_disk_bytes)
         created = time.time()
-        push_id, files = await core.io(core.directory.create_push, spec, created)
+        push_id, files = await core.io(core.directory.create_push, spec, created, rows_at)
         core.files[push_id] = files
         push = Push(push_id, spec, created)
         core.catalogue.add_push(run, push)

@@ -179,10 +179,11 @@ class DataDirectory:
                 f"directory's disk has {free:,} free, of which {min_free_bytes:,} are kept",
             )
 
-    def create_push(self, spec: PushSpec, created: float) -> tuple[str, PushFiles]:
+    def create_push(self, spec: PushSpec, created: float, rows_at: int) -> tuple[str, PushFiles]:
+        """Row 0 will begin at byte `rows_at` of its file."""
         push_id = new_push_id()
         path = self._layout.push(spec.run, push_id)
-        return push_id, PushFiles.create(path, push_id, spec, created, self._spares)
+        return push_id, PushFiles.create(path, push_id, spec, created, spares=self._spares, rows_at=rows_at)
 
     def rows_path(self, run: str, push_id: str) -> Path:
         """Of the rows of a push that is open, absolute."""

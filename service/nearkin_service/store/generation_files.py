@@ -38,7 +38,7 @@ from nearkin_service.store.integrity import damage
 from nearkin_service.store.layout import FORMAT_VERSION, boot_id
 from nearkin_service.store.push_files import JOURNAL, ROWS
 from nearkin_service.store.reserve import RESERVE, write_reserve
-from nearkin_service.store.rows import RowsFile, as_bytes, mapped
+from nearkin_service.store.rows import RowsFile, as_bytes, begins_at, mapped
 from nearkin_service.store.spares import Spares
 from nearkin_service.values import EmbeddingsState, FileChecksums, Generation, PushSpec, ReserveFile
 
@@ -243,7 +243,8 @@ def _recover_embeddings(directory: Path, generation: Generation) -> EmbeddingsSt
     state = EmbeddingsState(about["state"])
     if state in (EmbeddingsState.DROPPED, EmbeddingsState.LOST):
         return state
-    if not (directory / ROWS).exists() or (directory / ROWS).stat().st_size != generation.spec.rows_bytes:
+    rows = directory / ROWS
+    if not rows.exists() or begins_at(rows.stat().st_size, generation.spec) is None:
         return lose(directory, generation, "rows.bin is missing or short")
     if state is EmbeddingsState.FLUSHING and about["boot"] != boot_id():
         return verify_rows(directory, generation)

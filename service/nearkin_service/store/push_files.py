@@ -32,6 +32,7 @@ from nearkin_service.store.rows import (
     RowsFile,
     as_bytes,
     as_rows,
+    begins_at,
     disk_error,
     examine,
     refuse_infinite,
@@ -59,14 +60,20 @@ class PushFiles:
 
     @staticmethod
     def create(
-        directory: Path, push_id: str, spec: PushSpec, created: float, spares: Spares | None = None
+        directory: Path,
+        push_id: str,
+        spec: PushSpec,
+        created: float,
+        *,
+        spares: Spares | None = None,
+        rows_at: int = 0,
     ) -> PushFiles:
-        """Makes the files; the push exists once its `push.json` does."""
+        """Makes the files, row 0 at byte `rows_at`; the push exists once its `push.json` does."""
         try:
             directory.mkdir(parents=True)
-            if spares is None or not spares.take(spec.rows_bytes, directory / ROWS):
+            if spares is None or not spares.take(rows_at + spec.rows_bytes, directory / ROWS):
                 with (directory / ROWS).open("wb") as rows:
-                    rows.truncate(spec.rows_bytes)
+                    rows.truncate(rows_at + spec.rows_bytes)
             (directory / JOURNAL).touch()
             faults.point("push.rows_made")
             body = {"push_id": push_id, "spec": spec.to_document(), "created": created, "boot": boot_id()}
@@ -120,7 +127,7 @@ class PushFiles:
         examiner, row_bytes = Examiner(self._spec.dtype), self._spec.row_bytes
         step = rows_at_a_time(row_bytes)
         for start in range(rows.start, rows.stop, step):
-            piece = room(min(step, rows.stop - start) * row_bytes, start * row_bytes)
+            piece = room(min(step, rows.stop - start) * row_bytes, self.rows.offset(start))
             fill(piece)
             if ending.looked:
                 examiner.add_up(piece)
@@ -299,7 +306,8 @@ def recover(directory: Path, run: str) -> RecoveredPush:
     if any(record.start + record.count > spec.num_classes for record in records):
         raise DataLossError("its journal speaks of rows that there are not")
     os.truncate(directory / JOURNAL, sound_bytes)
-    os.truncate(directory / ROWS, spec.rows_bytes)
+    if begins_at((directory / ROWS).stat().st_size, spec) is None:
+        os.truncate(directory / ROWS, spec.rows_bytes)
     if about["boot"] != boot_id():
         records = _still_there(directory, spec, records)
     kinds = {record.kind for record in records}

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from nearkin.v1.checksums import crc32c
+from nearkin.v1.room import LINE_BYTES
 from nearkin.v1.soundness import INFINITY, all_finite, zero_rows
 from numpy.typing import NDArray
 
@@ -142,12 +143,18 @@ def first_difference(
 
 
 class RowsFile:
-    """`rows.bin`: row r at byte r * row_bytes, in the wire dtype. Any number of threads."""
+    """`rows.bin`: rows on end, in the wire dtype, the last of which ends the file. Any number of threads.
+
+    Attributes:
+        rows_at: the byte where row 0 begins, 0 to 63.
+    """
 
     def __init__(self, path: Path, spec: PushSpec, *, writable: bool = False) -> None:
         self.path = path
         self._spec = spec
         self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        begins = begins_at(os.fstat(self._descriptor).st_size, spec)
+        self.rows_at = 0 if begins is None else begins
         self._seen: NDArray[Any] | None = None  # kept: giving a mapping up interrupts every thread
 
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
@@ -156,21 +163,22 @@ class RowsFile:
         checksum = crc32c(data) if crc is None else crc
         return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
+    def offset(self, row: int) -> int:
+        """The byte where a row begins."""
+        return self.rows_at + row * self._spec.row_bytes
+
     def put(self, start: int, data: memoryview) -> None:
         """Writes whole rows, of which nobody is told."""
         try:
-            _pwrite_all(self._descriptor, data, start * self._spec.row_bytes)
+            _pwrite_all(self._descriptor, data, self.offset(start))
         except OSError as error:
             raise disk_error(error) from error
 
     def blank(self, start: int, count: int) -> None:
         """Zeroes rows."""
-        nothing, end = (
-            bytes(min(_SCAN_BYTES, count * self._spec.row_bytes)),
-            (start + count) * self._spec.row_bytes,
-        )
+        nothing, end = bytes(min(_SCAN_BYTES, count * self._spec.row_bytes)), self.offset(start + count)
         try:
-            for at in range(start * self._spec.row_bytes, end, len(nothing)):
+            for at in range(self.offset(start), end, len(nothing)):
                 _pwrite_all(self._descriptor, memoryview(nothing)[: end - at], at)
         except OSError as error:
             raise disk_error(error) from error
@@ -178,7 +186,7 @@ class RowsFile:
     def read(self, start: int, count: int) -> NDArray[Any]:
         """[count, R]. DataLossError: the file ends before."""
         row_bytes = self._spec.row_bytes
-        data = os.pread(self._descriptor, count * row_bytes, start * row_bytes)
+        data = os.pread(self._descriptor, count * row_bytes, self.offset(start))
         if len(data) != count * row_bytes:
             raise DataLossError(f"row {start + len(data) // row_bytes} is missing from rows.bin")
         return as_rows(memoryview(data), self._spec)
@@ -202,18 +210,19 @@ class RowsFile:
     def checksum(self, start: int, count: int) -> int:
         """CRC32C of these rows, as they lie in the file."""
         buffer, crc = memoryview(bytearray(_CHECKSUM_BYTES)), 0
-        at, end = start * self._spec.row_bytes, (start + count) * self._spec.row_bytes
+        at, end = self.offset(start), self.offset(start + count)
         while at < end:
             got = os.preadv(self._descriptor, [buffer[: end - at]], at)
             if not got:
-                raise DataLossError(f"row {at // self._spec.row_bytes} is missing from rows.bin")
+                row = (at - self.rows_at) // self._spec.row_bytes
+                raise DataLossError(f"row {row} is missing from rows.bin")
             crc = crc32c(buffer[:got], crc)
             at += got
         return crc
 
     def examine(self, start: int, count: int) -> Examined:
         """Of rows where they lie: half the cost of reading them. DataLossError: the file is cut short."""
-        if os.fstat(self._descriptor).st_size != self._spec.rows_bytes:
+        if os.fstat(self._descriptor).st_size != self.offset(self._spec.num_classes):
             raise DataLossError("rows.bin was cut short")
         if self._seen is None:
             self._seen = self.map()
@@ -230,17 +239,23 @@ class RowsFile:
         """[N, R], mapped read-only. DataLossError: the file is cut short."""
         shape = (self._spec.num_classes, self._spec.row_elements)
         with open(self._descriptor, "rb", closefd=False) as file:  # what became of its name does not matter
-            return mapped(file, self.path.name, self._spec.numpy_dtype, shape)
+            return mapped(file, self.path.name, self._spec.numpy_dtype, shape, self.rows_at)
 
     def close(self) -> None:
         self._seen = None
         os.close(self._descriptor)
 
 
-def mapped(file: BinaryIO, name: str, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
-    """A file as an array, mapped read-only. DataLossError: it is shorter than that."""
+def begins_at(file_bytes: int, spec: PushSpec) -> int | None:
+    """Where row 0 begins in a `rows.bin` of this size; None: it cannot be all there."""
+    before = file_bytes - spec.rows_bytes
+    return before if 0 <= before < LINE_BYTES else None
+
+
+def mapped(file: BinaryIO, name: str, dtype: Any, shape: tuple[int, int], begins: int = 0) -> NDArray[Any]:
+    """A file as an array, from byte `begins` on, mapped read-only. DataLossError: it is shorter than that."""
     try:
-        return np.memmap(file, dtype, mode="r", shape=shape)
+        return np.memmap(file, dtype, mode="r", offset=begins, shape=shape)
     except ValueError as error:
         raise DataLossError(f"{name} was cut short while the service ran") from error
 

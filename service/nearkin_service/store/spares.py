@@ -12,6 +12,8 @@ import secrets
 import threading
 from pathlib import Path
 
+from nearkin.v1.room import LINE_BYTES
+
 MOST = 2
 
 
@@ -40,13 +42,15 @@ class Spares:
                 self._remove(path)
 
     def take(self, size: int, goal: Path) -> bool:
-        """Puts a spare of this size at `goal`, if there is one."""
+        """Puts a spare of this size at `goal`, if there is one; it may have had some bytes more or less."""
         with self._lock:
-            found = next((path for path, each in self._sizes.items() if each == size), None)
+            sizes = self._sizes.items()
+            found = next((path for path, each in sizes if abs(each - size) < LINE_BYTES), None)
             if found is None:
                 return False
             del self._sizes[found]
         found.rename(goal)
+        os.truncate(goal, size)
         return True
 
     def clear(self) -> None:

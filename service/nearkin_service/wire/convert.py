@@ -28,6 +28,7 @@ _DTYPES: Mapping[pb.DType.ValueType, str] = {
     pb.DTYPE_FLOAT16: "float16",
     pb.DTYPE_BFLOAT16: "bfloat16",
 }
+_ROWS_AT = range(0, 64, 16)
 _KEYS: Mapping[pb.Key.ValueType, KeyName] = {
     pb.KEY_UNSPECIFIED: "flat",
     pb.KEY_FLAT: "flat",
@@ -85,6 +86,13 @@ def push_spec(request: pb.BeginPushRequest) -> PushSpec:
         qaconv_weights=tuple(request.qaconv_weights),
         base_generation=request.base_generation,
     )
+
+
+def rows_at(request: pb.BeginPushRequest) -> int:
+    """The byte where its sender would have row 0 begin. InvalidArgumentError: there is no such choice."""
+    if request.rows_at not in _ROWS_AT:
+        raise InvalidArgumentError("rows_at", f"{request.rows_at} is not 0, 16, 32 or 48")
+    return request.rows_at
 
 
 def stored(view: PushView) -> pb.WriteRowsResponse:

@@ -49,26 +49,39 @@ class PushMethods:
     async def BeginPush(self, asked: BeginPush, context: Context) -> pb.BeginPushResponse:
         local, request = is_local(context), asked.message
         spec, commit = convert.push_spec(request), request.commit_when_complete
+        rows_at = convert.rows_at(request)
         rows = spec.range_of(request.row_start, request.row_count) if request.row_count else None
         async with self._many_absent if asked.absent_bytes > _MANY_BYTES else nullcontext():
-            view = await self._pushing.begin(spec, asked.absent, commit_when_complete=commit)
+            view = await self._pushing.begin(spec, asked.absent, commit_when_complete=commit, rows_at=rows_at)
         response = pb.BeginPushResponse(
             push=convert.push(view),
             chunk_bytes=self._config.chunk_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
         if request.accept_shared_memory and rows is not None and local:
-            loan = self._lending.offer(view.push_id, rows)
-            path = self._core.directory.rows_path(view.spec.run, view.push_id)
-            lent = pb.LentRows(
-                path=str(path), loan=loan.name if loan else "", max_bytes=self._writing.most_bytes_in_place
-            )
-            response.lent_rows.CopyFrom(lent)
+            self._lend(request, view, rows, response)
         if request.accept_bulk_lane:
             grant = RowsGrant(view.push_id, tracing.here())
             if lane := self._lane.offer(grant, local=local):
                 response.bulk_lane.CopyFrom(lane)
         return response
+
+    def _lend(
+        self, request: pb.BeginPushRequest, view: PushView, rows: RowRange, response: pb.BeginPushResponse
+    ) -> None:
+        """Nothing of a file whose rows begin where the caller would not look for them."""
+        files = self._core.files.get(view.push_id)
+        rows_at = files.rows.rows_at if files else 0
+        if rows_at and not request.HasField("rows_at"):
+            return
+        loan = self._lending.offer(view.push_id, rows)
+        lent = pb.LentRows(
+            path=str(self._core.directory.rows_path(view.spec.run, view.push_id)),
+            loan=loan.name if loan else "",
+            max_bytes=self._writing.most_bytes_in_place,
+            rows_at=rows_at,
+        )
+        response.lent_rows.CopyFrom(lent)
 
     async def WriteRows(
         self, messages: AsyncIterator[bulk.WriteRows], _context: Context
