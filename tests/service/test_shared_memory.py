@@ -254,7 +254,7 @@ def test_rows_said_to_be_sound_are_compared_in_the_build(caller: Caller, dtype: 
     damaged.view(np.uint8)[24, 3] ^= 1
     lent.write(damaged, 0)
     first, last = lent.message(rows[:20], 0, sound=True), lent.message(rows[20:], 20, sound=True)
-    assert send(caller, first, last).complete
+    send(caller, first, last)  # the push may have failed by the time this is answered
     error = refusal(lambda: caller.table(min_epoch=0))
     assert "rows 20..29 are not what arrived" in str(error.details())
     assert not caller.generations()
