@@ -51,20 +51,23 @@ def _plainly(scores: list[list[float]], queries: list[Picture], gallery: list[Pi
     return {**ranks, "mAP": sum(precisions) / judged if judged else math.nan, "queries": judged}
 
 
-pictures = st.lists(
-    st.builds(Picture, st.integers(-1, 4), st.integers(-1, 2), st.integers(0, 40)), min_size=1, max_size=25
-)
+picture = st.builds(Picture, st.integers(-1, 4), st.integers(-1, 2), st.integers(0, 40))
 
 
 def _identities(pictures: list[Picture]) -> Identities:
     return Identities(
-        torch.tensor([p.label for p in pictures]),
-        torch.tensor([p.camera for p in pictures]),
-        torch.tensor([p.file for p in pictures]),
+        torch.tensor([p.label for p in pictures], dtype=torch.int64),
+        torch.tensor([p.camera for p in pictures], dtype=torch.int64),
+        torch.tensor([p.file for p in pictures], dtype=torch.int64),
     )
 
 
-@given(pictures, pictures, st.integers(0, 2**31), st.integers(2, 50))
+@given(
+    st.lists(picture, min_size=1, max_size=25),
+    st.lists(picture, max_size=25),
+    st.integers(0, 2**31),
+    st.integers(2, 50),
+)
 @settings(deadline=None)
 def test_against_the_plain_protocol(
     queries: list[Picture], gallery: list[Picture], seed: int, levels: int

@@ -116,6 +116,8 @@ def first_hit_and_precision(scores_bG: torch.Tensor, query: Identities, gallery:
 
     Both are -1 where no right image is counted. Equal scores keep the gallery's order.
     """
+    if not len(gallery):
+        return torch.full((len(query), 2), -1.0, dtype=torch.float64)
     same_class = query.labels[:, None] == gallery.labels
     same_camera = (query.cameras[:, None] == gallery.cameras) & (gallery.cameras != NO_CAMERA)
     same_image = query.images[:, None] == gallery.images
