@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nearkin.v1 import bulk
 from nearkin_client import InvalidArgument, NeighbourClient
 from nearkin_client.local import LocalService
 
@@ -60,6 +61,34 @@ def test_ranks_send_their_changes_and_one_commits(nearkin: NeighbourClient) -> N
     push = nearkin.push(rows[30:], row_start=30, changed_rows=[50], **options)
     nearkin.commit(push)
     check(nearkin, 1, rows)
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["gRPC", "bulk lane"])
+def test_a_message_that_was_damaged_brings_no_row_to_another_class(
+    nearkin_server: LocalService, monkeypatch: pytest.MonkeyPatch, big: bool
+) -> None:
+    """The rows that stay are the base's own, so none would be missed."""
+    rows = generator.standard_normal((60, 1 << 17 if big else 6)).astype(np.float32)
+    head = bulk.write_rows_head
+    damaged: list[int] = []
+
+    def damaging(message: bulk.WriteRows) -> bytes:
+        data = bytearray(head(message))
+        if not damaged:
+            at = data.index(b"\x10\x1e")  # row_start 30
+            data[at + 1] ^= 1
+            damaged.append(message.row_start)
+        return bytes(data)
+
+    run = f"damaged-{big}".lower()
+    with NeighbourClient(nearkin_server.address, run=run, shared_memory=False) as client:
+        client.push(rows, epoch=0, k=5)
+        base = check(client, 0, rows)
+        rows[30:34] += 1
+        monkeypatch.setattr(bulk, "write_rows_head", damaging)
+        client.push(rows, epoch=1, k=5, changed_rows=[30, 31, 32, 33], base_generation=base)
+        assert damaged == [30]
+        check(client, 1, rows)
 
 
 def test_a_class_that_was_absent_stays_absent_until_it_is_sent(nearkin: NeighbourClient) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -44,6 +46,7 @@ def as_generated(rows: bulk.WriteRows) -> pb.WriteRowsRequest:
         crc32c=rows.crc32c,
         loan=rows.loan,
         sound=rows.sound,
+        place_crc32c=rows.place_crc32c,
         payload=bytes(rows.payload),
     )
 
@@ -78,7 +81,8 @@ def test_the_generated_class_decodes_what_we_encode(
 ) -> None:
     rows = bulk.WriteRows(push_id, row_start, memoryview(payload), crc, shared)
     encoded = bulk.encode_write_rows(rows)
-    assert pb.WriteRowsRequest.FromString(encoded) == as_generated(rows)
+    assert pb.WriteRowsRequest.FromString(encoded) == as_generated(replace(rows, place_crc32c=rows.place()))
+    assert not bulk.decode_write_rows(encoded).misplaced
     assert encoded.endswith(payload)
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from nearkin.v1 import neighbours_pb2 as pb
-
-Buffer = bytes | bytearray | memoryview
+from nearkin.v1.buffers import Buffer
+from nearkin.v1.checksums import crc32c
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _INT64_SIGN = 1 << 63
 _UINT64_MASK = (1 << 64) - 1
 
-_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _LOAN, _SOUND, _PAYLOAD = 1, 2, 3, 4, 7, 8, 15
+_PUSH_ID, _ROW_START, _SHARED_ROW_COUNT, _CRC32C, _LOAN, _SOUND, _PLACE, _PAYLOAD = 1, 2, 3, 4, 7, 8, 9, 15
 _WRITE_ROWS_FIELDS = {
     _PUSH_ID: _LENGTH,
     _ROW_START: _VARINT,
@@ -29,6 +29,7 @@ _WRITE_ROWS_FIELDS = {
     _CRC32C: _FIXED32,
     _LOAN: _LENGTH,
     _SOUND: _VARINT,
+    _PLACE: _FIXED32,
     _PAYLOAD: _LENGTH,
 }
 
@@ -45,7 +46,10 @@ _BLOCK_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class WriteRows:
-    """A `WriteRowsRequest` whose `payload` still lies in the received message."""
+    """A `WriteRowsRequest` whose `payload` still lies in the received message.
+
+    What is written has a `place_crc32c` of its own; what was read has the one that it came with.
+    """
 
     push_id: str
     row_start: int
@@ -54,6 +58,18 @@ class WriteRows:
     shared_row_count: int = 0
     loan: str = ""
     sound: bool = False
+    place_crc32c: int | None = None
+
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether it does not say any more where its sender's rows belong."""
+        return self.place_crc32c is not None and self.place_crc32c != self.place()
+
+    def place(self) -> int:
+        """The `place_crc32c` that is right."""
+        row_start, count = self.row_start & _UINT64_MASK, self.shared_row_count & _UINT64_MASK
+        return crc32c(self.push_id.encode() + row_start.to_bytes(8, "little") + count.to_bytes(8, "little"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,7 @@ def write_rows_head(message: WriteRows) -> bytes:
         shared_row_count=message.shared_row_count,
         loan=message.loan,
         sound=message.sound,
+        place_crc32c=message.place(),
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
@@ -153,6 +170,7 @@ def decode_write_rows(data: Buffer) -> WriteRows:
         crc32c=parsed.crc32c if parsed.HasField("crc32c") else None,
         loan=parsed.loan,
         sound=parsed.sound,
+        place_crc32c=parsed.place_crc32c if parsed.HasField("place_crc32c") else None,
         payload=memoryview(parsed.payload),
     )
 
@@ -169,6 +187,7 @@ def _write_rows(fields: Mapping[int, int | memoryview], payload: memoryview) -> 
         crc32c=_integer(fields[_CRC32C]) if _CRC32C in fields else None,
         loan=loan,
         sound=bool(_integer(fields.get(_SOUND, 0))),
+        place_crc32c=_integer(fields[_PLACE]) if _PLACE in fields else None,
         payload=payload,
     )
 

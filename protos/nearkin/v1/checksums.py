@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from awscrt import checksums
 
-from nearkin.v1.bulk import Buffer
+from nearkin.v1.buffers import Buffer
 
 
 def crc32c(data: Buffer, before: int = 0) -> int:

@@ -530,6 +530,7 @@ class WriteRowsRequest(_message.Message):
     CRC32C_FIELD_NUMBER: _builtins.int
     LOAN_FIELD_NUMBER: _builtins.int
     SOUND_FIELD_NUMBER: _builtins.int
+    PLACE_CRC32C_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     push_id: _builtins.str
     row_start: _builtins.int
@@ -545,6 +546,10 @@ class WriteRowsRequest(_message.Message):
     bulk lane a message may end with crc32c and this field, known once its payload is sent: the service then looks at
     its rows only if they are not sound.
     """
+    place_crc32c: _builtins.int
+    """CRC32C of push_id (UTF-8), row_start and shared_row_count (int64, little-endian): where the rows belong. A message in
+    which that was damaged is DATA_LOSS, and not rows in the place of others.
+    """
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""
     def __init__(
@@ -556,15 +561,21 @@ class WriteRowsRequest(_message.Message):
         crc32c: _builtins.int | None = ...,
         loan: _builtins.str = ...,
         sound: _builtins.bool = ...,
+        place_crc32c: _builtins.int | None = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_place_crc32c", b"_place_crc32c", "crc32c", b"crc32c", "place_crc32c", b"place_crc32c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "loan", b"loan", "payload", b"payload", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count", "sound", b"sound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_place_crc32c", b"_place_crc32c", "crc32c", b"crc32c", "loan", b"loan", "payload", b"payload", "place_crc32c", b"place_crc32c", "push_id", b"push_id", "row_start", b"row_start", "shared_row_count", b"shared_row_count", "sound", b"sound"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
+    _WhichOneofReturnType__place_crc32c: _TypeAlias = _typing.Literal["place_crc32c"]  # noqa: Y015
+    _WhichOneofArgType__place_crc32c: _TypeAlias = _typing.Literal["_place_crc32c", b"_place_crc32c"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32c) -> _WhichOneofReturnType__crc32c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__place_crc32c) -> _WhichOneofReturnType__place_crc32c | None: ...
 
 Global___WriteRowsRequest: _TypeAlias = WriteRowsRequest  # noqa: Y015
 

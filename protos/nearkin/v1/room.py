@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nearkin.v1.bulk import Buffer
+from nearkin.v1.buffers import Buffer
 
 LINE_BYTES = 64
 

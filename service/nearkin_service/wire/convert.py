@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service.engines.contract import KeyName, Neighbours
-from nearkin_service.errors import InvalidArgumentError
+from nearkin_service.errors import DataLossError, InvalidArgumentError
 from nearkin_service.values import (
     BuildProgress,
     EmbeddingsState,
@@ -93,6 +94,15 @@ def rows_at(request: pb.BeginPushRequest) -> int:
     if request.rows_at not in _ROWS_AT:
         raise InvalidArgumentError("rows_at", f"{request.rows_at} is not 0, 16, 32 or 48")
     return request.rows_at
+
+
+def require_place(message: bulk.WriteRows) -> None:
+    """DataLossError: it does not say any more where its rows belong."""
+    if message.misplaced:
+        raise DataLossError(
+            f"a message of rows from {message.row_start} on does not match its place_crc32c: it was "
+            "damaged on the way; send it again"
+        )
 
 
 def stored(view: PushView) -> pb.WriteRowsResponse:

@@ -97,6 +97,7 @@ class PushMethods:
         pending: deque[asyncio.Task[PushView]] = deque()
         push_id, loan = "", None
         async for message in messages:
+            convert.require_place(message)
             push_id = _same_push(message, push_id)
             if message.loan != (loan.name if loan else ""):
                 loan = held.enter_context(self._lending.using(message.loan, push_id))

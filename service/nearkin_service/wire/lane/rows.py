@@ -91,6 +91,7 @@ class RowsReceiver:
     def _stored(
         self, head: bulk.WriteRows, call: _Call, nbytes: int, store: Callable[[Held], RowSet]
     ) -> Future[None]:
+        convert.require_place(head)
         if head.push_id != call.push_id:
             raise InvalidArgumentError("push_id", "the ticket is for another push")
         if head.shared_row_count:
