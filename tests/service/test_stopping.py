@@ -115,9 +115,9 @@ def test_whoever_asks_again_changes_nothing(serve: Serve, second: signal.Signals
 
 SLOW_START = """
 import sys, time
-from nearkin_service import cli, store
+from nearkin_service import cli, engines, store
 
-def slow(*_):
+def slow(*_, **__):
     print("here", flush=True)
     time.sleep(60)
 
@@ -126,24 +126,40 @@ cli.main()
 """
 
 
+@contextmanager
+def slowed(serving: Serving, place: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Another process with the data and address of one that has ended; it says "here" and stays there."""
+    data, log = serving.log.parent / "data", serving.log.with_name("slowed.log")
+    command = [sys.executable, "-c", SLOW_START.format(place=place), "--data-dir", str(data)]
+    options = ("--listen", serving.address, "--device", "cpu", *options)
+    with log.open("w") as errors:
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=errors)
+    try:
+        yield process, log
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def said(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 @pytest.mark.parametrize("place", ["cli.allow_many_connections", "store.DataDirectory.recover"])
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_does_not_wait_for_a_start(
-    serve: Serve, tmp_path: Path, place: str, asked: signal.Signals
-) -> None:
+def test_a_stop_does_not_wait_for_a_start(serve: Serve, place: str, asked: signal.Signals) -> None:
     """To read all tables of a large directory takes minutes."""
     first = serve()
     first.caller().push(ROWS)
     first.terminate()
-    command = [sys.executable, "-c", SLOW_START.format(place=place), "--data-dir", str(tmp_path / "data")]
-    listen = ("--listen", f"unix://{tmp_path}/serve.sock")
-    with subprocess.Popen([*command, *listen], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert b"here" in process.stdout.readline()
+    with slowed(first, place) as (process, log):
+        assert b"here" in said(process)
         process.send_signal(asked)
         assert process.wait(WAIT) == 0
-        assert process.stderr is not None
-        assert b"Traceback" not in process.stderr.read()
+    assert "Traceback" not in log.read_text()
     assert serve().caller().generation().generation == 1
 
 
@@ -184,12 +200,34 @@ def test_a_ready_file_is_there_only_while_the_service_is_ready(serve: Serve, tmp
     assert writing.result().complete
     assert first.process.wait(WAIT) == 0
     ready.write_text("of a service that was killed")
-    command = [sys.executable, "-c", SLOW_START.format(place="store.DataDirectory.recover")]
-    options = ["--data-dir", str(tmp_path / "data"), "--listen", first.address, "--ready-file", str(ready)]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert b"here" in process.stdout.readline()
+    with slowed(first, "store.DataDirectory.recover", "--ready-file", str(ready)) as (process, _):
+        assert b"here" in said(process)
         assert not ready.exists()
-        process.kill()
     assert serve("--ready-file", str(ready)).caller().table(min_epoch=0).generation.generation == 1
     assert ready.read_text().startswith("unix:")
+
+
+def test_work_for_a_caller_who_was_given_up_fails_without_a_word(
+    start_service: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on behind the stop, as far as the threads go."""
+    service = start_service(drain_seconds=0.1)
+    caller, core = service.caller(), service.server.core
+    caller.push(ROWS)
+    begun, create = threading.Event(), core.directory.create_push
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        eventually(lambda: core._closed, bool)
+        return create(*arguments)
+
+    core.directory.create_push = slow  # type: ignore[method-assign,assignment]
+    beginning = threading.Thread(target=refusal, args=(lambda: caller.begin(ROWS, 1),))
+    beginning.start()
+    assert begun.wait(WAIT)
+    with stopping(service):
+        pass
+    beginning.join(WAIT)
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
+    assert start_service().caller().begin(ROWS, 1).push.state == pb.PUSH_STATE_OPEN
+    caller.channel.close()

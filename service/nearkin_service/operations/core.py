@@ -81,6 +81,7 @@ class Core:
         self._background = ThreadPoolExecutor(1, "nearkin-background")
         self._compute = ThreadPoolExecutor(2, "nearkin-compute")
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     def require_engine(self, name: str) -> None:
         """InvalidArgumentError: no engine of this name can be used here."""
@@ -107,8 +108,11 @@ class Core:
         """Searches and comparisons."""
         return await self._in(self._compute, call, *args, **kwargs)
 
-    @staticmethod
-    async def _in(pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _in(
+        self, pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        if self._closed:  # work of a caller who was given up goes no further than this
+            raise UnavailableError("the service has stopped")
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -134,7 +138,8 @@ class Core:
             raise UnavailableError("the service is stopping and takes nothing new; try again")
 
     def close(self) -> None:
-        """Ends the threads and gives the data directory back."""
+        """Ends the threads, once they are done with what they do, and gives the data directory back."""
+        self._closed = True
         for pool in (self._io, self._background, self._compute):
             pool.shutdown(wait=True, cancel_futures=True)
         for files in self.files.values():
