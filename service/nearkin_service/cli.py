@@ -192,8 +192,12 @@ async def _serve(config: ServiceConfig, ready_file: Path | None) -> None:
     log.info("stopping; up to %g s for builds and readers", config.drain_seconds)
     if ready_file:  # before the next service may write it
         ready_file.unlink(missing_ok=True)
-    await server.stop()
+    ended = await server.stop()
     _when_asked_to_stop(signal.SIG_IGN)  # all is done: another SIGTERM must not make a failure of it
+    if not ended:  # this interpreter would wait for them
+        log.warning("a thread is at work that cannot be broken off; it ends with this process")
+        logging.shutdown()
+        os._exit(0)
 
 
 def _when_asked_to_stop(handler: Callable[..., object] | signal.Handlers) -> None:

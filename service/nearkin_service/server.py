@@ -30,6 +30,8 @@ _HEALTH_NAMES = ("", wire.SERVICE_NAME)
 _BEAT_SECONDS, _DEAD_SECONDS = 1.0, 15.0
 _LAST_REPLIES_SECONDS = 2.0
 """Of a stop that a build does not make: for whoever is being answered, and for the build to notice."""
+_LAST_THREADS_SECONDS = 2.0
+"""After a stop's time, for threads that cannot be broken off: a flush, a search, a step of a build."""
 _MOST_STREAMS = 16_384
 """Of one connection: more than readers may wait, so that no waiting reader ever keeps a push out."""
 
@@ -209,8 +211,12 @@ class NeighbourServer:
 
     # ------------------------------------------------------------------------------------------- stopping
 
-    async def stop(self) -> None:
-        """Takes nothing new, lets builds and readers finish within `drain_seconds`, then ends."""
+    async def stop(self) -> bool:
+        """Takes nothing new, lets builds and readers finish within `drain_seconds`, then ends.
+
+        Whether all its threads have ended. If not, the data directory is not given back before they or this
+        process have; killing them loses nothing.
+        """
         self._ready = False
         core, seconds = self.core, self._config.drain_seconds
         deadline, last_replies = time.monotonic() + seconds, min(_LAST_REPLIES_SECONDS, seconds / 4)
@@ -222,9 +228,10 @@ class NeighbourServer:
         core.catalogue.events.close()
         built = await _within(deadline - last_replies, self._builds.idle.wait)
         left = max(deadline - time.monotonic(), 0.0)
-        too_late = () if built else (self._builds.stop(),)
+        last = deadline + _LAST_THREADS_SECONDS
+        too_late = () if built else (_within(last, self._builds.stop),)
         await asyncio.gather(self._server.stop(left), self._lane.close(left), *too_late)
-        await self._builds.stop()
+        ended = await _within(last, self._builds.stop)
         await _within(deadline, core.settle)
         self._beating.cancel()
         if self._http:
@@ -235,7 +242,7 @@ class NeighbourServer:
             if listening.is_unix(address):
                 listening.socket_path(address).unlink(missing_ok=True)
                 listening.bulk_path(address).unlink(missing_ok=True)
-        await asyncio.to_thread(core.close)
+        return ended and await _within(last, lambda: asyncio.to_thread(core.close))
 
 
 async def _within(deadline: float, wait: Callable[[], object]) -> bool:

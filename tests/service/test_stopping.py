@@ -231,3 +231,31 @@ def test_work_for_a_caller_who_was_given_up_fails_without_a_word(
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
     assert start_service().caller().begin(ROWS, 1).push.state == pb.PUSH_STATE_OPEN
     caller.channel.close()
+
+
+@pytest.mark.parametrize(
+    "place", ["engines.open_searcher", "engines.build_table", "store.DataDirectory.flush"]
+)
+def test_a_stop_does_not_wait_for_what_cannot_be_broken_off(serve: Serve, place: str) -> None:
+    """For gigabytes to reach the disk, or for a search through them."""
+    first = serve()
+    caller = first.caller()
+    caller.push(ROWS)
+    first.terminate()
+    with slowed(first, place, "--drain-seconds", "1", "--engine", "flat") as (process, log):
+        assert b"ready" in said(process)
+        caller.write(caller.begin(ROWS + 1, 1, k=3).push.push_id, ROWS + 1)  # a table of its own
+        asking = caller.stub.Nearest.future(
+            pb.NearestRequest(run="run", generation=1, classes=pb.ClassIds(ids=[3])), timeout=WAIT
+        )
+        assert b"here" in said(process)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(50) == 0
+        assert time.monotonic() - began < 20
+    assert asking.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+    assert "Traceback" not in log.read_text()
+    assert "ERROR" not in log.read_text()
+    caller = serve().caller()
+    assert caller.table(min_epoch=1).generation.generation == 2
+    assert len(caller.nearest([3]).rows) == 1
