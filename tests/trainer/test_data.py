@@ -98,6 +98,7 @@ def test_byte_order_mark_and_spaces(tmp_path: Path) -> None:
         ({"label": ""}, r"line 2: label is empty"),
         ({"path": " "}, r"line 2: path is empty"),
         ({"path": "gone.png"}, r"1 of 4 images do not exist: .*gone\.png"),
+        ({"path": "long" * 1000}, r"1 of 4 images do not exist: .*longlong"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path: Path, change: dict[str, str], message: str) -> None:
@@ -111,6 +112,28 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("label,file\na,b\n")
     with pytest.raises(ValueError, match="no column path, split, only label, file"):
         read_data(tmp_path / "d.csv")
+
+
+def test_spaces_around_column_names(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png")
+    (tmp_path / "d.csv").write_text("label , path, split\na, a.png , train\nb, a.png, train\n")
+    assert read_data(tmp_path / "d.csv").classes == ("a", "b")
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("label,path,label,split\na,a.png,b,train\n")
+    with pytest.raises(ValueError, match=r"d\.csv: two columns are called label"):
+        read_data(tmp_path / "d.csv")
+
+
+def test_a_comma_that_is_not_quoted_is_named(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png")
+    head = "label,path,split,camera\n"
+    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1\nb,a.png,train,hall, left\n")
+    with pytest.raises(ValueError, match=r"line 3: .*'left'.* quotes"):
+        read_data(tmp_path / "d.csv")
+    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1,\nb,a.png,train,2,\n")
+    assert read_data(tmp_path / "d.csv").classes == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +158,8 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_data(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="expected a CSV file, one folder per class"):
         read_data(tmp_path)
+    with pytest.raises(ValueError, match=r"data=longlong.* cannot be read: .*File name too long"):
+        read_data(Path("long" * 1000))
 
 
 def test_class_folders_are_split_by_class(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ only.
 
 import csv
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nearkin_trainer.data.queries import choose_queries
 from nearkin_trainer.data.values import DataSet, ImageList, number_cameras, number_names
@@ -15,6 +17,8 @@ from nearkin_trainer.data.values import DataSet, ImageList, number_cameras, numb
 logger = logging.getLogger("nearkin.trainer.data")
 
 _REQUIRED = ("label", "path", "split")
+_OPTIONAL = ("is_query", "is_gallery", "camera")
+_TOO_MANY = "fields beyond the last column"
 _YES = {"1", "1.0", "true", "t", "yes", "y"}
 _NO = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none"}
 
@@ -54,20 +58,35 @@ def read_csv(path: Path) -> DataSet:
 
 def _rows(path: Path) -> list[_Row]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        missing = [name for name in _REQUIRED if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: no column {', '.join(missing)}, only {', '.join(reader.fieldnames or ['none'])}; "
-                "expected label,path,split,is_query,is_gallery and optionally camera"
-            )
+        reader = csv.DictReader(file, restkey=_TOO_MANY, skipinitialspace=True)
+        reader.fieldnames = _columns(path, reader.fieldnames or ())
         return [_row(path, reader.line_num, record) for record in reader]
 
 
-def _row(path: Path, line: int, record: dict[str, str | None]) -> _Row:
+def _columns(path: Path, header: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in header]
+    missing = [name for name in _REQUIRED if name not in names]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}, only {', '.join(names or ['none'])}; "
+            "expected label,path,split,is_query,is_gallery and optionally camera"
+        )
+    for name in (*_REQUIRED, *_OPTIONAL):
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: two columns are called {name}")
+    return names
+
+
+def _row(path: Path, line: int, record: Mapping[str, Any]) -> _Row:
     def text(column: str) -> str:
         return (record.get(column) or "").strip()
 
+    surplus = [value for value in record.get(_TOO_MANY, ()) if value.strip()]
+    if surplus:
+        raise ValueError(
+            f"{path}, line {line}: more fields than columns, the last is {surplus[-1]!r}; "
+            "text that holds a comma must be in quotes"
+        )
     for column in ("label", "path"):
         if not text(column):
             raise ValueError(f"{path}, line {line}: {column} is empty")

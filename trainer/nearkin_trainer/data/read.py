@@ -26,7 +26,10 @@ def read_data(path: Path, *, validation_share: float = 0.2) -> DataSet:
     """
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation_share={validation_share} must be at least 0 and below 1")
-    data = _read(path, validation_share)
+    try:
+        data = _read(path, validation_share)
+    except OSError as error:
+        raise ValueError(f"data={path} cannot be read: {error}") from error
     _require_files(data)
     logger.info("%s: %s", path, data.summary())
     return data
@@ -47,7 +50,14 @@ def _read(path: Path, validation_share: float) -> DataSet:
 
 def _require_files(data: DataSet) -> None:
     paths = {*data.train.paths, *data.query.paths, *data.gallery.paths}
-    missing = sorted(path for path in paths if not path.is_file())
+    missing = sorted(path for path in paths if not _is_file(path))
     if missing:
         names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(f"{len(missing)} of {len(paths)} images do not exist: {names}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
