@@ -209,6 +209,45 @@ def test_market_layout(tmp_path: Path) -> None:
         read_data(tmp_path)
 
 
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    """Other systems leave some beside the images that they copy."""
+    for name in "abcde":
+        _touch(tmp_path / "folders" / name / "1.png")
+        (tmp_path / "folders" / name / "._1.png").write_bytes(b"\0\5\x16\7")
+    data = read_data(tmp_path / "folders")
+    assert {path.name for path in (*data.train.paths, *data.gallery.paths)} == {"1.png"}
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        for name in ("0002_c1s1_000451_03.jpg", "0003_c2s1_000776_01.jpg"):
+            _touch(tmp_path / "market" / folder / name)
+            (tmp_path / "market" / folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+    assert len(read_data(tmp_path / "market").train) == 2
+
+
+def test_junk_is_no_class_to_train(tmp_path: Path) -> None:
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        for name in ("-1_c1s1_000001_00.jpg", "0002_c1s1_000451_03.jpg", "0003_c2s1_000776_01.jpg"):
+            _touch(tmp_path / folder / name)
+    data = read_data(tmp_path)
+    assert data.classes == ("0002", "0003")
+    assert data.train.labels.tolist() == [0, 1]
+    assert data.train.cameras.tolist() == [1, 2]
+
+
+def test_which_of_several_csv_files_is_asked(tmp_path: Path) -> None:
+    for name in ("faces.csv", "animals.csv"):
+        (tmp_path / name).touch()
+    _touch(tmp_path / "images" / "1.png")
+    with pytest.raises(ValueError, match=r"2 CSV files \(.*animals\.csv, .*faces\.csv\): name one"):
+        read_data(tmp_path)
+
+
+def test_a_share_that_leaves_no_classes_is_named(tmp_path: Path) -> None:
+    for name in "abc":
+        _touch(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"validation-share=0\.9 .*3 .* of the 3 classes"):
+        read_data(tmp_path, validation_share=0.9)
+
+
 def test_numbers_as_labels_are_names(tmp_path: Path) -> None:
     rows = [_row(tmp_path, str(n), f"{n}.png") for n in (10, 9, 2)]
     assert read_data(write_csv(tmp_path / "d.csv", rows)).classes == ("10", "2", "9")

@@ -1,6 +1,7 @@
 """Data as one folder per class; optionally below `train/` and `validation/` (or `val/`, `test/`)."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,20 @@ def read_folders(path: Path, validation_share: float) -> DataSet:
     return DataSet(train_images, classes, *choose_queries(images), names)
 
 
-def image_suffixes() -> set[str]:
-    """File name endings that Pillow can open, such as `.png`."""
+def image_files(files: Iterable[Path]) -> list[Path]:
+    """Those that Pillow can open by their names, sorted; hidden ones, which systems leave behind, are not."""
     Image.init()
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(
+        f for f in files if f.suffix.lower() in suffixes and not f.name.startswith(".") and f.is_file()
+    )
 
 
 def _files_by_class(path: Path) -> dict[str, list[Path]]:
-    suffixes = image_suffixes()
     found = {}
     for folder in sorted(path.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+            files = image_files(folder.rglob("*"))
             if files:
                 found[folder.name] = files
     if not found:
@@ -59,6 +62,11 @@ def _set_aside(
     names = sorted(files)
     count = round(share * len(names))
     aside = {names[i] for i in np.random.default_rng(0).permutation(len(names))[:count]}
+    if count and len(names) - count < 2:
+        raise ValueError(
+            f"image.validation-share={share} sets {count} aside of the {len(names)} classes; "
+            "at least 2 must be left to train"
+        )
     logger.info(
         "class folders without a split: %d of %d classes are set aside for validation", count, len(names)
     )

@@ -45,6 +45,8 @@ def _read(path: Path, validation_share: float) -> DataSet:
     tables = sorted(path.glob("*.csv"))
     if len(tables) == 1:
         return read_csv(tables[0])
+    if tables and sum(child.is_dir() for child in path.iterdir()) < 2:  # not a folder per class
+        raise ValueError(f"data={path} holds {len(tables)} CSV files ({_some(tables)}): name one of them")
     return read_folders(path, validation_share)
 
 
@@ -52,8 +54,11 @@ def _require_files(data: DataSet) -> None:
     paths = {*data.train.paths, *data.query.paths, *data.gallery.paths}
     missing = sorted(path for path in paths if not _is_file(path))
     if missing:
-        names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
-        raise ValueError(f"{len(missing)} of {len(paths)} images do not exist: {names}")
+        raise ValueError(f"{len(missing)} of {len(paths)} images do not exist: {_some(missing)}")
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:_SHOWN])) + (", ..." if len(paths) > _SHOWN else "")
 
 
 def _is_file(path: Path) -> bool:
