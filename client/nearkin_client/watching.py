@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import grpc
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_client import decoding
-from nearkin_client.errors import error_from_rpc, status_of
+from nearkin_client.errors import NearkinError, error_from_rpc, status_of
 from nearkin_client.patience import Deadline, Persistence, interrupted
 from nearkin_client.values import RunEvent
 from nearkin_client.wire import Stream, Wire
@@ -26,10 +27,11 @@ def watch(wire: Wire, run: str, timeout: float | None) -> Iterator[RunEvent]:
 def _events(
     wire: Wire, request: pb.WatchRunRequest, deadline: Deadline, stream: Stream[pb.RunEvent]
 ) -> Iterator[RunEvent]:
-    persistence = Persistence(deadline, wire.patience.outage)
+    persistence, reached = Persistence(deadline, wire.patience.outage), False
     while True:
         try:
             for message in stream:
+                reached = True
                 persistence.progressed()
                 event = decoding.event(message)
                 if event is not None:
@@ -39,7 +41,13 @@ def _events(
                 return
             if not interrupted(error):
                 raise error_from_rpc(error) from error
-            persistence.pause_or_raise(error, f"watching run {request.run!r}")
+            try:
+                persistence.pause_or_raise(error, f"watching run {request.run!r}")
+            except NearkinError:
+                if not reached or deadline.remaining > persistence.LONGEST_PAUSE:
+                    raise
+                time.sleep(deadline.remaining)  # it ends while the service is away, as it would otherwise
+                return
         else:
             return
         finally:

@@ -13,7 +13,7 @@ import pytest
 from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, RunSnapshot
+from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, RunSnapshot, Unavailable
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 
@@ -112,6 +112,25 @@ def test_watching_goes_on_after_a_restart(service: LocalService) -> None:
         again = next(each for each in events if isinstance(each, RunSnapshot))
         assert again.run.newest is not None
         assert again.run.newest.epoch == 0
+
+
+def test_watching_ends_when_its_time_is_over_though_the_service_is_away() -> None:
+    """Who could never be reached at all is said to be unreachable."""
+    present = threading.Event()
+    present.set()
+
+    def leaving(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if present.is_set():
+            present.clear()
+            yield pb.RunEvent(snapshot=pb.Run(run="r")).SerializeToString()
+        context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+
+    with fake_service(WatchRun=leaving) as address, NeighbourClient(address, run="r") as client:
+        began = time.monotonic()
+        assert [type(each) for each in client.watch(timeout=1.0)] == [RunSnapshot]
+        assert 0.9 < time.monotonic() - began < 10
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            list(client.watch(timeout=1.0))
 
 
 def test_a_deadline_holds_while_nobody_answers() -> None:
