@@ -128,7 +128,9 @@ def test_each_scope_reaches_what_it_says_and_no_further(
         assert guarded.visitor(scope).outcome(method, request_) == expected
 
 
-def test_a_token_for_one_run_sees_and_touches_only_that_one(guarded: Guarded) -> None:
+def test_a_token_for_one_run_sees_and_touches_only_that_one(
+    guarded: Guarded, caplog: pytest.LogCaptureFixture
+) -> None:
     local = guarded.service.caller()
     theirs = local.begin(ROWS, 1, run="animals").push.push_id
     one, other = guarded.visitor(ADMIN, "animals"), guarded.visitor(ADMIN, "faces", "plants")
@@ -145,6 +147,9 @@ def test_a_token_for_one_run_sees_and_touches_only_that_one(guarded: Guarded) ->
     ):
         assert other.outcome(method, request) == "PERMISSION_DENIED"
     assert local.state(theirs).rows_stored == 0
+    counted = guarded.service.server.core.metrics.errors.collect()
+    assert {sample.labels["code"] for metric in counted for sample in metric.samples} == {"PERMISSION_DENIED"}
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
     assert one.outcome("WriteRows", iter(messages(theirs, ROWS, 0, 5))) == "OK"
 
 

@@ -155,20 +155,16 @@ class _Guarded:
             if caller is None or not caller.runs:
                 return caller, request
             if hasattr(request, "__aiter__"):
-                return caller, self._checked(request, caller, context)
+                return caller, self._checked(request, caller)
             self._gate.require_run(caller, request)
         except NearkinError as error:
             await self._gate.refuse(self._method, error, context)
         return caller, request
 
-    async def _checked(
-        self, messages: AsyncIterator[Any], caller: TokenRecord, context: Any
-    ) -> AsyncIterator[Any]:
+    async def _checked(self, messages: AsyncIterator[Any], caller: TokenRecord) -> AsyncIterator[Any]:
+        """The method itself tells the caller of the error that a message ends in: none tells it twice."""
         async for message in messages:
-            try:
-                self._gate.require_run(caller, message)
-            except NearkinError as error:
-                await self._gate.refuse(self._method, error, context)
+            self._gate.require_run(caller, message)
             yield message
 
 
