@@ -2,7 +2,8 @@
 
     NearkinError
     ├── InvalidArgument (ValueError)     fix your code: the message names the field and the way out
-    ├── Unauthenticated                  fix your set-up: no token, or one the service does not know
+    ├── Unauthenticated                  fix your set-up: no token, or one the service does not know; or the
+    │                                    service shows no certificate, or none to be trusted
     ├── PermissionDenied                 fix your set-up: the token does not reach this far, or the unix
     │                                    socket is another user's
     ├── Unimplemented                    fix your set-up: the service is older than what was asked of it
@@ -57,7 +58,10 @@ class InvalidArgument(NearkinError, ValueError):
 
 
 class Unauthenticated(NearkinError):
-    """The service wants a token (`token=` or NEARKIN_TOKEN), or does not know the one given."""
+    """The service wants a token (`token=` or NEARKIN_TOKEN), or does not know the one given.
+
+    Or it shows no certificate that `ca_certificate=` vouches for.
+    """
 
 
 class PermissionDenied(NearkinError):
@@ -136,6 +140,13 @@ ERROR_OF_CODE: dict[grpc.StatusCode, type[NearkinError]] = {
 }
 
 
+_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "Hostname Verification Check failed")
+_NEVER_CONNECTED, _CLOSED = "failed to connect to all addresses", "Socket closed"
+_CLOSED_HINT = (
+    "it takes connections and closes them: does it ask for TLS, or for a client certificate that it knows?"
+)
+
+
 def error_from_rpc(error: grpc.RpcError) -> NearkinError:
     """The error class of a failed call, with the service's message and the field it names."""
     code, details = status_of(error)
@@ -144,6 +155,13 @@ def error_from_rpc(error: grpc.RpcError) -> NearkinError:
             f"user {os.getuid()} may not open the service's unix socket: run as the user of the service, or "
             f"use its host:port ({details})"
         )
+    if untrusted(error):
+        return Unauthenticated(
+            f"the service does not show a certificate that ca_certificate= vouches for ({details})",
+            field="ca_certificate",
+        )
+    if code is grpc.StatusCode.UNAVAILABLE and _NEVER_CONNECTED in details and _CLOSED in details:
+        details += f" ({_CLOSED_HINT})"
     return ERROR_OF_CODE.get(code, ServiceInternalError)(details or code.name, field=_blamed_field(error))
 
 
@@ -156,6 +174,12 @@ def locked_out(error: grpc.RpcError) -> bool:
     """Whether the operating system keeps us from the service's unix socket, which waiting does not change."""
     code, details = status_of(error)
     return code is grpc.StatusCode.UNAVAILABLE and "unix:" in details and os.strerror(errno.EACCES) in details
+
+
+def untrusted(error: grpc.RpcError) -> bool:
+    """Whether the service speaks no TLS, or its certificate is another's or expired: no wait changes that."""
+    code, details = status_of(error)
+    return code is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _UNTRUSTED)
 
 
 def status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:

@@ -19,6 +19,7 @@ from nearkin_client.errors import (
     locked_out,
     silent,
     status_of,
+    untrusted,
 )
 
 log = logging.getLogger("nearkin.client")
@@ -73,7 +74,7 @@ def interrupted(error: grpc.RpcError) -> bool:
     """Whether the connection failed, rather than the call."""
     code, details = status_of(error)
     if code in _INTERRUPTED:
-        return not locked_out(error)
+        return not (locked_out(error) or untrusted(error))
     return code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and any(
         word in details for word in _TRANSPORT_WORDS
     )

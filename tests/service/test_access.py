@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 from nearkin_client import NeighbourClient
-from nearkin_client.errors import Unavailable
+from nearkin_client.errors import Unauthenticated, Unavailable
 from nearkin_service.access import OPEN, SCOPES, Scope, TlsFiles, TokenBook, TokenFile
 from nearkin_service.config import ServiceConfig
 from nearkin_service.listening import Doors, check_address
@@ -400,9 +401,30 @@ def test_mutual_tls_turns_strangers_away(authority: Authority, start_service: St
     impatient = Patience(call=1.0, outage=0.3)
     with (
         NeighbourClient(address, ca_certificate=ca, patience=impatient) as stranger,
-        pytest.raises(Unavailable),
+        pytest.raises(Unavailable, match="client certificate"),
     ):
         stranger.runs()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "trusted"),
+    [("service", "client.pem"), ("client", "ca.pem"), ("", "ca.pem")],
+    ids=["of another authority", "of another host", "none"],
+)
+def test_a_client_says_at_once_whom_it_does_not_trust(
+    authority: Authority, start_service: Start, certificate: str, trusted: str
+) -> None:
+    """A minute of trying would not change that."""
+    files = (authority.file(f"{certificate}.pem"), authority.file(f"{certificate}.key"))
+    tls = TlsFiles(*files) if certificate else None
+    address = start_service(listen=("127.0.0.1:0",), tls=tls).server.addresses[0]
+    with NeighbourClient(address, run="faces", ca_certificate=authority.file(trusted)) as client:
+        for call in (client.runs, lambda: client.push(ROWS, epoch=0, k=3), lambda: client.table(epoch=0)):
+            began = time.monotonic()
+            with pytest.raises(Unauthenticated, match="ca_certificate") as caught:
+                call()
+            assert time.monotonic() - began < 15
+            assert caught.value.field == "ca_certificate"
 
 
 def test_tls_needs_a_certificate_and_its_own_key(authority: Authority) -> None:
