@@ -14,7 +14,8 @@ Conventions
   * `run` matches [a-z0-9][a-z0-9._-]{0,63}.
   * INVALID_ARGUMENT carries a google.rpc.BadRequest that names the field.
   * Every RPC can also return UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (a limit named in the
-    message) and UNAVAILABLE (starting or draining: try again).
+    message) and UNAVAILABLE (starting or draining: try again). In the moment in which a service ends gRPC itself
+    may refuse a call with CANCELLED, and has begun nothing then: try again, too.
 """
 
 from collections import abc as _abc
