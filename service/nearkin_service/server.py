@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from nearkin import tracing
 
 from nearkin_service import faults, listening, wire
@@ -115,9 +114,8 @@ class NeighbourServer:
         idle = self._config.limits.max_stream_idle_seconds
         server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error, idle),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (wire.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        server.add_generic_rpc_handlers((wire.reflection_v1(names),))
+        self._reflection = wire.Reflection((wire.SERVICE_NAME, health.SERVICE_NAME))
+        server.add_generic_rpc_handlers(self._reflection.handlers())
         return server
 
     def _bind(self) -> tuple[str, ...]:
@@ -226,6 +224,7 @@ class NeighbourServer:
             self._health_threads.drain()
         core.catalogue.changed.fire()
         core.catalogue.events.close()
+        self._reflection.close()
         built = await _within(deadline - last_replies, self._builds.idle.wait)
         left = max(deadline - time.monotonic(), 0.0)
         last = deadline + _LAST_THREADS_SECONDS

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service import engines
 
@@ -97,6 +98,24 @@ def test_who_watches_health_is_told_and_holds_up_nobody(start_service: Start) ->
         codes = [refusal(partial(next, each)).code() for each in watches]
         assert codes == [grpc.StatusCode.UNAVAILABLE] * 2
     assert time.monotonic() - began < DRAIN_SECONDS / 2
+    caller.channel.close()
+
+
+def test_who_keeps_asking_what_is_served_holds_up_nobody(start_service: Start) -> None:
+    service = start_service(drain_seconds=DRAIN_SECONDS)
+    caller, left = service.caller(), threading.Event()
+
+    def asking() -> Iterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        left.wait(WAIT)
+
+    answers = reflection_pb2_grpc.ServerReflectionStub(caller.channel).ServerReflectionInfo(asking())
+    assert len(next(answers).list_services_response.service) == 3
+    began = time.monotonic()
+    with stopping(service):
+        assert not list(answers)
+    assert time.monotonic() - began < DRAIN_SECONDS / 2
+    left.set()
     caller.channel.close()
 
 
