@@ -105,12 +105,20 @@ class Persistence:
 
     FIRST_PAUSE = 0.05
     LONGEST_PAUSE = 2.0
+    LONGEST_CONNECT = 10.0
+    """An attempt that lasted longer had reached the service, whatever ended it."""
 
     def __init__(self, deadline: Deadline, outage: float) -> None:
         self._deadline = deadline
         self._outage = outage
         self._since: float | None = None
         self._attempts = 0
+        self._began = time.monotonic()
+
+    def waited(self) -> None:
+        """Of an attempt that may wait for long without a word: if it did, there was no outage meanwhile."""
+        if time.monotonic() - self._began > self.LONGEST_CONNECT:
+            self.progressed()
 
     def progressed(self) -> None:
         """Something got through: the outage, if there was one, is over."""
@@ -132,6 +140,7 @@ class Persistence:
             log.info("%s: connection lost, trying again: %s", doing, error_from_rpc(error).message)
         self._attempts += 1
         time.sleep(pause)
+        self._began = time.monotonic()
 
 
 def repeat_until(operation: Callable[[float], T], deadline: Deadline, outage: float, doing: str) -> T:

@@ -61,6 +61,7 @@ def read_table(
                 continue
             if not interrupted(error):
                 raise _meaning(error, request, deadline, doing) from error
+            persistence.waited()
             persistence.pause_or_raise(error, doing)
         except DataLoss as error:
             damaged += 1

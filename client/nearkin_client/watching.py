@@ -41,6 +41,7 @@ def _events(
                 return
             if not interrupted(error):
                 raise error_from_rpc(error) from error
+            persistence.waited()
             try:
                 persistence.pause_or_raise(error, f"watching run {request.run!r}")
             except NearkinError:

@@ -13,7 +13,7 @@ import pytest
 from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, RunSnapshot, Unavailable
+from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, Patience, RunSnapshot, Unavailable
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 
@@ -112,6 +112,32 @@ def test_watching_goes_on_after_a_restart(service: LocalService) -> None:
         again = next(each for each in events if isinstance(each, RunSnapshot))
         assert again.run.newest is not None
         assert again.run.newest.epoch == 0
+
+
+@pytest.mark.parametrize("what", ["table", "watch"])
+def test_restarts_far_apart_are_not_one_outage(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an epoch, or for a run, hears nothing in between, and is there all the same."""
+    monkeypatch.setattr("nearkin_client.patience.Persistence.LONGEST_CONNECT", 0.2)
+    ids = np.array([[1], [0]], np.int32)
+    restarts = iter(range(4))
+
+    def waiting(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if next(restarts, None) is not None:
+            time.sleep(0.4)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+        if what == "watch":
+            yield pb.RunEvent(snapshot=pb.Run(run="r")).SerializeToString()
+        else:
+            yield from _answer(ids, damaged=False)
+
+    with (
+        fake_service(ReadTable=waiting, WatchRun=waiting) as address,
+        NeighbourClient(address, run="r", patience=Patience(outage=0.7)) as client,
+    ):
+        if what == "watch":
+            assert isinstance(next(client.watch(timeout=30)), RunSnapshot)
+        else:
+            np.testing.assert_array_equal(client.table(epoch=0, scores=False, timeout=30).ids, ids)
 
 
 def test_watching_ends_when_its_time_is_over_though_the_service_is_away() -> None:
