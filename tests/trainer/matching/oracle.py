@@ -64,13 +64,17 @@ def random_case(
 
 def exact(case: Case) -> Answer:
     wide = {name: value.double().requires_grad_() for name, value in case.inputs().items()}
+    maxima = exact_maxima(case, wide)
+    return Answer(maxima.detach(), gradients_of(maxima, case, wide))
+
+
+def exact_maxima(case: Case, wide: dict[str, Tensor]) -> Tensor:
     rows = [
         torch.stack([_pair(wide, b, int(n)) for n in case.candidates[b]])
         for b in range(len(case.candidates))
         if case.candidates.shape[1]
     ]
-    maxima = torch.stack(rows) if rows else case.weights.double()
-    return Answer(maxima.detach(), gradients_of(maxima, case, wide))
+    return torch.stack(rows) if rows else case.weights.double()
 
 
 def gradients_of(maxima: Tensor, case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nearkin_trainer.matching import location_maxima
 from torch import Tensor
 
-from tests.trainer.matching.oracle import Answer, Case, exact, gradients_of, random_case
+from tests.trainer.matching.oracle import Answer, Case, exact, exact_maxima, gradients_of, random_case
 
 TRITON = pytest.param(
     "triton",
@@ -277,6 +277,41 @@ def test_plain_gradients_by_finite_differences() -> None:
         )
 
     assert torch.autograd.gradcheck(maxima, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(maxima, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_plain_has_second_derivatives(sparse: bool) -> None:
+    case = random_case((5, 2, 2), (2, 2), (2, 3, 4))
+
+    def penalised(backend: str | None) -> dict[str, Tensor]:
+        wide = {name: value.double().requires_grad_() for name, value in case.inputs().items()}
+        maxima = exact_maxima(case, wide)
+        if backend is not None:
+            maxima = location_maxima(
+                candidates=case.candidates, backend=backend, sparse_gradient=sparse, **wide
+            )
+        firsts = torch.autograd.grad(maxima.sum(), list(wide.values()), create_graph=True)
+        penalty = torch.stack([first.to_dense().square().sum() for first in firsts]).sum()
+        seconds = torch.autograd.grad(penalty, list(wide.values()))
+        return dict(zip(wide, (second.to_dense() for second in seconds), strict=True))
+
+    for found, expected in zip(penalised("plain").values(), penalised(None).values(), strict=True):
+        assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("of", ["probes", "classes"])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_penalty_on_gradients_is_refused_and_not_forgotten(backend: str, of: str) -> None:
+    case = random_case((5, 2, 2), (2, 2), (2, 3, 4))
+    inputs = {name: value.requires_grad_() for name, value in case.inputs().items()}
+    maxima = location_maxima(candidates=case.candidates, backend=backend, **inputs)  # type: ignore[arg-type]
+    (first,) = torch.autograd.grad(maxima.sum(), inputs[of], create_graph=True)
+    loss = maxima.sum() + first.to_dense().square().sum()
+    with pytest.raises(RuntimeError, match=r"first derivatives only; .* backend='plain'"):
+        torch.autograd.grad(loss, inputs["probes"], retain_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:

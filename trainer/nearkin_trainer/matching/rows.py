@@ -5,13 +5,15 @@ N classes, U touched classes (unique, ascending), B probes, M candidates per pro
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class _TakeRows(Function):
         return table.index_select(0, ids_U)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (ids_U,) = ctx.saved_tensors
         return rows_gradient(ids_U, grad_rows, ctx.shape, sparse=ctx.sparse), None, None
@@ -60,3 +61,38 @@ def rows_gradient(ids_U: Tensor, rows: Tensor, shape: torch.Size, *, sparse: boo
     if not sparse:
         return rows.new_zeros(shape).index_copy_(0, ids_U, rows)
     return torch.sparse_coo_tensor(ids_U[None], rows, shape, is_coalesced=True, check_invariants=False)
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def first_derivative(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Marks the backward pass of a compiled operation: what it returns cannot be differentiated again.
+
+    PyTorch's `once_differentiable` takes it for a constant where the incoming gradient is one: a penalty on
+    gradients would change nothing, without a word. Here whoever differentiates it is told.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *incoming: Tensor) -> Gradients:
+        with torch.no_grad():
+            found = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():
+            return found
+        inputs = [t for t in (*incoming, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(None if gradient is None else _OnlyFirst.apply(gradient, *inputs) for gradient in found)  # type: ignore[no-untyped-call]
+
+    return wrapper
+
+
+class _OnlyFirst(Function):
+    @staticmethod
+    def forward(_ctx: FunctionCtx, gradient: Tensor, *_inputs: Tensor) -> Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "this backend of location_maxima has first derivatives only; "
+            "for those of gradients use backend='plain'"
+        )

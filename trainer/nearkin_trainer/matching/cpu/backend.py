@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
 from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, LANES, PROCESSOR
@@ -28,7 +27,7 @@ from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare
 from nearkin_trainer.matching.cpu.maxima import Found, forward
 from nearkin_trainer.matching.cpu.memory import blocks
 from nearkin_trainer.matching.request import Request
-from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
+from nearkin_trainer.matching.rows import Touched, first_derivative, rows_gradient, take_rows
 
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
@@ -142,7 +141,7 @@ class _Maxima(Function):
         return torch.from_numpy(found.maxima.reshape(*plan.shape, found.maxima.shape[1]))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         probes, classes, probe_visibility, visibility = ctx.saved_tensors
         wanted = ctx.needs_input_grad

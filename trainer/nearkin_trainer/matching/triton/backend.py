@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nearkin_trainer.matching.plain import EPSILON
 from nearkin_trainer.matching.request import Request
-from nearkin_trainer.matching.rows import Touched, rows_gradient, take_rows
+from nearkin_trainer.matching.rows import Touched, first_derivative, rows_gradient, take_rows
 from nearkin_trainer.matching.triton import kernels
 
 MOST_LOCATIONS = 1024
@@ -100,14 +99,14 @@ class _Maxima(Function):
         class_side = _side(classes.flatten(2), touched.ids, slots, class_visibility_UQ)
         found, where = _forward(probe_side, class_side, touched.slots.shape)
         # The maps go through save_for_backward, which notices if someone changes them in between.
-        ctx.save_for_backward(probes_BCP, classes)
+        ctx.save_for_backward(probes_BCP, classes, probe_visibility_BP, class_visibility_UQ)
         ctx.sides, ctx.outcome, ctx.sparse = (probe_side, class_side), (found, where), sparse
         return found.clone()  # backward needs the maxima as they are; who has the result may change it
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        _, classes = ctx.saved_tensors
+        _, classes, *_ = ctx.saved_tensors
         probe_side, class_side = ctx.sides
         wanted = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * 6
