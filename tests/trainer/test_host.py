@@ -3,8 +3,11 @@
 No test has a GPU: the cache is in CPU memory too, and everything but the copies is the same code.
 """
 
+import copy
 import gc
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from nearkin_trainer.classes import ClassEmbeddings, Host, Rows, mapped, shards,
 from nearkin_trainer.classes.host import RowCache
 from nearkin_trainer.distributed import World
 from nearkin_trainer.learner import Learner
+from nearkin_trainer.matching import location_maxima
 from nearkin_trainer.model import Model
+from torch import nn
 
 from tests.trainer.learners import WAYS, learn, made
 
@@ -189,3 +194,57 @@ def test_a_full_disk_is_said_before_training(tmp_path: Path) -> None:
 def test_a_cache_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="cache_rows=0 must be at least 1"):
         Host(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["host", "file"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+def test_a_copy_is_a_table_of_its_own(
+    how: Callable[[nn.ModuleList], nn.ModuleList], place: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """As averaged models and evaluations on the side make them."""
+    torch.manual_seed(0)
+    host = Host(8, tmp_path if place == "file" else None)
+    first = ClassEmbeddings(CLASSES, 3, 2, 2, dtype=dtype, host=host)
+    whole = nn.ModuleList([first, first.optimiser("adam")])
+    ids = torch.tensor([2, 5, 7])
+
+    def move(modules: nn.ModuleList, rate: float) -> None:
+        one, optimiser = modules
+        one.update(optimiser, Rows(ids, torch.ones(3, 3, 2, 2)), rate)  # type: ignore[operator]
+
+    move(whole, 0.1)  # now in the cache, not at home
+    second = how(whole)
+    before = {name: values.clone() for name, values in whole.state_dict().items()}
+    _same(before, second.state_dict())
+    move(second, 0.2)
+    _same(before, whole.state_dict())
+    assert not torch.equal(second.state_dict()["0.weight"], before["0.weight"])
+    assert (second.state_dict()["1.steps"][ids] == 2).all()
+    move(whole, 0.2)
+    _same(whole.state_dict(), second.state_dict())
+
+
+def test_an_optimiser_may_be_made_after_the_first_scores() -> None:
+    torch.manual_seed(0)
+    one, other = (ClassEmbeddings(CLASSES, 3, 2, 2, host=host) for host in (Host(8), None))
+    other.load_state_dict(one.state_dict())
+    ids = torch.tensor([[2, 5, 7]])
+    for each in (one, other):
+        each.read(ids)
+        each.update(each.optimiser("adam"), Rows(ids[0], torch.ones(3, 3, 2, 2)), 0.1)
+    _same(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("host", [None, Host(8)])
+def test_a_copy_leaves_what_is_under_way(host: Host | None) -> None:
+    one = ClassEmbeddings(CLASSES, 3, 2, 2, host=host)
+    one.snapshot(slice(0, 10))
+    rows, _ = one.read(torch.tensor([[2, 5, 7]]))
+    maxima = location_maxima(torch.randn(1, 3, 2, 2), rows, torch.tensor([[0, 1, 2]]))
+    maxima.sum().backward()  # type: ignore[no-untyped-call]
+    other = copy.deepcopy(one)
+    assert other.take_gradient(World()) is None
+    gradient = one.take_gradient(World())
+    assert gradient is not None
+    assert gradient.ids.tolist() == [2, 5, 7]

@@ -78,7 +78,9 @@ class RowCache:
 
     def add(self, table: torch.Tensor, cached: torch.Tensor) -> None:
         """One more table `[N, ...]` on the host, and where its rows go on the device, `[R, ...]`."""
-        assert not self._filled
+        if self._filled:  # rows that are here would be without it
+            self.flush()
+            self.forget()
         assert len(cached) == self.size
         self._tables.append((table, cached))
 
@@ -171,7 +173,7 @@ class RowCache:
         if self.before_write is not None:
             self.before_write(rows)
         for table, cached in self._tables:
-            mapped.put(table, rows, take(cached, places).cpu())
+            mapped.put(table.detach(), rows, take(cached, places).cpu())
         self._changed[slots] = False
 
 
@@ -185,21 +187,36 @@ class CachedRowOptimiser(RowOptimiser):
 
     def __init__(self, optimiser: RowOptimiser, cache: RowCache, num_rows: int) -> None:
         super().__init__()
-        self._optimiser, self._cache = [optimiser], cache  # in a list: no submodule, its state is ours
+        self._optimiser, self.cache = [optimiser], cache  # in a list: no submodule, its state is ours
         for name, cached in [*optimiser.named_buffers()]:
             table = cache.host.zeros(num_rows, *cached.shape[1:], dtype=cached.dtype)
             self.register_buffer(name, table)
             cache.add(table, cached)
-        flush_and_forget(self, cache)
+        flush_and_forget(self)
 
     @torch.no_grad()
     def update(self, table: torch.Tensor, gradient: Rows, rate: float) -> None:
         """Moves rows; `table` are those in the cache, ids are their numbers in the whole table."""
-        for part, slots in self._cache.bring(gradient.ids, change=True):
+        for part, slots in self.cache.bring(gradient.ids, change=True):
             self._optimiser[0].update(table, Rows(slots, gradient.values[part]), rate)
 
 
-def flush_and_forget(module: nn.Module, cache: RowCache) -> None:
-    """Makes a module's state whole before it is read, and drops what is cached when it is given another."""
-    module.register_state_dict_pre_hook(lambda *_: cache.flush())  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(lambda *_: cache.forget())  # type: ignore[no-untyped-call]
+def flush_and_forget(module: nn.Module) -> None:
+    """Makes a module's state whole before it is read, and drops what is cached when it is given another.
+
+    Its cache is the attribute `cache`: that of the module that is asked, which may be a copy of this one.
+    """
+    module.register_state_dict_pre_hook(_flush)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+
+def _flush(module: nn.Module, *_: object) -> None:
+    cache = module.cache
+    assert isinstance(cache, RowCache)
+    cache.flush()
+
+
+def _forget(module: nn.Module, *_: object) -> None:
+    cache = module.cache
+    assert isinstance(cache, RowCache)
+    cache.forget()

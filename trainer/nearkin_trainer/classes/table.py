@@ -110,9 +110,9 @@ class ClassEmbeddings(nn.Module):
         if host is not None:
             self.cache = RowCache(host, size, device or torch.device("cpu"))
             self._cached = torch.zeros(self.cache.size, *shape[1:], dtype=dtype, device=self.cache.device)
-            self.cache.add(self.weight.detach(), self._cached)
+            self.cache.add(self.weight, self._cached)  # itself: a copy of both shares it as they do
             self.cache.before_write = self._before_change
-            flush_and_forget(self, self.cache)
+            flush_and_forget(self)
 
     @property
     def num_classes(self) -> int:
@@ -267,6 +267,11 @@ class ClassEmbeddings(nn.Module):
         """Those of some of the classes kept here that have no embedding yet; ids, int64."""
         ids: torch.Tensor = torch.nonzero(~self.seen[self._place(classes)]).flatten() + classes.start
         return ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what a step or a push has under way stays with this table, and so do the processes."""
+        nothing: dict[str, Any] = {"_world": None, "_going": None, "_means": None, "_snapshot": None}
+        return {**self.__dict__, **nothing, "_expected": [], "_reads": []}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A table in host memory stays there whatever device the model is moved to."""
