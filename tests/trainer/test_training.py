@@ -330,6 +330,20 @@ def test_resuming_with_other_classes_is_refused(
     assert "was made with another set of classes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--model.width", "--model.blocks"])
+def test_resuming_with_another_network_is_refused(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    service = ("--service", nearkin_server.address, "--run-name", f"net{option.replace('--model', '')}")
+    _train(data, tmp_path, *service, "--epochs", "1")
+    again = ["--data", str(data), "--out", str(tmp_path), *SMALL, *service, "--resume", "--epochs", "2"]
+    assert main([*again, option, "3"]) == 2
+    shown = capsys.readouterr().err
+    assert "was made with another network" in shown
+    assert "such as backbone." in shown
+    assert main(again) == 0
+
+
 def test_images_that_do_not_fit_into_memory(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
     """Reading files again for every batch trains the same network as keeping them."""
     service = ("--service", nearkin_server.address, "--epochs", "1")

@@ -297,6 +297,7 @@ class Job:
                     f"resume: {path} was made with another {name} ({tree['job'].get(name)}, now {mine}); "
                     "use the same, or --overwrite"
                 )
+        self._refuse_other_network(path, tree["model"])
         shards.restore_rows(path, tree, self.model.classes, self.learner.state()["row_optimiser"])
         self.model.load_state_dict(tree["model"])
         self.learner.restore(tree["learner"])
@@ -307,6 +308,16 @@ class Job:
         elif self.world.leads:
             logger.info("resume: %d processes before, %d now: other batches", len(stalls), self.world.size)
         self.report.say(f"continuing after epoch {self.progress.epoch} from {path}")
+
+    def _refuse_other_network(self, path: Path, saved: dict[str, Any]) -> None:
+        mine = self.model.state_dict()
+        others = [name for name in {**mine, **saved} if not name.startswith(shards.TABLE)]
+        differ = [n for n in others if n not in mine or n not in saved or mine[n].shape != saved[n].shape]
+        if differ:
+            raise ValueError(
+                f"resume: {path} was made with another network ({len(differ)} of its parts differ, such as "
+                f"{differ[0]}); use the same --model options, or --overwrite"
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What has to stay the same from one part of a job to the next."""
