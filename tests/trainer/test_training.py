@@ -344,6 +344,18 @@ def test_resuming_with_another_network_is_refused(
     assert main(again) == 0
 
 
+def test_an_image_that_one_process_cannot_read_ends_all_of_them(tmp_path: Path) -> None:
+    data = write_csv_set(tmp_path, train_classes=3)
+    (tmp_path / "images" / "0_1.png").write_bytes(b"\x89PNG")  # the second: the second process decodes it
+    done = _command(
+        *("-m", "nearkin_trainer", "--data", str(data), "--out", str(tmp_path / "out"), *SMALL),
+        *("--processes", "2"),
+    )
+    assert done.returncode in {1, 2}, done.stderr[-3000:]
+    assert "0_1.png cannot be read as an image" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_images_that_do_not_fit_into_memory(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
     """Reading files again for every batch trains the same network as keeping them."""
     service = ("--service", nearkin_server.address, "--epochs", "1")

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from nearkin_trainer.distributed import World
-from nearkin_trainer.node import node_array, wait_for_node
+from nearkin_trainer.distributed import World, fail_together
+from nearkin_trainer.node import node_array
 
 logger = logging.getLogger("nearkin.trainer.data")
 
@@ -50,6 +50,7 @@ def open_images(
 
     Raises:
         ValueError: a file is not an image that Pillow can read.
+        OtherProcessFailed: another process has found one.
     """
     needed = len(paths) * 3 * height * width
     if needed > memory_bytes:
@@ -58,8 +59,12 @@ def open_images(
         )
         return ImageFiles(paths, height, width)
     pixels = node_array(world, (len(paths), 3, height, width), np.uint8)
-    _decode_all(paths[world.local_rank :: world.local_size], pixels[world.local_rank :: world.local_size])
-    wait_for_node(world)
+    mine, error = slice(world.local_rank, None, world.local_size), None
+    try:
+        _decode_all(paths[mine], pixels[mine])
+    except ValueError as unreadable:
+        error = unreadable
+    fail_together(world, error)  # also waits for the other processes of the machine
     logger.info("decoded %d images of %dx%d into memory, %.0f MiB", len(paths), width, height, needed / 2**20)
     return DecodedImages(pixels)
 
