@@ -109,6 +109,22 @@ def test_a_snapshot_leaves_the_reserve_behind(
     assert (elsewhere / "runs/run/generations/2/reserve.bin").exists()
 
 
+@pytest.mark.parametrize("rows_at", [0, 48])
+def test_in_a_snapshot_rows_begin_where_every_version_looks_for_them(
+    start_service: Start, tmp_path: Path, rows_at: int
+) -> None:
+    service = start_service()
+    service.caller().push(ROWS, 0, rows_at=rows_at)
+    service.stop()
+    file, elsewhere = tmp_path / "run.tar", tmp_path / "elsewhere"
+    held = (tmp_path / "data/runs/run/generations/1/rows.bin").read_bytes()
+    assert held[rows_at:] == ROWS.tobytes()
+    assert command("snapshot", "save", file, "--run", "run", "--data-dir", tmp_path / "data").returncode == 0
+    assert command("snapshot", "restore", file, "--data-dir", elsewhere).returncode == 0
+    assert (elsewhere / "runs/run/generations/1/rows.bin").read_bytes() == ROWS.tobytes()
+    assert command("check", elsewhere).stdout == "1 sound, 0 note, 0 damaged\n"
+
+
 def test_what_cannot_be_checked_is_said(start_service: Start, tmp_path: Path) -> None:
     start_service()
     for directory, said in ((tmp_path / "data", "in use"), (tmp_path / "nowhere", "not a directory")):

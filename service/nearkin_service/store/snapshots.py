@@ -1,7 +1,7 @@
 """A run as one tar file, to be taken to another data directory: its generations, tables and embeddings.
 
-What a build held in reserve stays behind: versions that do not know it can restore the run then, and all it
-costs is that the first update is a full build.
+What a build held in reserve stays behind, as does what stands before the rows of a file: versions that know
+neither can restore the run then, and all it costs is that the first update is a full build.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from nearkin_service.store.atomic import fsync_directory, fsync_file, read_docum
 from nearkin_service.store.layout import FORMAT_VERSION, Layout
 from nearkin_service.store.push_files import JOURNAL, ROWS
 from nearkin_service.store.reserve import RESERVE
+from nearkin_service.store.rows import begins_at
+from nearkin_service.values import PushSpec
 
 _ABOUT = "snapshot.json"
 _FILES = (gens.MANIFEST, gens.IDS, gens.SCORES, gens.ABSENT, gens.EMBEDDINGS, gens.PINNED, ROWS, JOURNAL)
@@ -42,12 +44,24 @@ def save(root: Path, run: str, file: Path) -> int:
         archive.addfile(entry, io.BytesIO(about))
         archive.add(source / "run.json", "run.json")
         for number in numbers:
-            gens.read_tables(source / "generations" / str(number), run, number)
+            spec = gens.read_tables(source / "generations" / str(number), run, number).spec
             for path in sorted((source / "generations" / str(number)).iterdir()):
-                if path.name != RESERVE:
-                    archive.add(path, f"generations/{number}/{path.name}")
+                name = f"generations/{number}/{path.name}"
+                if path.name == ROWS:
+                    _add_rows(archive, path, name, spec)
+                elif path.name != RESERVE:
+                    archive.add(path, name)
     fsync_file(file)
     return len(numbers)
+
+
+def _add_rows(archive: tarfile.TarFile, path: Path, name: str, spec: PushSpec) -> None:
+    entry = archive.gettarinfo(path, name)
+    before = begins_at(entry.size, spec) or 0
+    entry.size -= before
+    with path.open("rb") as rows:
+        rows.seek(before)
+        archive.addfile(entry, rows)
 
 
 def restore(root: Path, file: Path) -> str:
