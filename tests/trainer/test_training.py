@@ -244,6 +244,25 @@ def test_processes_end_with_the_command(data: Path, tmp_path: Path, end: signal.
     assert shown.count("--resume continues") == (end == signal.SIGINT)
 
 
+def test_processes_end_with_a_command_that_ends_while_they_start(data: Path, tmp_path: Path) -> None:
+    job = ["--data", str(data), "--out", str(tmp_path), *SMALL, "--processes", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nearkin_trainer", *job], stderr=subprocess.DEVNULL
+    ) as command:
+        children: list[str] = []
+        while len(children) < 2:
+            time.sleep(0.01)
+            children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+        workers = [os.pidfd_open(int(each)) for each in children]
+        command.kill()
+    for worker in workers:
+        ended = select.select([worker], [], [], 30)[0]
+        if not ended:
+            signal.pidfd_send_signal(worker, signal.SIGKILL)
+        os.close(worker)
+        assert ended, "it outlives the command"
+
+
 def test_torchrun_and_resume(data: Path, tmp_path: Path, nearkin_server: LocalService) -> None:
     """Two processes under torchrun continue, in shards, what one process has begun; one process ends it."""
     service = ("--service", nearkin_server.address, "--run-name", "t")

@@ -17,6 +17,7 @@ from nearkin_trainer.distributed import OtherProcessFailed, cores
 
 MODULE = "nearkin_trainer"
 STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_STARTED_BY = "NEARKIN_TRAIN_PROCESS"  # in the environment of processes that `nearkin-train` starts
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +58,7 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    os.environ[_STARTED_BY] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     try:
         torchrun(["--standalone", "--nproc-per-node", str(count), "-m", MODULE, *arguments])
@@ -66,6 +68,8 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from stopped
         return 128 + stopped.sigval
+    finally:
+        del os.environ[_STARTED_BY]
     return 0
 
 
@@ -77,6 +81,8 @@ def end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.environ.get(_STARTED_BY, str(os.getppid())) != str(os.getppid()):
+            sys.exit(128 + signal.SIGTERM)  # it has ended already, while this one started
 
 
 def log_to(console: Console, level: int) -> None:
