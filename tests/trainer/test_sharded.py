@@ -13,6 +13,7 @@ from nearkin_trainer.classes.owners import Errand
 from nearkin_trainer.classes.table import NOISE_BLOCK, draw_noise
 from nearkin_trainer.distributed import World, barrier, gather_rows, join_world, swap_rows
 from nearkin_trainer.learner import Learner
+from nearkin_trainer.matching import SparseQAConv
 from nearkin_trainer.model import Model
 
 from tests.trainer.learners import WAYS, learn, made
@@ -295,3 +296,17 @@ if __name__ == "__main__":
     table.SMALL_ROW_BYTES = 0  # whole tables are read in place
     with join_world("cpu") as joined:
         print("\n".join([*_all_checks(joined, Path(sys.argv[1])), "all passed"]), flush=True)
+
+
+@pytest.mark.parametrize("wrong", [-2, 10, 15])
+@pytest.mark.parametrize("way", ["device", "host", "sharded"])
+def test_neighbours_that_are_no_classes_are_named(way: str, wrong: int) -> None:
+    """Such as those of another run."""
+    shape = (10, 4, 2, 2)
+    host = Host(4) if way == "host" else None
+    classes = (
+        ShardedClassEmbeddings(World(), *shape) if way == "sharded" else ClassEmbeddings(*shape, host=host)
+    )
+    matcher = SparseQAConv(*shape, classes=classes)
+    with pytest.raises(ValueError, match=rf"must lie in \[-1, 9\], found {wrong}"):
+        matcher(torch.randn(2, 4, 2, 2), torch.tensor([0, 1]), torch.tensor([[1, wrong], [2, 3]]))

@@ -44,7 +44,7 @@ from nearkin_trainer.classes.rows import (
 )
 from nearkin_trainer.classes.snapshot import Snapshot
 from nearkin_trainer.distributed import World, sum_over_ranks
-from nearkin_trainer.matching.rows import touched_classes
+from nearkin_trainer.matching.rows import check_range, touched_classes
 
 Keeping = Literal["learnable", "memory"]
 
@@ -147,6 +147,7 @@ class ClassEmbeddings(nn.Module):
         """A tensor of float32 rows, and where in it each of the `candidates` lies; −1 stays −1."""
         if self._read_in_place:
             return self.weight, candidates
+        check_range(candidates, self.num_classes)
         touched = touched_classes(candidates)
         rows, errand = self._fetch(touched.ids)
         values = rows.float()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nearkin_trainer.matching.rows import Touched, touched_classes
+from nearkin_trainer.matching.rows import Touched, check_range, touched_classes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,12 +81,7 @@ def _checked_candidates(candidates: Tensor, probes: int, classes: Tensor) -> Ten
     if candidates.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"candidates must be int64 (or int32) class ids, not {candidates.dtype}")
     candidates = candidates.to(classes.device, torch.int64)
-    if candidates.numel():
-        low, high = (int(bound) for bound in torch.aminmax(candidates))
-        if low < -1 or high >= len(classes):
-            raise ValueError(
-                f"candidates must lie in [-1, {len(classes) - 1}], found {low if low < -1 else high}"
-            )
+    check_range(candidates, len(classes))
     return candidates
 
 

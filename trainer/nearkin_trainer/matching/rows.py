@@ -28,6 +28,16 @@ class Touched:
     slots: Tensor
 
 
+def check_range(candidates: Tensor, num_classes: int) -> None:
+    """Raises `ValueError` unless all are class ids or −1."""
+    if candidates.numel():
+        low, high = (int(bound) for bound in torch.aminmax(candidates))
+        if low < -1 or high >= num_classes:
+            raise ValueError(
+                f"candidates must lie in [-1, {num_classes - 1}], found {low if low < -1 else high}"
+            )
+
+
 def touched_classes(candidates_BM: Tensor) -> Touched:
     """The distinct classes among the candidates; costs O(B·M·log), nothing per class of the table."""
     present_BM = candidates_BM >= 0
