@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nearkin_service.access import TlsFiles
 from nearkin_service.resources import memory_bytes
-from nearkin_service.values import MAX_INT32, Retention
+from nearkin_service.values import MAX_INT32, MAX_INT64, Retention
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+MESSAGE_ROOM = 64 * KIB
+"""What gRPC takes beyond `max_message_bytes`: a row as large as that comes with a header."""
+_LEAST = {"max_message_bytes": 64 * KIB, "min_free_disk_bytes": 0}
+_MOST = dict.fromkeys(("max_message_bytes", "max_row_bytes"), MAX_INT32 - MESSAGE_ROOM)
+"""Of other bytes what int64 holds, else int32: the protocol's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < (0 if name.startswith("min") else 1):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value, least = getattr(self, name), _LEAST.get(name, 1)
+            most = _MOST.get(name, MAX_INT64 if name.endswith("_bytes") else MAX_INT32)
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must be in {least}..{most}")
         if self.max_row_bytes > self.max_message_bytes:
             raise ValueError("max_row_bytes is above max_message_bytes: such a row could never be sent")
-        if self.max_num_classes > MAX_INT32:
-            raise ValueError(f"max_num_classes is {self.max_num_classes}; ids are int32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class ServiceConfig:
         device: "auto", "cpu" or "cuda".
         target_recall: what approximate engines tune themselves to, in (0, 1].
         keep_embeddings: embeddings of how many generations are kept when a push does not say.
-        chunk_bytes: payload size per message that suits this service.
+        chunk_bytes: payload size per message that suits this service; None: 4 MiB, or all that one may have.
         io_threads: threads that check and store rows and read tables.
         searcher_memory_bytes: opened generations kept ready for `Nearest`, together.
         bulk_port: where the bulk lane of a `host:port` listens; 0: any free port, None: no lane at all.
@@ -75,7 +81,7 @@ class ServiceConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     target_recall: float = 0.99
     keep_embeddings: int = 2
-    chunk_bytes: int = 4 * MIB
+    chunk_bytes: int | None = None
     io_threads: int = 4
     searcher_memory_bytes: int = 4 * GIB
     bulk_port: int | None = 0
@@ -98,12 +104,16 @@ class ServiceConfig:
         for name in ("keep_embeddings", "io_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 64 * KIB <= self.chunk_bytes <= self.limits.max_message_bytes:
+        if not 64 * KIB <= self.suiting_bytes <= self.limits.max_message_bytes:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be in 64 KiB..max_message_bytes")
         if self.bulk_port is not None and not 0 <= self.bulk_port <= 65535:
             raise ValueError(f"bulk_port is {self.bulk_port}; it must be in 0..65535")
-        if self.drain_seconds < 0:
-            raise ValueError(f"drain_seconds is {self.drain_seconds}; it must not be negative")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be a number and not negative")
+
+    @property
+    def suiting_bytes(self) -> int:
+        return self.chunk_bytes or min(4 * MIB, self.limits.max_message_bytes)
 
     @property
     def tokens(self) -> Path:

@@ -15,7 +15,7 @@ from nearkin import tracing
 from nearkin_service import faults, listening, wire
 from nearkin_service.access import Gate, TokenBook
 from nearkin_service.catalogue import Push
-from nearkin_service.config import KIB, MIB, ServiceConfig
+from nearkin_service.config import MESSAGE_ROOM, MIB, ServiceConfig
 from nearkin_service.health import HealthThreads, RunHealth
 from nearkin_service.http import HealthServer
 from nearkin_service.observing import RunMetrics
@@ -277,7 +277,7 @@ def _how_far(push: Push) -> str:
 def _options(config: ServiceConfig) -> list[tuple[str, int]]:
     """Large frames and buffers: bulk messages dominate, and header bytes never pay for small ones."""
     return [
-        ("grpc.max_receive_message_length", config.limits.max_message_bytes + 64 * KIB),
+        ("grpc.max_receive_message_length", config.limits.max_message_bytes + MESSAGE_ROOM),
         ("grpc.max_send_message_length", -1),
         ("grpc.http2.max_frame_size", 16 * MIB - 1),
         ("grpc.http2.write_buffer_size", 4 * MIB),

@@ -12,7 +12,7 @@ from typing import Any
 from nearkin_service.config import GIB, KIB, MIB, TIB, Limits
 
 _UNITS: Mapping[str, int] = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
-_NUMBER = re.compile(r"(\d[\d_]*) ?(KiB|MiB|GiB|TiB|)")
+_NUMBER = re.compile(r"([0-9]+(?:_[0-9]+)*) ?(KiB|MiB|GiB|TiB|)")
 _NAMES = tuple(each.name for each in fields(Limits))
 
 
@@ -30,7 +30,7 @@ def limits(file: Path | None, options: Iterable[str]) -> Limits:
 def _from_file(file: Path) -> dict[str, int]:
     try:
         document: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--limits {file}: {error}") from error
     return {_known(name): _number(name, str(value)) for name, value in document.items()}
 

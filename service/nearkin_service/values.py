@@ -16,7 +16,7 @@ from nearkin_service.engines.contract import KeyName, LocationOptions, MeasuredR
 from nearkin_service.errors import FailedPreconditionError, InvalidArgumentError
 from nearkin_service.ranges import RowRange, RowSet
 
-MAX_INT32 = 2**31 - 1
+MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import threading
 import time
 import urllib.request
@@ -36,10 +38,43 @@ def test_limits_come_from_a_file_and_from_options(tmp_path: Path) -> None:
     assert (found.max_runs, found.max_push_bytes, found.max_memory_bytes) == (9, 100 * GIB, 3 * GIB)
 
 
-@pytest.mark.parametrize("wrong", ["max_runs", "max_rums=3", "max_runs=-3", "max_runs=many", "max_runs=0"])
+@pytest.mark.parametrize(
+    "wrong", ["max_runs", "max_rums=3", "max_runs=-3", "max_runs=many", "max_runs=0", "max_runs=1__0"]
+)
 def test_wrong_limits_are_said(wrong: str) -> None:
     with pytest.raises(ValueError, match="max_ru"):
         settings.limits(None, [wrong])
+
+
+@pytest.mark.parametrize("name", Limits.__slots__)
+def test_a_limit_at_its_edges_is_served_and_one_beyond_is_refused(start_service: Start, name: str) -> None:
+    """What the protocol cannot report, or gRPC cannot take, is said before the service starts."""
+    with pytest.raises(ValueError, match=f"{name} is .* in [0-9]+[.][.][0-9]+") as said:
+        settings.limits(None, [f"{name}=99999999TiB"])
+    least, most = re.findall("[0-9]+", str(said.value).split(" in ")[1])
+    with pytest.raises(ValueError, match=name):
+        settings.limits(None, [f"{name}={int(most) + 1}"])
+    others = [f"max_row_bytes={least}"] if name == "max_message_bytes" else []
+    for value in (least, most):
+        limits = settings.limits(None, [*others, "max_message_bytes=2147418111", f"{name}={value}"])
+        service = start_service(limits=limits)
+        reported = service.caller().stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT)
+        service.stop()
+        assert getattr(reported.limits, name) == int(value)
+        assert reported.chunk_bytes <= reported.limits.max_message_bytes
+
+
+def test_a_file_of_limits_that_is_nested_too_deeply_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text("max_k = " + 5000 * "[" + 5000 * "]")
+    with pytest.raises(ValueError, match="--limits"):
+        settings.limits(file, [])
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
+def test_seconds_to_drain_are_a_number(start_service: Start, seconds: float) -> None:
+    with pytest.raises(ValueError, match="drain_seconds"):
+        start_service(drain_seconds=seconds)
 
 
 def test_every_limit_is_reported(start_service: Start) -> None:

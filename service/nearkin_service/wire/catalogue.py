@@ -68,7 +68,7 @@ class CatalogueMethods:
             ],
             devices=[self._core.device],
             limits=pb.Limits(**asdict(self._core.config.limits)),
-            chunk_bytes=self._core.config.chunk_bytes,
+            chunk_bytes=self._core.config.suiting_bytes,
             features=_FEATURES,
             versions={name: version(name) for name in _PACKAGES},
             started=convert.timestamp(self._started),

@@ -55,7 +55,7 @@ class PushMethods:
             view = await self._pushing.begin(spec, asked.absent, commit_when_complete=commit, rows_at=rows_at)
         response = pb.BeginPushResponse(
             push=convert.push(view),
-            chunk_bytes=self._config.chunk_bytes,
+            chunk_bytes=self._config.suiting_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
         if request.accept_shared_memory and rows is not None and local:
