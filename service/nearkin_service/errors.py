@@ -16,6 +16,8 @@ NearkinError
 
 from __future__ import annotations
 
+import errno
+
 
 class NearkinError(Exception):
     """The message is meant for the caller: it names the field or thing, its value, and the way out."""
@@ -73,3 +75,8 @@ class PermissionDeniedError(NearkinError):
 
 class NotInTimeError(NearkinError):
     """What was waited for did not come before the call's deadline."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the system says that there is no room, or none for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

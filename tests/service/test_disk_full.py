@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -42,7 +49,7 @@ def caller(disk: Path, start_service: Start) -> Caller:
 def fill(disk: Path) -> Path:
     """Takes every free byte."""
     filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
+    with filler.open("ab", buffering=0) as file:
         for size in (MIB, 4096):
             try:
                 while file.write(bytes(size)) == size:
@@ -120,3 +127,146 @@ def test_a_restart_on_a_full_disk_serves_what_is_there(start_service: Start, dis
     second = start_service(data_dir=disk / "data", limits=limits)
     unharmed(second.caller())
     assert eventually(lambda: second.caller().generation(run="before").generation, bool) == 1
+
+
+def used(disk: Path) -> int:
+    """Bytes of the file system that are taken, but for the filler's."""
+    filler = disk / "filler"
+    return shutil.disk_usage(disk).used - (filler.stat().st_blocks * 512 if filler.exists() else 0)
+
+
+def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_push_that_ends_on_a_full_disk_frees_its_rows_and_stays_ended(
+    start_service: Start, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0))
+    caller = service.caller()
+    caller.push(SMALL, run="before")
+    before = used(disk)
+    push_id = caller.begin(ROWS).push.push_id
+    caller.write(push_id, ROWS[:1999], step=100)
+    fill(disk)
+    assert used(disk) > before + 3 * MIB
+    aborted = caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=30)
+    assert aborted.state == pb.PUSH_STATE_ABORTED
+    eventually(lambda: used(disk), lambda now: now < before + MIB)
+    service.stop()
+    again = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0)).caller()
+    assert not list(again.stub.GetRun(pb.GetRunRequest(run="run"), timeout=30).pushes)
+    unharmed(again)
+    assert not errors_of(caplog)
+
+
+def test_a_start_on_a_full_disk_sets_no_ended_push_aside(start_service: Start, disk: Path) -> None:
+    service = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0))
+    caller = service.caller()
+    push_id = caller.begin(SMALL).push.push_id
+    caller.stub.AbortPush(pb.AbortPushRequest(push_id=push_id), timeout=30)
+    service.stop()
+    fill(disk)
+    again = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0))
+    assert again.caller().state(push_id).state == pb.PUSH_STATE_ABORTED
+    assert not list((disk / "data/quarantine").iterdir())
+
+
+def test_what_could_not_begin_on_a_full_disk_leaves_nothing(
+    start_service: Start, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither rows that lie in the way of others until the next start, nor a run that nobody has made."""
+    service = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0))
+    caller = service.caller()
+    for epoch in range(2):  # the second one's retention leaves the first one's file as a spare
+        caller.push(ROWS, epoch, retention=pb.Retention(keep_embeddings=1))
+    eventually(lambda: caller.generation(1).embeddings, lambda s: s == pb.EMBEDDINGS_STATE_DROPPED)
+    eventually(lambda: list((disk / "data/spares").iterdir()), lambda found: len(found) == 1)
+    pushes = disk / "data/runs/run/pushes"
+    eventually(lambda: list(pushes.iterdir()), lambda found: not found)
+    for run in ("run", "new"):
+        for _ in range(3):
+            filler = fill(disk)
+            error = refusal(lambda: caller.begin(ROWS, 2, run=run))  # noqa: B023 - called at once
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error.details()
+    assert not list(pushes.iterdir())
+    assert [path.name for path in (disk / "data/runs").iterdir()] == ["run"]
+    service.stop()
+    filler.unlink()
+    again = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0)).caller()
+    listed = again.stub.ListRuns(pb.ListRunsRequest(), timeout=30)
+    assert [run.run for run in listed.runs] == ["run"]
+    assert not errors_of(caplog)
+
+
+def test_retention_makes_room_on_a_full_disk(
+    start_service: Start, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0))
+    caller = service.caller()
+    caller.push(SMALL, run="before")
+    first = random_rows(2000, 512, seed=1)
+    caller.push(first)
+    eventually(lambda: caller.generation(1).embeddings, lambda s: s == pb.EMBEDDINGS_STATE_KEPT)
+    sweeping = service.server.core.directory.drop_embeddings
+
+    def fill_before(generation: Any) -> Any:
+        fill(disk)
+        return sweeping(generation)
+
+    with mock.patch.object(service.server.core.directory, "drop_embeddings", fill_before):
+        caller.push(ROWS, 1, retention=pb.Retention(keep_embeddings=1))
+        rows = disk / "data/runs/run/generations/1/rows.bin"
+        eventually(rows.exists, lambda there: not there)
+    unharmed(caller)
+    np.testing.assert_array_equal(caller.table(generation=1).ids, brute_force(first, 5))
+    service.stop()
+    again = start_service(data_dir=disk / "data", limits=Limits(min_free_disk_bytes=0)).caller()
+    assert again.generation(1).embeddings == pb.EMBEDDINGS_STATE_DROPPED
+    assert not errors_of(caplog)
+
+
+def test_a_pin_that_the_disk_does_not_have_is_none(start_service: Start, tmp_path: Path) -> None:
+    service = start_service()
+    caller = service.caller()
+    caller.push(SMALL)
+    pin = partial(caller.stub.PinGeneration, pb.PinGenerationRequest(run="run", generation=1), timeout=30)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(service.server.core.directory, "pin", side_effect=full):
+        assert refusal(pin).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not caller.generation(1).pinned
+    assert pin().pinned
+
+
+def test_a_build_that_finds_the_disk_full_is_no_error_of_the_service(
+    caller: Caller, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    push_id = caller.begin(ROWS, k=1000, commit_when_complete=False).push.push_id
+    caller.write(push_id, ROWS, step=100)
+    filler = fill(disk)
+    filler.write_bytes(bytes(filler.stat().st_size - 2 * MIB))  # room for the commit, not for the table
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id), timeout=30)
+    assert "min_free_disk_bytes" in caller.ended(push_id).error
+    assert not errors_of(caplog)
+
+
+def test_a_journal_that_had_room_for_half_is_said_to_be_a_full_disk(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_id = caller.begin(SMALL).push.push_id
+    real = os.write
+
+    def half(descriptor: int, data: bytes) -> int:
+        """What a disk with room for half of it does: takes that, and nothing then."""
+        if not Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith("journal"):
+            return real(descriptor, data)
+        if len(data) % 32:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[:20])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        error = refusal(lambda: caller.write(push_id, SMALL))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error.details()
+    caller.write(push_id, SMALL)
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(SMALL, 5))

@@ -100,10 +100,16 @@ class Administering:
         if number < 0:
             raise InvalidArgumentError("generation", f"{number} is negative")
         async with self._locked(name) as run:
-            generation = replace(run.generation(number), pinned=pinned)
+            before = run.generation(number)
+            generation = replace(before, pinned=pinned)
             self._core.catalogue.replace(generation)  # first: a sweep from now on knows
-            with self._core.catalogue.kept(generation):
-                await self._core.io(self._core.directory.pin, generation, pinned=pinned)
+            try:
+                with self._core.catalogue.kept(generation):
+                    await self._core.io(self._core.directory.pin, generation, pinned=pinned)
+            except OSError:
+                now = self._core.catalogue.present(generation)
+                self._core.catalogue.replace(replace(now or before, pinned=before.pinned))
+                raise
         log.info("run %s: generation %d %s", name, generation.number, "pinned" if pinned else "unpinned")
         return generation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
-from nearkin_service.errors import DataLossError, NotFoundError
+from nearkin_service.errors import DataLossError, NotFoundError, disk_is_full
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.parents import opened, parent_of
 from nearkin_service.operations.searching import Searching
@@ -92,8 +91,11 @@ def _why(error: Exception) -> str:
     """What a caller is told of a build that broke."""
     if isinstance(error, DataLossError):
         return f"DATA_LOSS: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the data directory's disk is full: the table could not be written; push the epoch again"
+    if disk_is_full(error):
+        return (
+            "min_free_disk_bytes: the data directory's disk is full: the table could not be written; make "
+            "room, and push the epoch again"
+        )
     return f"the build failed: {type(error).__name__}: {error}"
 
 
@@ -179,7 +181,7 @@ class Builds:
         except ValueError as error:
             await self.end(push, PushState.FAILED, str(error))
         except Exception as error:
-            if push.live:
+            if push.live and not disk_is_full(error):  # that is no mistake of ours, and said below
                 log.exception("run %s epoch %d: the build failed", push.spec.run, push.spec.epoch)
             await self.end(push, PushState.FAILED, _why(error))
         finally:

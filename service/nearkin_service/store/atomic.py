@@ -13,21 +13,47 @@ from typing import Any
 from nearkin.v1.checksums import crc32c
 
 from nearkin_service import faults
-from nearkin_service.errors import DataLossError
+from nearkin_service.errors import DataLossError, disk_is_full
 
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
     """Replaces the document at `path`; it is on disk when this returns."""
-    data = json.dumps({"body": body, "crc32c": crc32c(_canonical(body))}, indent=1, allow_nan=False)
     aside = path.with_name(f".{path.name}.aside")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(data + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        _write_durably(aside, "w", _document(body))
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     faults.point("document.written_aside")
     aside.replace(path)
     faults.point("document.renamed")
     fsync_directory(path.parent)
+
+
+def change_document(path: Path, body: dict[str, Any]) -> None:
+    """The same for one that other files can make up for: on a full disk it is written where it lies.
+
+    That takes no room, and what makes room must not need any. If the machine dies in that very moment, the
+    document is damaged.
+    """
+    try:
+        write_document(path, body)
+    except OSError as error:
+        if not (disk_is_full(error) and path.is_file()):
+            raise
+        _write_durably(path, "r+", _document(body))
+
+
+def _document(body: dict[str, Any]) -> str:
+    return json.dumps({"body": body, "crc32c": crc32c(_canonical(body))}, indent=1, allow_nan=False) + "\n"
+
+
+def _write_durably(path: Path, mode: str, text: str) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_document(path: Path) -> dict[str, Any]:

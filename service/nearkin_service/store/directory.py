@@ -17,7 +17,13 @@ from nearkin_service.errors import DataLossError, LimitExceededError
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import push_files
-from nearkin_service.store.atomic import fsync_directory, fsync_file, read_document, write_document
+from nearkin_service.store.atomic import (
+    change_document,
+    fsync_directory,
+    fsync_file,
+    read_document,
+    write_document,
+)
 from nearkin_service.store.fitting import require_fit, require_moment
 from nearkin_service.store.layout import DirectoryLock, Layout, new_push_id
 from nearkin_service.store.push_files import PushFiles, compare_rows
@@ -67,7 +73,7 @@ class DataDirectory:
         try:
             about = _read_about(self._layout.run(run) / _RUN)
         except (OSError, ValueError, DataLossError) as error:
-            if isinstance(error, FileNotFoundError) and not any(self._layout.runs.joinpath(run).iterdir()):
+            if isinstance(error, FileNotFoundError) and self._is_bare(run):
                 self._layout.discard(self._layout.runs / run)
                 return None
             anew = self._describe_anew(run, error)
@@ -97,6 +103,15 @@ class DataDirectory:
             self._set_aside(self._layout.run(run) / _RUN, f"{run}-{_RUN}", error)
         write_document(self._layout.run(run) / _RUN, about)
         return about
+
+    def _is_bare(self, run: str) -> bool:
+        """Whether it holds nothing: the service died, or the disk was full, while it was made."""
+        made = {self._layout.runs / run / name for name in ("pushes", "generations")}
+        return not any(
+            path not in made or not path.is_dir() or any(path.iterdir())
+            for path in self._layout.runs.joinpath(run).iterdir()
+            if path.name != f".{_RUN}.aside"
+        )
 
     def _numbers(self, run: str) -> list[int]:
         directory = self._layout.generations(run)
@@ -156,11 +171,15 @@ class DataDirectory:
 
     def create_run(self, run: str, created: float) -> None:
         path = self._layout.run(run)
-        for directory in (path, self._layout.pushes(run), self._layout.generations(run)):
-            directory.mkdir(exist_ok=True)
-        faults.point("run.directories_made")
-        write_document(path / _RUN, {"created": created, "last_generation": 0})
-        fsync_directory(self._layout.runs)
+        try:
+            for directory in (path, self._layout.pushes(run), self._layout.generations(run)):
+                directory.mkdir(exist_ok=True)
+            faults.point("run.directories_made")
+            write_document(path / _RUN, {"created": created, "last_generation": 0})
+            fsync_directory(self._layout.runs)
+        except OSError:
+            self._layout.discard(path)
+            raise
         faults.point("run.made")
 
     def delete_run(self, run: str) -> None:
@@ -200,7 +219,12 @@ class DataDirectory:
         fsync_file(self.rows_path(run, push_id))
 
     def finish_push(self, run: str, push_id: str, state: PushState, error: str) -> None:
-        push_files.finish(self._layout.push(run, push_id), state, error, self._spares)
+        """Notes how a push ended. OSError: the disk has no room for that, and nothing of the push is left."""
+        try:
+            push_files.finish(self._layout.push(run, push_id), state, error, self._spares)
+        except OSError:
+            self.forget_push(run, push_id)
+            raise
 
     def forget_push(self, run: str, push_id: str) -> None:
         self._layout.discard(self._layout.push(run, push_id))
@@ -225,7 +249,7 @@ class DataDirectory:
     def _note_number(self, run: str, number: int) -> None:
         path = self._layout.run(run) / _RUN
         about = read_document(path)
-        write_document(path, about | {"last_generation": max(number, about["last_generation"])})
+        change_document(path, about | {"last_generation": max(number, about["last_generation"])})
 
     def delete_generation(self, generation: Generation) -> None:
         self._layout.discard(self._layout.generation(generation.run, generation.number))

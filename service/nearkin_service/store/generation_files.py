@@ -27,6 +27,7 @@ from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
 from nearkin_service.errors import DataLossError, FailedPreconditionError, NotFoundError
 from nearkin_service.store.atomic import (
+    change_document,
     fsync_directory,
     fsync_file,
     read_document,
@@ -339,7 +340,7 @@ def pin(directory: Path, *, pinned: bool) -> None:
 
 
 def _write_embeddings_state(directory: Path, state: EmbeddingsState) -> None:
-    write_document(directory / EMBEDDINGS, {"state": state, "boot": boot_id()})
+    change_document(directory / EMBEDDINGS, {"state": state, "boot": boot_id()})
 
 
 def open_rows(directory: Path, generation: Generation) -> RowsFile:

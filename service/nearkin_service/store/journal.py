@@ -70,10 +70,13 @@ def append(descriptor: int, records: Iterable[Record]) -> None:
 
 def append_packed(descriptor: int, data: bytes) -> None:
     """The same for what `packed` has made."""
-    written = os.write(descriptor, data)
-    if written != len(data):
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
         os.truncate(descriptor, os.fstat(descriptor).st_size - written)
-        raise OSError(f"only {written} of {len(data)} bytes went into the journal")
+        raise
 
 
 def read(path: Path) -> tuple[list[Record], int]:

@@ -6,6 +6,7 @@ Methods run on I/O threads, several at once; the caller sees to it that no two o
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,10 @@ class PushFiles:
             write_document(directory / PUSH, body)
             fsync_directory(directory.parent)
             faults.point("push.described")
+            return PushFiles(directory, spec)
         except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)  # its rows may be a spare's, which take room
             raise disk_error(error) from error
-        return PushFiles(directory, spec)
 
     def receive(
         self, rows: RowRange, known: RowSet, absent: RowSet, payload: memoryview, crc: int | None
@@ -284,6 +286,10 @@ def finish(directory: Path, state: PushState, error: str, spares: Spares | None 
     faults.point("outcome.written")
     if spares is not None:
         spares.keep(directory / ROWS)
+    _free_rows(directory)
+
+
+def _free_rows(directory: Path) -> None:
     for name in (ROWS, JOURNAL):
         (directory / name).unlink(missing_ok=True)
 
@@ -329,7 +335,7 @@ def recover(directory: Path, run: str) -> RecoveredPush:
 def _recover_finished(directory: Path, about: dict[str, Any], spec: PushSpec) -> RecoveredPush:
     outcome = read_document(directory / OUTCOME)
     require_fit(outcome["error"], str, f"{OUTCOME}.error")
-    finish(directory, PushState(outcome["state"]), outcome["error"])
+    _free_rows(directory)
     return RecoveredPush(
         push_id=about["push_id"],
         spec=spec,

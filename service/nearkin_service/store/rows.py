@@ -5,7 +5,6 @@ Dimension letters: n rows of a message, R elements of a row.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from nearkin.v1.room import LINE_BYTES
 from nearkin.v1.soundness import INFINITY, all_finite, zero_rows
 from numpy.typing import NDArray
 
-from nearkin_service.errors import DataLossError, InvalidArgumentError, LimitExceededError
+from nearkin_service.errors import DataLossError, InvalidArgumentError, LimitExceededError, disk_is_full
 from nearkin_service.ranges import RowSet
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.values import PushSpec
@@ -262,7 +261,7 @@ def mapped(file: BinaryIO, name: str, dtype: Any, shape: tuple[int, int], begins
 
 def disk_error(error: OSError) -> Exception:
     """A full disk as the limit it is; any other error as it came."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_is_full(error):
         return LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
     return error
 

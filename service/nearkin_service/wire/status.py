@@ -43,7 +43,7 @@ def meaning(name: str, error: Exception) -> Any:
 
     Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if errors.disk_is_full(error):
         error = errors.LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
     if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS):
         log.error("%s: the disk does not work", name, exc_info=error)
