@@ -115,7 +115,7 @@ class LocalService:
     def _spawn(self, command: list[str]) -> None:
         with self.log_path.open("ab") as output:
             self._guard = subprocess.Popen(  # noqa: S603 - nearkin-serve with our own arguments
-                [sys.executable, "-I", "-S", guard.__file__, *command],
+                [sys.executable, "-I", "-S", guard.__file__, str(self._scratch), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

@@ -61,10 +61,16 @@ def test_it_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_it_dies_with_its_owner(how: str) -> None:
     with subprocess.Popen([sys.executable, "-c", OWNER, how], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        pid, _ = owner.stdout.readline().split()
+        pid, address = owner.stdout.readline().split()
+        scratch = Path(address.removeprefix("unix://")).parent
         assert is_alive(int(pid))
+        assert scratch.is_dir()
         owner.kill()
         assert gone_within(15, int(pid))
+    end = time.monotonic() + 15
+    while scratch.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not scratch.exists(), "its data may be gigabytes"
 
 
 def test_it_dies_even_if_its_guard_is_killed() -> None:
