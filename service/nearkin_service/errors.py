@@ -80,3 +80,32 @@ class NotInTimeError(NearkinError):
 def disk_is_full(error: BaseException) -> bool:
     """Whether the system says that there is no room, or none for this user."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def lacking(error: BaseException) -> LimitExceededError | None:
+    """What of the machine's ran out, as a limit; None: it is something else that went wrong."""
+    if disk_is_full(error):
+        return LimitExceededError("min_free_disk_bytes", "the data directory's disk is full; make room")
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _said(error, "bad_alloc"):
+        return LimitExceededError("memory", "the service has not enough memory for this")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return LimitExceededError(
+            "open_files",
+            "the service has as many files and connections open as it may; close some, or "
+            "raise its `ulimit -n`",
+        )
+    if _said(error, "can't start new thread"):
+        return LimitExceededError("threads", "the service has as many threads as it may; try again later")
+    return None
+
+
+def is_momentary(error: BaseException) -> bool:
+    """Whether what could not be read may well be sound: it was not let, or had nothing to read it with."""
+    denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+    return denied or lacking(error) is not None
+
+
+def _said(error: BaseException, words: str) -> bool:
+    """C++ and CPython have no class of their own for these."""
+    return isinstance(error, RuntimeError) and words in str(error)

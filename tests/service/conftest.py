@@ -226,7 +226,11 @@ class Service:
 
     async def _make(self) -> None:
         self.server = NeighbourServer(self.config, self.engines, "cpu")
-        await self.server.start()
+        try:
+            await self.server.start()
+        except BaseException:  # a process would end with it, and leave the data directory to the next one
+            self.server.core.directory.close()
+            raise
 
     def _run(self, work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT)

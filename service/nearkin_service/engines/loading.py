@@ -21,6 +21,8 @@ _WORTH_WAITING = 1e11  # products: FAISS takes a second or more
 _loaded = {"at once": threading.Event(), "scan": threading.Event()}
 _starting = threading.Lock()
 _started: set[str] = set()
+_loading: set[str] = set()
+_ended = threading.Condition(_starting)
 
 
 def ready(job: Job) -> bool:
@@ -31,7 +33,12 @@ def ready(job: Job) -> bool:
     with _starting:
         if need not in _started:
             _started.add(need)
-            threading.Thread(target=_load, args=(need,), name="nearkin-loading", daemon=True).start()
+            _loading.add(need)
+            try:
+                threading.Thread(target=_load, args=(need,), name="nearkin-loading", daemon=True).start()
+            except RuntimeError:  # there are as many as there may be
+                _started.discard(need)
+                _loading.discard(need)
     return False
 
 
@@ -42,9 +49,10 @@ def built(job: Job) -> None:
 
 
 def wait(job: Job) -> None:
-    """Return once `ready` says yes."""
+    """Return once `ready` says yes, or what it waits for has failed."""
     if not ready(job):
-        _loaded[_need(job)].wait()
+        with _ended:
+            _ended.wait_for(lambda: _need(job) not in _loading)
 
 
 def _need(job: Job) -> str:
@@ -52,21 +60,31 @@ def _need(job: Job) -> str:
 
 
 def _load(need: str) -> None:
+    try:
+        _build_all(need)
+        _loaded[need].set()
+    except (OSError, MemoryError) as error:
+        log.warning("engine mixed could not be loaded, which is tried again: %s", error)
+        _started.discard(need)
+    except Exception:
+        log.exception("engine mixed cannot be loaded; small tables are built by flat")
+    finally:
+        with _ended:
+            _loading.discard(need)
+            _ended.notify_all()
+
+
+def _build_all(need: str) -> None:
     """Build tables so small that loading is all it takes, one for each kind of loop."""
     from nearkin_service.engines.keys import KeyedRows
     from nearkin_service.engines.mixed.cpu import build_mixed, in_panels, mixed_self_join
     from nearkin_service.engines.mixed.scan import keys_for_tiles
 
-    try:
-        for size, k in ((8, 3), (8, 40), (2048, 3)):
-            rows = np.random.default_rng(0).standard_normal((100, size), dtype=np.float32)
-            source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
-            if need == "at once":
-                build_mixed(source, k, Silence())
-            else:
-                in_panels(source.keys_of(rows, np.arange(len(rows))), k, Silence())
-                mixed_self_join(*keys_for_tiles(source, source.present(), Silence()), k, Silence())
-    except Exception:
-        log.exception("engine mixed cannot be loaded; small tables are built by flat")
-        return
-    _loaded[need].set()
+    for size, k in ((8, 3), (8, 40), (2048, 3)):
+        rows = np.random.default_rng(0).standard_normal((100, size), dtype=np.float32)
+        source = KeyedRows(rows, (size,), "flat", np.empty(0, np.int64))
+        if need == "at once":
+            build_mixed(source, k, Silence())
+        else:
+            in_panels(source.keys_of(rows, np.arange(len(rows))), k, Silence())
+            mixed_self_join(*keys_for_tiles(source, source.present(), Silence()), k, Silence())

@@ -90,9 +90,10 @@ class Administering:
             raise InvalidArgumentError("generation", f"{number} is not a generation's number (1, 2, ...)")
         async with self._locked(name) as run:
             generation = run.generation(number)
-            self._searching.forget(generation)
-            self._core.catalogue.remove_generation(run, generation)
             await self._core.io(self._core.directory.delete_generation, generation)
+            if self._core.catalogue.present(generation) is not None:  # retention may have come first
+                self._core.catalogue.remove_generation(run, generation)
+            self._searching.forget(generation)
         log.info("run %s: generation %d deleted", name, number)
 
     async def pin(self, name: str, number: int, *, pinned: bool) -> Generation:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
-from nearkin_service.errors import DataLossError, NotFoundError, disk_is_full
+from nearkin_service.errors import DataLossError, NotFoundError, is_momentary, lacking
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.parents import opened, parent_of
 from nearkin_service.operations.searching import Searching
@@ -91,11 +91,8 @@ def _why(error: Exception) -> str:
     """What a caller is told of a build that broke."""
     if isinstance(error, DataLossError):
         return f"DATA_LOSS: {error}"
-    if disk_is_full(error):
-        return (
-            "min_free_disk_bytes: the data directory's disk is full: the table could not be written; make "
-            "room, and push the epoch again"
-        )
+    if (limit := lacking(error)) is not None:
+        return f"{limit}; the table could not be made; push the epoch again"
     return f"the build failed: {type(error).__name__}: {error}"
 
 
@@ -181,7 +178,7 @@ class Builds:
         except ValueError as error:
             await self.end(push, PushState.FAILED, str(error))
         except Exception as error:
-            if push.live and not disk_is_full(error):  # that is no mistake of ours, and said below
+            if push.live and not is_momentary(error):  # those are no mistakes of ours, and said below
                 log.exception("run %s epoch %d: the build failed", push.spec.run, push.spec.epoch)
             await self.end(push, PushState.FAILED, _why(error))
         finally:
@@ -344,7 +341,13 @@ class Builds:
 
         def if_it_is_there() -> None:
             if self._core.catalogue.runs.get(run.name) is run:
-                with suppress(FileNotFoundError):  # somebody has deleted it
+                try:
                     clear(generation)
+                except FileNotFoundError:
+                    pass  # somebody has deleted it
+                except OSError as trouble:
+                    log.warning(
+                        "run %s generation %d: not cleared away: %s", run.name, generation.number, trouble
+                    )
 
         await self._core.background(if_it_is_there)

@@ -23,7 +23,7 @@ from nearkin_service.engines.contract import (
     Parent,
     Searcher,
 )
-from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError
+from nearkin_service.errors import InvalidArgumentError, NearkinError, UnavailableError, is_momentary
 from nearkin_service.metrics import Metrics
 from nearkin_service.operations.pacing import Pacing
 from nearkin_service.store import DataDirectory, PushFiles
@@ -125,7 +125,11 @@ class Core:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, NearkinError):
+        if error is None or isinstance(error, NearkinError):
+            return
+        if is_momentary(error):
+            log.warning("background work came to nothing: %s", error)
+        else:
             log.error("background work failed", exc_info=error)
 
     async def settle(self) -> None:

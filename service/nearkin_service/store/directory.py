@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nearkin_service import faults
 from nearkin_service.engines.contract import Neighbours
-from nearkin_service.errors import DataLossError, LimitExceededError
+from nearkin_service.errors import DataLossError, LimitExceededError, is_momentary
 from nearkin_service.ranges import RowSet
 from nearkin_service.store import generation_files as gens
 from nearkin_service.store import push_files
@@ -73,6 +73,8 @@ class DataDirectory:
         try:
             about = _read_about(self._layout.run(run) / _RUN)
         except (OSError, ValueError, DataLossError) as error:
+            if is_momentary(error):
+                raise
             if isinstance(error, FileNotFoundError) and self._is_bare(run):
                 self._layout.discard(self._layout.runs / run)
                 return None
@@ -154,6 +156,8 @@ class DataDirectory:
         try:
             return push_files.recover(path, run)
         except (*_DAMAGE, OSError) as error:
+            if is_momentary(error):
+                raise
             self._set_aside(path, f"{run}-push-{path.name[:24]}", error)
             return None
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nearkin_service import faults
 from nearkin_service.engines.contract import BuiltTable, MeasuredRecall
-from nearkin_service.errors import DataLossError, FailedPreconditionError, NotFoundError
+from nearkin_service.errors import DataLossError, FailedPreconditionError, NotFoundError, is_momentary
 from nearkin_service.store.atomic import (
     change_document,
     fsync_directory,
@@ -204,10 +204,12 @@ def read_tables(directory: Path, run: str, number: int) -> Generation:
 
 @contextmanager
 def _damage(directory: Path) -> Iterator[None]:
-    """A file that cannot be read is one that is damaged."""
+    """A file that cannot be read is one that is damaged, unless it is us who cannot."""
     try:
         yield
     except OSError as error:
+        if is_momentary(error):
+            raise
         raise DataLossError(
             f"{directory.name}: {error.strerror}: {Path(str(error.filename)).name}"
         ) from error

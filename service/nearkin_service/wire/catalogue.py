@@ -27,6 +27,11 @@ class CatalogueMethods:
         self._administering = administering
         self._reading = reading
         self._started = time.time()
+        # Read once: who is asked while files run out still answers.
+        self._version, self._versions = (
+            version("nearkin-service"),
+            {name: version(name) for name in _PACKAGES},
+        )
 
     async def ListRuns(self, request: pb.ListRunsRequest, _context: Context) -> pb.ListRunsResponse:
         views, token = self._administering.runs(request.page_size, request.page_token, reachable)
@@ -61,7 +66,7 @@ class CatalogueMethods:
 
     async def GetServerInfo(self, _request: pb.GetServerInfoRequest, _context: Context) -> pb.ServerInfo:
         return pb.ServerInfo(
-            version=version("nearkin-service"),
+            version=self._version,
             engines=[
                 pb.EngineInfo(name=e.name, available=e.available, reason=e.reason, exact=e.exact)
                 for e in self._core.known_engines
@@ -70,6 +75,6 @@ class CatalogueMethods:
             limits=pb.Limits(**asdict(self._core.config.limits)),
             chunk_bytes=self._core.config.suiting_bytes,
             features=_FEATURES,
-            versions={name: version(name) for name in _PACKAGES},
+            versions=self._versions,
             started=convert.timestamp(self._started),
         )

@@ -41,15 +41,15 @@ _CODE_OF_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 def meaning(name: str, error: Exception) -> Any:
     """The google.rpc.Status in which the call `name` ends.
 
-    Ours by their code, a full memory as a limit, anything else as our mistake: logged, not told.
+    Ours by their code, what ran out as a limit, anything else as our mistake: logged, not told.
     """
-    if errors.disk_is_full(error):
-        error = errors.LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
+    error = errors.lacking(error) or error
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        log.warning("%s: %s", name, error)
+        error = errors.UnavailableError(f"the service may not use its data directory: {error.strerror}")
     if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS):
         log.error("%s: the disk does not work", name, exc_info=error)
         error = errors.UnavailableError(f"the data directory's disk does not work: {error.strerror}")
-    if isinstance(error, MemoryError):
-        error = errors.LimitExceededError("memory", "the service has not enough memory for this call")
     if isinstance(error, errors.NearkinError):
         return _status(error)
     log.error("%s failed", name, exc_info=error)

@@ -16,7 +16,7 @@ from nearkin.v1 import frames
 from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_service import listening
-from nearkin_service.errors import InvalidArgumentError, UnavailableError
+from nearkin_service.errors import InvalidArgumentError, UnavailableError, lacking
 from nearkin_service.operations import Core, Lending, Pushing, Reading, Writing
 from nearkin_service.wire.lane.rows import RowsReceiver
 from nearkin_service.wire.lane.tables import TableSender
@@ -124,12 +124,18 @@ class BulkLane:
         thread = threading.Thread(
             target=self._serve, args=(connection,), name="nearkin-lane-caller", daemon=True
         )
+        why = f"there are {MOST_CONNECTIONS}"
         with self._lock:
             if not self._closing and len(self._connections) < MOST_CONNECTIONS:
                 self._connections[connection] = thread
-                thread.start()
-                return
-        log.info("a caller of the bulk lane was turned away: there are %d", MOST_CONNECTIONS)
+                try:
+                    thread.start()
+                except RuntimeError as none_left:
+                    del self._connections[connection]
+                    why = str(none_left)
+                else:
+                    return
+        log.info("a caller of the bulk lane was turned away: %s", why)
         connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -142,6 +148,10 @@ class BulkLane:
                 self._do(connection, ticket.grant)
         except (OSError, frames.Ended, frames.Malformed) as error:
             log.info("a caller of the bulk lane is gone: %s", error)
+        except RuntimeError as error:
+            if lacking(error) is None:
+                raise
+            log.info("a caller of the bulk lane was turned away: %s", error)
         finally:
             with self._lock:
                 del self._connections[connection]
