@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import pytest
@@ -69,6 +70,39 @@ def test_a_file_of_limits_that_is_nested_too_deeply_is_refused_in_one_line(tmp_p
     file.write_text("max_k = " + 5000 * "[" + 5000 * "]")
     with pytest.raises(ValueError, match="--limits"):
         settings.limits(file, [])
+
+
+def begun_at_once(caller: Caller, count: int) -> list[str]:
+    """How many calls end that begin a push of another run each, all at the same time: "" if well."""
+    rows: dict[str, Any] = {"num_classes": 1000, "row_shape": [1000], "dtype": pb.DTYPE_FLOAT32, "k": 3}
+    requests = [pb.BeginPushRequest(run=f"run{each}", **rows) for each in range(count)]
+    calls: list[Any] = [caller.stub.BeginPush.future(each, timeout=WAIT) for each in requests]
+    return ["" if call.exception() is None else call.details().split(":")[0] for call in calls]
+
+
+def test_pushes_that_begin_at_the_same_time_are_no_more_than_may_be_open(start_service: Start) -> None:
+    service = start_service(limits=Limits(max_open_pushes=3))
+    directory = service.server.core.directory
+    create = directory.create_push
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return create(*arguments)
+
+    with mock.patch.object(directory, "create_push", slowly):
+        ended = begun_at_once(service.caller(), 20)
+    assert sorted(set(ended)) == ["", "max_open_pushes"]
+    assert ended.count("") == 3
+
+
+def test_pushes_that_begin_at_the_same_time_share_the_disk(start_service: Start, tmp_path: Path) -> None:
+    """4 MB each; who is refused leaves no run behind."""
+    service = start_service(limits=Limits(min_free_disk_bytes=0))
+    service.server.core.directory.free_bytes = lambda: 10_000_000  # type: ignore[method-assign]
+    ended = begun_at_once(service.caller(), 20)
+    assert sorted(set(ended)) == ["", "min_free_disk_bytes"]
+    assert ended.count("") == 2
+    assert len(list((tmp_path / "data/runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 
 import numpy as np
@@ -36,6 +36,7 @@ class Pushing:
         self._builds = builds
         self._composing = Composing(core)
         self._creating_run = asyncio.Lock()
+        self._opening: list[PushSpec] = []  # pushes that count already, and are not in the catalogue yet
 
     # ------------------------------------------------------------------------------------------ beginning
 
@@ -102,13 +103,15 @@ class Pushing:
                 if len(catalogue.runs) >= self._core.config.limits.max_runs:
                     raise LimitExceededError("max_runs", f"there are {len(catalogue.runs)} runs; delete one")
                 self._require_room_for_push(None)
+                await self._require_disk(spec)  # or a run would be left that nobody pushes to
                 run = Run(spec.run, time.time())
                 await self._core.io(self._core.directory.create_run, run.name, run.created)
                 catalogue.add_run(run)
             return catalogue.runs[spec.run]
 
     def _require_room_for_push(self, run: Run | None) -> None:
-        limits, everywhere = self._core.config.limits, len(self._core.catalogue.open_pushes)
+        limits = self._core.config.limits
+        everywhere = len(self._core.catalogue.open_pushes) + len(self._opening)
         if everywhere >= limits.max_open_pushes:
             raise LimitExceededError(
                 "max_open_pushes", f"{everywhere} pushes are open or being built; wait for one"
@@ -145,15 +148,17 @@ class Pushing:
         if spec.base_generation:
             self._composing.base(spec)
         core = self._core
-        promised = sum(
-            p.spec.expected_bytes - len(p.stored) * p.spec.row_bytes for p in core.catalogue.open_pushes
-        )
-        await core.io(core.directory.require_space, spec, promised, core.config.limits.min_free_disk_bytes)
-        created = time.time()
-        push_id, files = await core.io(core.directory.create_push, spec, created, rows_at)
-        core.files[push_id] = files
-        push = Push(push_id, spec, created)
-        core.catalogue.add_push(run, push)
+        enough = self._require_disk(spec)
+        self._opening.append(spec)
+        try:
+            await enough
+            created = time.time()
+            push_id, files = await core.io(core.directory.create_push, spec, created, rows_at)
+            core.files[push_id] = files
+            push = Push(push_id, spec, created)
+            core.catalogue.add_push(run, push)
+        finally:
+            self._opening.remove(spec)
         log.info(
             "run %s epoch %d: push %s opened, %d rows of %s %s, k %d",
             spec.run,
@@ -165,6 +170,14 @@ class Pushing:
             spec.k,
         )
         return push
+
+    def _require_disk(self, spec: PushSpec) -> Awaitable[None]:
+        """Beside what other pushes still expect. LimitExceededError: there is not enough."""
+        core = self._core
+        promised = sum(
+            p.spec.expected_bytes - len(p.stored) * p.spec.row_bytes for p in core.catalogue.open_pushes
+        ) + sum(other.expected_bytes for other in self._opening)
+        return core.io(core.directory.require_space, spec, promised, core.config.limits.min_free_disk_bytes)
 
     async def _join(self, push: Push, declared: RowSet, *, commit_when_complete: bool) -> None:
         if push.state is not PushState.OPEN:
