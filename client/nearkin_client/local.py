@@ -137,7 +137,7 @@ class LocalService:
             if not isinstance(problem, Unavailable | DeadlineExceeded):
                 break
         what = f"does not answer ({problem})" if self.running else "ended while it started"
-        said = self.output()
+        said = self.output() or f"nothing; is there room in {self.log_path.parent}?"
         self._end()
         raise Unavailable(f"the private service {what}; it said:\n{said}")
 
@@ -160,7 +160,11 @@ class LocalService:
         self._guard, self._pid = None, 0
 
     def __enter__(self) -> Self:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:  # then nobody calls `__exit__`
+            self.stop()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_it_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not socket.parent.exists()
     with LocalService(tmp_path / "data") as service, NeighbourClient(service.address, run="r") as client:
         assert client.table().generation == 1
+
+
+def test_one_that_does_not_start_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the data directory's disk, or that of its log, is full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (
+        pytest.raises(Unavailable, match="is there room in /dev"),
+        LocalService(options=["--engine", "none"], log_path="/dev/null"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("how", ["killed", "forks"])
