@@ -28,7 +28,8 @@ ROWS = random_rows(30, 8)
 
 
 def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    ours = [record for record in caplog.records if record.name.startswith("nearkin")]
+    return [record.getMessage() for record in ours if record.levelno >= logging.ERROR]
 
 
 def os_error(number: int) -> OSError:
@@ -195,3 +196,20 @@ def test_loops_of_mixed_that_could_not_be_loaded_are_loaded_later() -> None:
             assert not waiting.is_alive()
         loading.wait(job)
         assert loading.ready(job)
+
+
+def test_loops_that_are_broken_in_this_process_fail_one_build_and_no_other(caller: Caller) -> None:
+    """As after an import for which memory ran out in its middle: what is left of it stays."""
+    rows = random_rows(3000, 64)
+    broken = mock.patch("nearkin_service.engines.mixed.cpu.build_mixed", side_effect=AttributeError("core"))
+    with (
+        mock.patch.object(loading, "_WORTH_WAITING", 0),
+        mock.patch.object(loading, "_loaded", {"at once": threading.Event(), "scan": threading.Event()}),
+        mock.patch.object(loading, "_failed", set[str]()),
+        broken,
+    ):
+        push_id = caller.begin(rows, engine="auto").push.push_id
+        caller.write(push_id, rows)
+        assert "core" in caller.ended(push_id).error
+        caller.push(rows, 1)
+    assert caller.generation().engine == "flat"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from nearkin_service.engines.incremental import Depth, Means, fits, update
 from nearkin_service.engines.installed import faiss_version
 from nearkin_service.engines.ivf import build_ivf
 from nearkin_service.engines.keys import KeyedRows
-from nearkin_service.engines.loading import built, ready
+from nearkin_service.engines.loading import built, first_use, ready
 from nearkin_service.engines.qaconv import (
     LocationScore,
     LocationSearcher,
@@ -72,9 +73,10 @@ def _build(source: KeyedRows, request: BuildRequest, device: str, monitor: Build
 
         return build_on_gpu(source, request.k, monitor)
     if engine == "mixed":
-        from nearkin_service.engines.mixed.cpu import build_mixed
+        with first_use(job):
+            from nearkin_service.engines.mixed.cpu import build_mixed
 
-        table = build_mixed(source, request.k, monitor, spare)
+            table = build_mixed(source, request.k, monitor, spare)
         built(job)
         return _split(table, request.k)
     if engine == "ivf":
@@ -113,7 +115,8 @@ def update_table(
         log.info("full build: engine %s on %s, or the parent is of another kind", engine, device)
         return build_table(rows_NR, request, monitor)
     depth = Depth(request.k, _spare(source, job, engine, device))
-    table = update(source, depth, parent, _means(engine, job), monitor)
+    with first_use(job) if engine == "mixed" else nullcontext():
+        table = update(source, depth, parent, _means(engine, job), monitor)
     if table is None:
         log.info("full build: too much changed since the parent")
         return build_table(rows_NR, request, monitor)
@@ -124,7 +127,7 @@ def _engine(request: BuildRequest, job: Job, device: str) -> tuple[str, str]:
     """What builds this now, and why."""
     engine, why = choose(request.engine, job, device)
     if engine == "mixed" and request.engine == "auto" and device == "cpu" and not ready(job):
-        return "flat", "auto, since it is quick and the loops of mixed are still being loaded"
+        return "flat", "auto, since the loops of mixed are not loaded"
     return engine, why
 
 

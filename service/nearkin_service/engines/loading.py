@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -22,12 +24,15 @@ _loaded = {"at once": threading.Event(), "scan": threading.Event()}
 _starting = threading.Lock()
 _started: set[str] = set()
 _loading: set[str] = set()
+_failed: set[str] = set()
 _ended = threading.Condition(_starting)
 
 
 def ready(job: Job) -> bool:
     """Whether `mixed` is to build this; if not, it is being loaded from now on."""
     need = _need(job)
+    if need in _failed:
+        return False
     if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
         return True
     with _starting:
@@ -40,6 +45,21 @@ def ready(job: Job) -> bool:
                 _started.discard(need)
                 _loading.discard(need)
     return False
+
+
+@contextmanager
+def first_use(job: Job) -> Iterator[None]:
+    """Around a build by `mixed`: one that breaks before its loops were there is the last to try them.
+
+    An import that memory ran out for stays half done as long as the process lives.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError, OSError):
+        if not _loaded[_need(job)].is_set():
+            log.warning("engine mixed cannot be loaded; auto takes flat from now on")
+            _failed.add(_need(job))
+        raise
 
 
 def built(job: Job) -> None:
@@ -66,8 +86,12 @@ def _load(need: str) -> None:
     except (OSError, MemoryError) as error:
         log.warning("engine mixed could not be loaded, which is tried again: %s", error)
         _started.discard(need)
+    except (ImportError, AttributeError) as error:  # the latter after an import that came half way
+        log.warning("engine mixed cannot be loaded; auto takes flat from now on: %s", error)
+        _failed.add(need)
     except Exception:
-        log.exception("engine mixed cannot be loaded; small tables are built by flat")
+        log.exception("engine mixed cannot be loaded; auto takes flat from now on")
+        _failed.add(need)
     finally:
         with _ended:
             _loading.discard(need)
