@@ -20,6 +20,7 @@ from nearkin_trainer.distributed import (
     average_buffers,
     average_gradients,
     broadcast_module,
+    end_process,
     gather_rows,
     join_world,
     tell_all,
@@ -210,3 +211,4 @@ if __name__ == "__main__":
         for check_name, checked in CHECKS.items():
             checked(joined)
             print(f"{check_name} passed", flush=True)
+    end_process(0)

@@ -11,7 +11,7 @@ import torch
 from nearkin_trainer.classes import ClassEmbeddings, Host, ShardedClassEmbeddings, shards, table
 from nearkin_trainer.classes.owners import Errand
 from nearkin_trainer.classes.table import NOISE_BLOCK, draw_noise
-from nearkin_trainer.distributed import World, barrier, gather_rows, join_world, swap_rows
+from nearkin_trainer.distributed import World, barrier, end_process, gather_rows, join_world, swap_rows
 from nearkin_trainer.learner import Learner
 from nearkin_trainer.matching import SparseQAConv
 from nearkin_trainer.model import Model
@@ -296,6 +296,7 @@ if __name__ == "__main__":
     table.SMALL_ROW_BYTES = 0  # whole tables are read in place
     with join_world("cpu") as joined:
         print("\n".join([*_all_checks(joined, Path(sys.argv[1])), "all passed"]), flush=True)
+    end_process(0)
 
 
 @pytest.mark.parametrize("wrong", [-2, 10, 15])

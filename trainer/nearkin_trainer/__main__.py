@@ -3,6 +3,9 @@
 import sys
 
 from nearkin_trainer.cli import main
+from nearkin_trainer.distributed import end_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    end_process(status)
+    sys.exit(status)
