@@ -18,6 +18,7 @@ from nearkin_service import logs, offline_commands, settings, token_commands
 from nearkin_service.access import TlsFiles
 from nearkin_service.allocation import keep_message_buffers
 from nearkin_service.config import ServiceConfig
+from nearkin_service.errors import lacking
 from nearkin_service.resources import allow_many_connections
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ def serve(  # noqa: PLR0917 - one parameter per option
             limits=settings.limits(limits, limit or ()),
         )
         asyncio.run(_serve(config, ready_file))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and lacking(error) is None:
+            raise
         typer.echo(f"nearkin-serve: {error}", err=True)
         raise typer.Exit(2) from error
 

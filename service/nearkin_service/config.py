@@ -14,6 +14,7 @@ from nearkin_service.values import MAX_INT32, MAX_INT64, Retention
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 MESSAGE_ROOM = 64 * KIB
 """What gRPC takes beyond `max_message_bytes`: a row as large as that comes with a header."""
+_MOST_IO_THREADS = 256
 _LEAST = {"max_message_bytes": 64 * KIB, "min_free_disk_bytes": 0}
 _MOST = dict.fromkeys(("max_message_bytes", "max_row_bytes"), MAX_INT32 - MESSAGE_ROOM)
 """Of other bytes what int64 holds, else int32: the protocol's."""
@@ -101,9 +102,10 @@ class ServiceConfig:
             raise ValueError(f"device: {self.device!r} is not auto, cpu or cuda")
         if not 0 < self.target_recall <= 1:
             raise ValueError(f"target_recall is {self.target_recall}; it must be above 0 and at most 1")
-        for name in ("keep_embeddings", "io_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_embeddings < 1:
+            raise ValueError(f"keep_embeddings is {self.keep_embeddings}; it must be at least 1")
+        if not 1 <= self.io_threads <= _MOST_IO_THREADS:
+            raise ValueError(f"io_threads is {self.io_threads}; it must be in 1..{_MOST_IO_THREADS}")
         if not 64 * KIB <= self.suiting_bytes <= self.limits.max_message_bytes:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be in 64 KiB..max_message_bytes")
         if self.bulk_port is not None and not 0 <= self.bulk_port <= 65535:

@@ -181,6 +181,25 @@ def test_a_call_without_threads_ends_in_a_limit(service: Service, caplog: Any) -
     assert not errors_of(caplog)
 
 
+def test_calls_need_no_threads_that_are_not_there_yet(service: Service) -> None:
+    """A pool that lacks one refuses the call, and does it later all the same."""
+    start = threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if thread.name.startswith("nearkin-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    caller = service.caller()
+    push_id = caller.begin(ROWS, engine="flat", commit_when_complete=False).push.push_id
+    caller.write(push_id, ROWS)
+    with mock.patch.object(threading.Thread, "start", fails):
+        caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id), timeout=30)
+        caller.table(min_epoch=0)
+        caller.nearest([1], k=3)
+        caller.begin(ROWS, 1)
+
+
 def test_loops_of_mixed_that_could_not_be_loaded_are_loaded_later() -> None:
     """Who waits for them is let go, or a build would wait for ever."""
     job = ways.Job(300, 8, 5)

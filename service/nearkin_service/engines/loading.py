@@ -83,7 +83,7 @@ def _load(need: str) -> None:
     try:
         _build_all(need)
         _loaded[need].set()
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:  # the latter where there are no threads
         log.warning("engine mixed could not be loaded, which is tried again: %s", error)
         _started.discard(need)
     except (ImportError, AttributeError) as error:  # the latter after an import that came half way

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from nearkin_service import faults
 from nearkin_service.catalogue import Push, Run, sweep
 from nearkin_service.engines.contract import BuildCancelled, BuildRequest, BuiltTable
 from nearkin_service.errors import DataLossError, NotFoundError, is_momentary, lacking
-from nearkin_service.operations.core import Core
+from nearkin_service.operations.core import Core, threads
 from nearkin_service.operations.parents import opened, parent_of
 from nearkin_service.operations.searching import Searching
 from nearkin_service.store import Finished
@@ -107,7 +106,7 @@ class Builds:
         self._queued = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = ThreadPoolExecutor(1, "nearkin-build", initializer=_give_way)
+        self._thread = threads(1, "nearkin-build", _give_way)
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:

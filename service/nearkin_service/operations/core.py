@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -60,6 +61,19 @@ class Engines(Protocol):
     def describe_engines(self) -> Sequence[EngineDescription]: ...
 
 
+def threads(count: int, name: str, initializer: Callable[[], None] | None = None) -> ThreadPoolExecutor:
+    """Threads that are all there from the beginning.
+
+    Left to itself a pool makes one with the call that needs it: where there can be none, that call is
+    refused, and done all the same once another call has a thread.
+    """
+    pool, all_there = ThreadPoolExecutor(count, name, initializer), threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    return pool
+
+
 class Core:
     """Shared by all operations of one service."""
 
@@ -77,9 +91,9 @@ class Core:
         self.pacing = Pacing()
         self.files: dict[str, PushFiles] = {}
         self.draining = False
-        self._io = ThreadPoolExecutor(config.io_threads, "nearkin-io")
-        self._background = ThreadPoolExecutor(1, "nearkin-background")
-        self._compute = ThreadPoolExecutor(2, "nearkin-compute")
+        self._io = threads(config.io_threads, "nearkin-io")
+        self._background = threads(1, "nearkin-background")
+        self._compute = threads(2, "nearkin-compute")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
