@@ -20,8 +20,18 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
 from nearkin_service import engines
 from nearkin_service.engines import loading, ways
+from nearkin_service.operations.core import threads
 
-from tests.service.conftest import Caller, Service, Serving, brute_force, code_of, random_rows, refusal
+from tests.service.conftest import (
+    Caller,
+    Service,
+    Serving,
+    brute_force,
+    code_of,
+    eventually,
+    random_rows,
+    refusal,
+)
 
 Start = Callable[..., Service]
 ROWS = random_rows(30, 8)
@@ -179,6 +189,21 @@ def test_a_call_without_threads_ends_in_a_limit(service: Service, caplog: Any) -
     assert code_of(error) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "threads" in error.details()
     assert not errors_of(caplog)
+
+
+def test_a_start_without_enough_threads_ends_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for those that never came would keep the process from ending."""
+    start, before = threading.Thread.start, threading.active_count()
+
+    def starting(thread: threading.Thread) -> None:
+        if thread.name == "few_2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads(4, "few")
+    eventually(threading.active_count, lambda count: count == before)
 
 
 def test_calls_need_no_threads_that_are_not_there_yet(service: Service) -> None:

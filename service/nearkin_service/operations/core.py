@@ -68,8 +68,13 @@ def threads(count: int, name: str, initializer: Callable[[], None] | None = None
     refused, and done all the same once another call has a thread.
     """
     pool, all_there = ThreadPoolExecutor(count, name, initializer), threading.Barrier(count + 1)
-    for _ in range(count):
-        pool.submit(all_there.wait)
+    try:
+        for _ in range(count):
+            pool.submit(all_there.wait)
+    except RuntimeError:
+        all_there.abort()
+        pool.shutdown(wait=False)
+        raise
     all_there.wait()
     return pool
 
