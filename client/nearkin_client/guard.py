@@ -1,9 +1,8 @@
 """Runs a command, and ends it when whoever started this is gone or closes our standard input.
 
-Run as a file of its own (`python guard.py SCRATCH COMMAND…`; who started it and is gone cannot remove his
-directory SCRATCH, so we do): it needs nothing but the standard library and starts no
-threads, so that PR_SET_PDEATHSIG can be relied on: the command dies even if this process is killed.
-Prints the command's process id as its first line.
+Run as a file of its own (`python guard.py SCRATCH COMMAND…`): it needs nothing but the standard library and
+starts no threads, so that PR_SET_PDEATHSIG can be relied on: the command dies even if this process is killed.
+Prints the command's process id as its first line. Removes the directory SCRATCH if who started this is gone.
 """
 
 from __future__ import annotations

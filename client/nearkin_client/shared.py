@@ -20,7 +20,7 @@ import numpy as np
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import crc32c, followed_by
-from nearkin.v1.room import LINE_BYTES, Room, address, agrees
+from nearkin.v1.room import BEGINNINGS, LINE_BYTES, Room, address, agrees
 from numpy.typing import NDArray
 
 from nearkin_client.arrays import Rows, sound
@@ -67,7 +67,7 @@ def best_begin(rows: Rows, row_start: int) -> int:
     if not rows.in_place or not rows.count:
         return 0
     begin = (address(rows.payload(0, 1)) - row_start * rows.row_bytes) % LINE_BYTES
-    return begin if begin % 16 == 0 else 0
+    return begin if begin in BEGINNINGS else 0
 
 
 def _require_offer(begun: pb.BeginPushResponse, endpoint: Endpoint) -> None:

@@ -100,10 +100,14 @@ def lacking(error: BaseException) -> LimitExceededError | None:
     return None
 
 
+def is_denied(error: BaseException) -> bool:
+    """Whether the system says that this user may not."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+
+
 def is_momentary(error: BaseException) -> bool:
     """Whether what could not be read may well be sound: it was not let, or had nothing to read it with."""
-    denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
-    return denied or lacking(error) is not None
+    return is_denied(error) or lacking(error) is not None
 
 
 def _said(error: BaseException, words: str) -> bool:

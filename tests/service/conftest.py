@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -116,6 +117,12 @@ class Caller:
     def generations(self, run: str = "run") -> list[pb.Generation]:
         request = pb.ListGenerationsRequest(run=run)
         return list(self.stub.ListGenerations(request, timeout=WAIT).generations)
+
+
+def errors_of(caplog: pytest.LogCaptureFixture, logger: str = "") -> list[str]:
+    """What a logger, and those below it, say at ERROR."""
+    theirs = [record for record in caplog.records if record.name.startswith(logger)]
+    return [record.getMessage() for record in theirs if record.levelno >= logging.ERROR]
 
 
 @dataclass(frozen=True)

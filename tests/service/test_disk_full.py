@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
 
-from tests.service.conftest import Caller, Service, brute_force, eventually, random_rows, refusal
+from tests.service.conftest import Caller, Service, brute_force, errors_of, eventually, random_rows, refusal
 
 Start = Callable[..., Service]
 MIB = 1 << 20
@@ -133,10 +132,6 @@ def used(disk: Path) -> int:
     """Bytes of the file system that are taken, but for the filler's."""
     filler = disk / "filler"
     return shutil.disk_usage(disk).used - (filler.stat().st_blocks * 512 if filler.exists() else 0)
-
-
-def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_push_that_ends_on_a_full_disk_frees_its_rows_and_stays_ended(

@@ -28,6 +28,7 @@ from tests.service.conftest import (
     Serving,
     brute_force,
     code_of,
+    errors_of,
     eventually,
     random_rows,
     refusal,
@@ -35,11 +36,6 @@ from tests.service.conftest import (
 
 Start = Callable[..., Service]
 ROWS = random_rows(30, 8)
-
-
-def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    ours = [record for record in caplog.records if record.name.startswith("nearkin")]
-    return [record.getMessage() for record in ours if record.levelno >= logging.ERROR]
 
 
 def os_error(number: int) -> OSError:
@@ -86,7 +82,7 @@ def test_a_directory_that_may_not_be_used_is_unavailable(service: Service, caplo
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "Permission denied" in str(error.details())
     np.testing.assert_array_equal(caller.table().ids, brute_force(ROWS, 5))
-    assert not errors_of(caplog)
+    assert not errors_of(caplog, "nearkin")
 
 
 def test_a_generation_that_could_not_be_deleted_is_served_on(service: Service) -> None:
@@ -122,7 +118,7 @@ def test_retention_that_fails_at_one_generation_goes_on_with_the_others(
         caller.push(ROWS, 3, retention=pb.Retention(keep_tables=1))
         service.stop()
     assert {path.name for path in (tmp_path / "data/runs/run/generations").iterdir()} == {"1", "4"}
-    assert not errors_of(caplog)
+    assert not errors_of(caplog, "nearkin")
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.EACCES])
@@ -153,7 +149,7 @@ def test_a_build_without_memory_says_so(
         caller.write(push_id, ROWS)
         assert caller.ended(push_id).error.startswith("memory: ")
     caller.push(ROWS)
-    assert not errors_of(caplog)
+    assert not errors_of(caplog, "nearkin")
 
 
 @pytest.mark.parametrize("which", ["nearkin-lane-caller", "Thread-"])
@@ -176,7 +172,7 @@ def test_without_threads_the_bulk_lane_goes_on_later(
         client.push(rows + 1, epoch=1, k=3)
         assert "the connection is the bulk lane" in caplog.text
         client.table(epoch=1, timeout=30)
-    assert not errors_of(caplog)
+    assert not errors_of(caplog, "nearkin")
     assert not service.server._lane._connections
 
 
@@ -188,7 +184,7 @@ def test_a_call_without_threads_ends_in_a_limit(service: Service, caplog: Any) -
         error: Any = refusal(caller.table)
     assert code_of(error) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "threads" in error.details()
-    assert not errors_of(caplog)
+    assert not errors_of(caplog, "nearkin")
 
 
 def test_a_start_without_enough_threads_ends_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +227,7 @@ def test_loops_of_mixed_that_could_not_be_loaded_are_loaded_later() -> None:
     need = loading._need(job)
     with (
         mock.patch.dict(loading._loaded, {need: threading.Event()}),
-        mock.patch.object(loading, "_started", set[str]()),
+        mock.patch.object(loading, "_loading", set[str]()),
     ):
         with mock.patch.object(loading, "_build_all", side_effect=os_error(errno.EMFILE)):
             waiting = threading.Thread(target=loading.wait, args=(job,), daemon=True)

@@ -60,7 +60,6 @@ class WriteRows:
     sound: bool = False
     place_crc32c: int | None = None
 
-
     @property
     def misplaced(self) -> bool:
         """Whether it does not say any more where its sender's rows belong."""

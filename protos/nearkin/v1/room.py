@@ -11,6 +11,8 @@ import numpy as np
 from nearkin.v1.buffers import Buffer
 
 LINE_BYTES = 64
+BEGINNINGS = range(0, LINE_BYTES, 16)
+"""Where rows may begin in a file: NumPy's memory and PyTorch's is at multiples of 16 bytes."""
 
 
 def agrees(data: Buffer, at: int) -> bool:

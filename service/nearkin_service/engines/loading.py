@@ -21,11 +21,9 @@ log = logging.getLogger("nearkin.engines")
 
 _WORTH_WAITING = 1e11  # products: FAISS takes a second or more
 _loaded = {"at once": threading.Event(), "scan": threading.Event()}
-_starting = threading.Lock()
-_started: set[str] = set()
 _loading: set[str] = set()
 _failed: set[str] = set()
-_ended = threading.Condition(_starting)
+_ended = threading.Condition()
 
 
 def ready(job: Job) -> bool:
@@ -35,14 +33,12 @@ def ready(job: Job) -> bool:
         return False
     if _loaded[need].is_set() or job.classes**2 * job.key_size > _WORTH_WAITING:
         return True
-    with _starting:
-        if need not in _started:
-            _started.add(need)
+    with _ended:
+        if need not in _loading and not _loaded[need].is_set() and need not in _failed:
             _loading.add(need)
             try:
                 threading.Thread(target=_load, args=(need,), name="nearkin-loading", daemon=True).start()
             except RuntimeError:  # there are as many as there may be
-                _started.discard(need)
                 _loading.discard(need)
     return False
 
@@ -55,10 +51,9 @@ def first_use(job: Job) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, AttributeError, OSError):
+    except (ImportError, AttributeError, OSError) as error:
         if not _loaded[_need(job)].is_set():
-            log.warning("engine mixed cannot be loaded; auto takes flat from now on")
-            _failed.add(_need(job))
+            _give_up(_need(job), error)
         raise
 
 
@@ -85,17 +80,20 @@ def _load(need: str) -> None:
         _loaded[need].set()
     except (OSError, MemoryError, RuntimeError) as error:  # the latter where there are no threads
         log.warning("engine mixed could not be loaded, which is tried again: %s", error)
-        _started.discard(need)
-    except (ImportError, AttributeError) as error:  # the latter after an import that came half way
-        log.warning("engine mixed cannot be loaded; auto takes flat from now on: %s", error)
-        _failed.add(need)
-    except Exception:
-        log.exception("engine mixed cannot be loaded; auto takes flat from now on")
-        _failed.add(need)
+    except Exception as error:
+        _give_up(need, error)
     finally:
         with _ended:
             _loading.discard(need)
             _ended.notify_all()
+
+
+def _give_up(need: str, error: Exception) -> None:
+    """AttributeError comes after an import that came half way; what else than such is a mistake of ours."""
+    expected = isinstance(error, ImportError | AttributeError | OSError)
+    level, trace = (logging.WARNING, None) if expected else (logging.ERROR, error)
+    log.log(level, "engine mixed cannot be loaded; auto takes flat from now on: %s", error, exc_info=trace)
+    _failed.add(need)
 
 
 def _build_all(need: str) -> None:

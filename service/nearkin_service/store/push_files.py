@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nearkin_service import faults
-from nearkin_service.errors import AlreadyExistsError, DataLossError
+from nearkin_service.errors import AlreadyExistsError, DataLossError, lacking
 from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
 from nearkin_service.store.atomic import (
@@ -34,7 +34,6 @@ from nearkin_service.store.rows import (
     as_bytes,
     as_rows,
     begins_at,
-    disk_error,
     examine,
     refuse_infinite,
     rows_at_a_time,
@@ -84,7 +83,7 @@ class PushFiles:
             return PushFiles(directory, spec)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)  # its rows may be a spare's, which take room
-            raise disk_error(error) from error
+            raise lacking(error) or error from error
 
     def receive(
         self, rows: RowRange, known: RowSet, absent: RowSet, payload: memoryview, crc: int | None
@@ -220,7 +219,7 @@ class PushFiles:
             if durable:
                 os.fsync(self._journal)
         except OSError as error:
-            raise disk_error(error) from error
+            raise lacking(error) or error from error
 
     def note_absent(self, absent: RowSet) -> None:
         self._append(journal.packed(Kind.ABSENT, absent))

@@ -17,7 +17,7 @@ from nearkin.v1.room import LINE_BYTES
 from nearkin.v1.soundness import INFINITY, all_finite, zero_rows
 from numpy.typing import NDArray
 
-from nearkin_service.errors import DataLossError, InvalidArgumentError, LimitExceededError, disk_is_full
+from nearkin_service.errors import DataLossError, InvalidArgumentError, lacking
 from nearkin_service.ranges import RowSet
 from nearkin_service.store.journal import Kind, Record
 from nearkin_service.values import PushSpec
@@ -152,8 +152,7 @@ class RowsFile:
         self.path = path
         self._spec = spec
         self._descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        begins = begins_at(os.fstat(self._descriptor).st_size, spec)
-        self.rows_at = 0 if begins is None else begins
+        self.rows_at = begins_at(os.fstat(self._descriptor).st_size, spec) or 0
         self._seen: NDArray[Any] | None = None  # kept: giving a mapping up interrupts every thread
 
     def write(self, start: int, data: memoryview, crc: int | None = None) -> Record:
@@ -171,7 +170,7 @@ class RowsFile:
         try:
             _pwrite_all(self._descriptor, data, self.offset(start))
         except OSError as error:
-            raise disk_error(error) from error
+            raise lacking(error) or error from error
 
     def blank(self, start: int, count: int) -> None:
         """Zeroes rows."""
@@ -180,7 +179,7 @@ class RowsFile:
             for at in range(self.offset(start), end, len(nothing)):
                 _pwrite_all(self._descriptor, memoryview(nothing)[: end - at], at)
         except OSError as error:
-            raise disk_error(error) from error
+            raise lacking(error) or error from error
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """[count, R]. DataLossError: the file ends before."""
@@ -257,13 +256,6 @@ def mapped(file: BinaryIO, name: str, dtype: Any, shape: tuple[int, int], begins
         return np.memmap(file, dtype, mode="r", offset=begins, shape=shape)
     except ValueError as error:
         raise DataLossError(f"{name} was cut short while the service ran") from error
-
-
-def disk_error(error: OSError) -> Exception:
-    """A full disk as the limit it is; any other error as it came."""
-    if disk_is_full(error):
-        return LimitExceededError("min_free_disk_bytes", "the data directory's disk is full")
-    return error
 
 
 def _pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -28,10 +28,8 @@ class CatalogueMethods:
         self._reading = reading
         self._started = time.time()
         # Read once: who is asked while files run out still answers.
-        self._version, self._versions = (
-            version("nearkin-service"),
-            {name: version(name) for name in _PACKAGES},
-        )
+        self._version = version("nearkin-service")
+        self._versions = {name: version(name) for name in _PACKAGES}
 
     async def ListRuns(self, request: pb.ListRunsRequest, _context: Context) -> pb.ListRunsResponse:
         views, token = self._administering.runs(request.page_size, request.page_token, reachable)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from google.protobuf.timestamp_pb2 import Timestamp
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
+from nearkin.v1.room import BEGINNINGS
 
 from nearkin_service.engines.contract import KeyName, Neighbours
 from nearkin_service.errors import DataLossError, InvalidArgumentError
@@ -29,7 +30,6 @@ _DTYPES: Mapping[pb.DType.ValueType, str] = {
     pb.DTYPE_FLOAT16: "float16",
     pb.DTYPE_BFLOAT16: "bfloat16",
 }
-_ROWS_AT = range(0, 64, 16)
 _KEYS: Mapping[pb.Key.ValueType, KeyName] = {
     pb.KEY_UNSPECIFIED: "flat",
     pb.KEY_FLAT: "flat",
@@ -91,7 +91,7 @@ def push_spec(request: pb.BeginPushRequest) -> PushSpec:
 
 def rows_at(request: pb.BeginPushRequest) -> int:
     """The byte where its sender would have row 0 begin. InvalidArgumentError: there is no such choice."""
-    if request.rows_at not in _ROWS_AT:
+    if request.rows_at not in BEGINNINGS:
         raise InvalidArgumentError("rows_at", f"{request.rows_at} is not 0, 16, 32 or 48")
     return request.rows_at
 

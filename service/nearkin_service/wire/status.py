@@ -44,7 +44,7 @@ def meaning(name: str, error: Exception) -> Any:
     Ours by their code, what ran out as a limit, anything else as our mistake: logged, not told.
     """
     error = errors.lacking(error) or error
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+    if isinstance(error, OSError) and errors.is_denied(error):
         log.warning("%s: %s", name, error)
         error = errors.UnavailableError(f"the service may not use its data directory: {error.strerror}")
     if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS):

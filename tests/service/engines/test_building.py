@@ -118,7 +118,7 @@ def test_a_quick_table_does_not_wait_for_compiled_loops(
     if auto.mixed_lacks():
         pytest.skip("auto does not take engine mixed here")
     monkeypatch.setattr(loading, "_loaded", {"at once": threading.Event(), "scan": threading.Event()})
-    monkeypatch.setattr(loading, "_started", set())
+    monkeypatch.setattr(loading, "_loading", set())
     rows = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
     with caplog.at_level(logging.INFO, "nearkin.engines"):
         first = build(rows, 5, "auto")
