@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from dataclasses import replace
 
 import pytest
+from crc32c import crc32c
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +110,21 @@ def test_truncated_and_damaged_messages_agree(message: pb.WriteRowsRequest, data
     if encoded:
         encoded[data.draw(st.integers(0, len(encoded) - 1))] ^= data.draw(st.integers(1, 255))
     assert_write_rows_agree(bytes(encoded[: data.draw(st.integers(0, len(encoded)))]))
+
+
+@given(st.uuids(), st.integers(0, 2**40), st.binary(min_size=1, max_size=40), st.booleans())
+def test_one_flipped_bit_moves_no_rows(push_id: uuid.UUID, row_start: int, payload: bytes, sound: bool) -> None:
+    sent = bulk.WriteRows(push_id.hex, row_start, memoryview(payload), crc32c(payload), sound=sound)
+    data = bulk.encode_write_rows(sent)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(DecodeError):
+            received = bulk.decode_write_rows(bytes(flipped))
+            if received.push_id != sent.push_id or received.misplaced:
+                continue
+            assert (received.row_start, received.shared_row_count) == (row_start, 0)
+            assert received.payload == payload or received.crc32c != crc32c(received.payload)
 
 
 def test_fields_in_any_order() -> None:

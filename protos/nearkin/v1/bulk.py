@@ -89,23 +89,30 @@ def encode_write_rows(message: WriteRows) -> bytes:
 
 
 def write_rows_head(message: WriteRows) -> bytes:
-    """The message as protobuf bytes up to its payload, which has to follow; one without crc32c may have a tail."""
+    """The message as protobuf bytes up to its payload, which has to follow; one without crc32c may have a tail.
+
+    Its place_crc32c comes first: no damaged length in front of it can swallow it together with what it protects.
+    """
     head = pb.WriteRowsRequest(
         push_id=message.push_id,
         row_start=message.row_start,
         shared_row_count=message.shared_row_count,
         loan=message.loan,
         sound=message.sound,
-        place_crc32c=message.place(),
     )
     if message.crc32c is not None:
         head.crc32c = message.crc32c
-    return head.SerializeToString() + _length_prefix(_PAYLOAD, message.payload.nbytes)
+    place = _fixed32(_PLACE, message.place())
+    return place + head.SerializeToString() + _length_prefix(_PAYLOAD, message.payload.nbytes)
+
+
+def _fixed32(number: int, value: int) -> bytes:
+    return bytes([number << 3 | _FIXED32]) + value.to_bytes(4, "little")
 
 
 def write_rows_tail(crc: int, *, sound: bool) -> bytes:
     """What is known of a message once its payload has been sent."""
-    return bytes([_CRC32C << 3 | _FIXED32, *crc.to_bytes(4, "little"), _SOUND << 3 | _VARINT, sound])
+    return _fixed32(_CRC32C, crc) + bytes([_SOUND << 3 | _VARINT, sound])
 
 
 WRITE_ROWS_TAIL_BYTES = len(write_rows_tail(0, sound=False))

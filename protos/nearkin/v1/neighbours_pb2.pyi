@@ -549,7 +549,8 @@ class WriteRowsRequest(_message.Message):
     """
     place_crc32c: _builtins.int
     """CRC32C of push_id (UTF-8), row_start and shared_row_count (int64, little-endian): where the rows belong. A message in
-    which that was damaged is DATA_LOSS, and not rows in the place of others.
+    which that was damaged is DATA_LOSS, and not rows in the place of others. Where a sender can, it writes this field
+    first: behind others it can be swallowed, with what it protects, by a length or a tag that was damaged.
     """
     payload: _builtins.bytes
     """Whole rows in the push's dtype. Keep this the last field on the wire: peers read it in place."""
