@@ -113,7 +113,9 @@ def test_truncated_and_damaged_messages_agree(message: pb.WriteRowsRequest, data
 
 
 @given(st.uuids(), st.integers(0, 2**40), st.binary(min_size=1, max_size=40), st.booleans())
-def test_one_flipped_bit_moves_no_rows(push_id: uuid.UUID, row_start: int, payload: bytes, sound: bool) -> None:
+def test_one_flipped_bit_moves_no_rows(
+    push_id: uuid.UUID, row_start: int, payload: bytes, sound: bool
+) -> None:
     sent = bulk.WriteRows(push_id.hex, row_start, memoryview(payload), crc32c(payload), sound=sound)
     data = bulk.encode_write_rows(sent)
     for bit in range(8 * len(data)):
