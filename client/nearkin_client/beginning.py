@@ -71,7 +71,7 @@ def begin_request(
         commit_when_complete=commit and base_generation is None,
         base_generation=base_generation,
         accept_shared_memory=shared and rows.count > 0,
-        accept_bulk_lane=rows.count * rows.row_bytes >= SMALLEST_BYTES,
+        accept_bulk_lane=shared or rows.count * rows.row_bytes >= SMALLEST_BYTES,
         row_start=row_start,
         row_count=rows.count,
         rows_at=best_begin(rows, row_start) if shared else None,

@@ -556,7 +556,7 @@ class NeighbourClient:
 
     @property
     def _accepts_shared(self) -> bool:
-        return self._shared_memory is not False and self._wire.endpoint.is_local
+        return self._shared_memory is not False
 
     def _require_feature(self, name: str, timeout: float | None) -> None:
         """Unimplemented: the service lacks something that was added to the protocol later; says what."""

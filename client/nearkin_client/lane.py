@@ -129,15 +129,22 @@ class Lane:
         """NoLane: it is not for whoever dialled this endpoint."""
         if not offer.ticket:
             raise NoLane("the service offers no bulk lane")
-        self._address = _door(offer, endpoint)
-        if sockets.avoids(self._address):
-            raise NoLane(f"{self} could not be reached a moment ago")
         self._ticket = offer.ticket
         self._answer = offer.answer
         self._sockets = sockets
+        self._address = _door(offer, endpoint, self._leads_in)
+        if sockets.avoids(self._address):
+            raise NoLane(f"{self} could not be reached a moment ago")
 
     def __str__(self) -> str:
-        return self._address if isinstance(self._address, str) else f"port {self._address[1]}"
+        if isinstance(self._address, tuple):
+            return f"port {self._address[1]}"
+        return self._address.replace("\0", "@")
+
+    @property
+    def on_this_host(self) -> bool:
+        """Whether the service is, for certain."""
+        return isinstance(self._address, str)
 
     def write_rows(
         self,
@@ -194,16 +201,27 @@ class Lane:
             self._sockets.avoid(self._address)
             raise NoLane(f"{self} cannot be reached: {error.strerror or error}") from error
         try:
-            frames.limit_silence(connection, CONNECT_SECONDS)
-            frames.send(connection, pb.BulkHello(ticket=self._ticket).SerializeToString())
-            answer = _reply(connection).answer
+            if self._answered(connection):
+                return connection
         except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
             connection.close()
             raise NoLane(f"{self} does not let us in ({str(error) or type(error).__name__})") from error
-        if not hmac.compare_digest(answer, self._answer):
-            connection.close()
-            raise NoLane(f"{self} is not the service's")
-        return connection
+        connection.close()
+        raise NoLane(f"{self} is not the service's")
+
+    def _leads_in(self, address: _Address) -> bool:
+        """Whether the service itself is behind this door."""
+        try:
+            with _connect(address) as connection:
+                return self._answered(connection, only_answer=True)
+        except (OSError, frames.Ended, frames.Malformed, DecodeError):
+            return False
+
+    def _answered(self, connection: socket.socket, *, only_answer: bool = False) -> bool:
+        frames.limit_silence(connection, CONNECT_SECONDS)
+        hello = pb.BulkHello(ticket=self._ticket, only_answer=only_answer)
+        frames.send(connection, hello.SerializeToString())
+        return hmac.compare_digest(_reply(connection).answer, self._answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +334,7 @@ def _length(connection: socket.socket) -> int:
     return length
 
 
-def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
+def _door(offer: pb.BulkLane, endpoint: Endpoint, leads_in: Callable[[_Address], bool]) -> _Address:
     path = socket_path(endpoint.address)
     if path is not None:
         beside = path.with_name(path.name + frames.BULK_SUFFIX)
@@ -326,9 +344,12 @@ def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
         except OSError as error:
             raise NoLane(f"{beside}: {error.strerror}") from error
         raise NoLane(f"{beside} is no socket")
+    host, _, port = endpoint.address.rpartition(":")
+    local = f"\0{offer.local.name}"
+    if int(port) in offer.local.service_ports and leads_in(local):
+        return local
     if endpoint.tls is not None:
         raise NoLane("the bulk lane has no TLS")
-    host, _, port = endpoint.address.rpartition(":")
     for door in offer.doors:
         if door.service_port == int(port):
             return host.strip("[]"), door.port

@@ -67,7 +67,7 @@ class Sender:
         self._failure: Exception | None = None
         self._digest = Digest(rows)
         wanted = shared_memory if rows.count else False
-        self._lent = lent(begun, rows, row_start, wanted, wire.endpoint)
+        self._lent = lent(begun, rows, row_start, wanted, wire)
         self._loan = begun.lent_rows.loan  # others wait for it, even if we cannot write in place
         self._loan_lost = self._asked_again = False
         self._paces = _Paces.of(begun, rows)
@@ -212,7 +212,7 @@ class Sender:
         if not self._asked_again:
             self._asked_again = True
             begun = self._begin()
-            if self._lent.renewed(begun):
+            if self._lent.renewed(begun, self._wire):
                 self._loan = begun.lent_rows.loan
                 self._foreign += ranges.intersect(todo, _stored(begun.push))
                 log.info("%s: rows were lent to us again", self._doing)

@@ -24,9 +24,10 @@ from nearkin.v1.room import BEGINNINGS, LINE_BYTES, Room, address, agrees
 from numpy.typing import NDArray
 
 from nearkin_client.arrays import Rows, sound
-from nearkin_client.channel import Endpoint
 from nearkin_client.errors import FailedPrecondition
+from nearkin_client.lane import NoLane
 from nearkin_client.ranges import Range
+from nearkin_client.wire import Wire
 
 log = logging.getLogger("nearkin.client.shared")
 
@@ -39,7 +40,7 @@ def lent(
     rows: Rows,
     row_start: int,
     wanted: Literal["auto"] | bool,
-    endpoint: Endpoint,
+    wire: Wire,
 ) -> LentRows | None:
     """What the rows of a push are written into, or None for the connection; says at INFO which and why.
 
@@ -51,7 +52,7 @@ def lent(
         log.info("epoch %d: rows go through the connection (some have been sent before)", begun.push.epoch)
         return None
     try:
-        _require_offer(begun, endpoint)
+        _require_offer(begun, wire)
         descriptor = os.open(begun.lent_rows.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         if wanted is True:
@@ -70,11 +71,23 @@ def best_begin(rows: Rows, row_start: int) -> int:
     return begin if begin in BEGINNINGS else 0
 
 
-def _require_offer(begun: pb.BeginPushResponse, endpoint: Endpoint) -> None:
-    if not endpoint.is_local:
-        raise ValueError(f"{endpoint.address} is no unix socket")
+def _require_offer(begun: pb.BeginPushResponse, wire: Wire) -> None:
     if not begun.HasField("lent_rows"):
-        raise ValueError("the service lends no rows")
+        raise ValueError("the service lends us no rows")
+    require_this_host(wire, begun.bulk_lane)
+
+
+def require_this_host(wire: Wire, offer: pb.BulkLane) -> None:
+    """ValueError: who offers this lane is not on it, as far as we can tell; their files are not ours."""
+    if wire.endpoint.is_local:
+        return
+    try:
+        if wire.lane(offer).on_this_host:
+            return
+        why = "leads to another host, or through a tunnel"
+    except NoLane as reason:
+        why = f"cannot be shown to lead to this host: {reason}"
+    raise ValueError(f"{wire.endpoint.address} {why}")
 
 
 class LentRows:
@@ -107,10 +120,14 @@ class LentRows:
             payload=memoryview(b""),
         )
 
-    def renewed(self, begun: pb.BeginPushResponse) -> bool:
+    def renewed(self, begun: pb.BeginPushResponse, wire: Wire) -> bool:
         """Goes on with the loan of an answer that came later, if it is one of the same file."""
         offer = begun.lent_rows
         if not offer.loan or (begun.push.push_id, offer.path) != (self._push_id, self._path):
+            return False
+        try:
+            _require_offer(begun, wire)
+        except ValueError:
             return False
         self._loan = offer.loan
         return True

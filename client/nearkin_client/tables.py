@@ -23,7 +23,7 @@ from nearkin_client.errors import (
 )
 from nearkin_client.lane import NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, meaning
-from nearkin_client.shared import map_table
+from nearkin_client.shared import map_table, require_this_host
 from nearkin_client.values import NeighbourTable
 from nearkin_client.wire import Wire
 
@@ -120,6 +120,7 @@ class _Reading:
     def _mapped(self, header: pb.TableHeader) -> NeighbourTable:
         """The service's own files, one copy for all readers; they last while they are mapped."""
         try:
+            require_this_host(self._wire, header.bulk_lane)
             columns: dict[int, NDArray[Any]] = {
                 column: map_table(path, (header.row_count, header.k), dtype)
                 for column, path, dtype in (

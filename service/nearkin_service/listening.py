@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -140,6 +141,19 @@ def bulk_socket(address: str) -> socket.socket:
         listener.close()
         raise ValueError(f"cannot listen on {path}: {error.strerror}") from error
     return listener
+
+
+def local_socket() -> tuple[socket.socket, str]:
+    """Listens in Linux's abstract namespace, which leaves no file, under a random name. OSError."""
+    name = f"nearkin-{secrets.token_hex(16)}"
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(f"\0{name}")
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener, name
 
 
 def bulk_port(address: str, port: int) -> socket.socket:

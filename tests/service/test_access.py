@@ -386,6 +386,15 @@ def test_tls_from_the_client_library(authority: Authority, start_service: Start)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
+def test_rows_are_written_in_place_behind_tls_on_one_host(authority: Authority, start_service: Start) -> None:
+    tls = TlsFiles(authority.file("service.pem"), authority.file("service.key"))
+    address = start_service(listen=("127.0.0.1:0",), tls=tls).server.addresses[0]
+    trusted = authority.file("ca.pem")
+    with NeighbourClient(address, run="faces", shared_memory=True, ca_certificate=trusted) as client:
+        client.push(ROWS, epoch=0, k=4)
+        assert client.table(epoch=0, timeout=30).k == 4
+
+
 def test_mutual_tls_turns_strangers_away(authority: Authority, start_service: Start) -> None:
     from nearkin_client.patience import Patience
 

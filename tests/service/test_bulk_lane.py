@@ -49,7 +49,11 @@ def offered(caller: Caller, rows: Any = ROWS, epoch: int = 0, **changes: Any) ->
 
 @contextmanager
 def dialled(caller: Caller, lane: pb.BulkLane) -> Iterator[socket.socket]:
-    if caller.address.startswith("unix:"):
+    if lane.HasField("local"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"\0{lane.local.name}")
+        assert lane.local.service_ports == [int(caller.address.rpartition(":")[2])]
+    elif caller.address.startswith("unix:"):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(caller.address.removeprefix("unix://") + ".bulk")
     else:
@@ -96,10 +100,12 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix", "tcp", "tcp on this host"])
 def either(request: pytest.FixtureRequest, start_service: Start) -> Caller:
     if request.param == "unix":
         return start_service().caller()
+    if request.param == "tcp":
+        request.getfixturevalue("from_another_host")
     return start_service(listen=("127.0.0.1:0",)).caller()
 
 
@@ -481,6 +487,38 @@ def test_there_may_be_none(start_service: Start, tmp_path: Path) -> None:
     caller = start_service(bulk_port=None).caller()
     assert not offered(caller)[1].ticket
     assert not (tmp_path / "nearkin.sock.bulk").exists()
+
+
+def test_to_ask_for_the_answer_alone_leaves_the_ticket_good(either: Caller) -> None:
+    either.push(ROWS)
+    table = either.table(min_epoch=0)
+    asked = pb.ReadTableRequest(run="run", accept_bulk_lane=True, accept_shared_memory=True)
+    headers = [next(either.stub.ReadTable(asked, timeout=WAIT)).header]
+    lanes = [offered(either, epoch=1)[1], *(each.bulk_lane for each in headers if each.bulk_lane.ticket)]
+    for lane in lanes:
+        for _ in range(3):
+            with dialled(either, lane) as connection:
+                say(connection, pb.BulkHello(ticket=lane.ticket, only_answer=True))
+                assert hear(connection).answer == lane.answer
+                assert is_closed(connection)
+    with let_in(either, lanes[0]):
+        pass
+    if len(lanes) > 1:
+        with let_in(either, lanes[1]) as connection:
+            assert hear(connection).block.payload == table.ids.tobytes()
+
+
+def test_a_stranger_is_given_no_answer(either: Caller) -> None:
+    _, lane = offered(either)
+    for only_answer in (False, True):
+        with dialled(either, lane) as connection:
+            say(connection, pb.BulkHello(ticket=lane.ticket[:-1] + b"x", only_answer=only_answer))
+            assert is_closed(connection)
+
+
+def test_no_port_means_no_other_door_either(start_service: Start) -> None:
+    caller = start_service(listen=("127.0.0.1:0",), bulk_port=None).caller()
+    assert not offered(caller, accept_shared_memory=True, row_count=1)[1].ticket
 
 
 def test_who_does_not_ask_gets_no_ticket(caller: Caller) -> None:

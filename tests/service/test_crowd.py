@@ -257,11 +257,13 @@ def soak(folder: Path, rounds: int, seed: int, longest_life: float) -> None:
     assert set(ways.taken) == set(WAYS)
 
 
+@pytest.mark.usefixtures("from_another_host")
 def test_a_small_crowd(tmp_path: Path) -> None:
     soak(tmp_path, rounds=3, seed=3, longest_life=2.5)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
+@pytest.mark.usefixtures("from_another_host")
 def test_a_crowd_through_hundreds_of_deaths(tmp_path: Path) -> None:
     soak(tmp_path, rounds=ROUNDS, seed=SEED, longest_life=LIFE)

@@ -138,7 +138,7 @@ def test_a_stop_ends_in_time_whoever_hangs_on(start_service: Start) -> None:
     """A writer that stalls and a reader that takes nothing get what time there is; what is stored stays."""
     service = start_service(drain_seconds=2.0)
     caller = service.caller()
-    caller.push(random_rows(1500, 4), k=1000)
+    caller.push(random_rows(3000, 4), k=2000)  # more than a connection takes on its own
     deaf = caller.stub.ReadTable(pb.ReadTableRequest(run="run", with_scores=True))
     next(deaf)
     push_id = caller.begin(ROWS, 1).push.push_id

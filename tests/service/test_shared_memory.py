@@ -357,6 +357,29 @@ def test_nothing_is_lent_over_tcp(start_service: Callable[..., Service]) -> None
     assert not begun.HasField("lent_rows")
 
 
+def test_but_to_who_can_find_out_that_he_is_on_this_host(start_service: Callable[..., Service]) -> None:
+    caller = start_service(listen=("127.0.0.1:0",)).caller()
+    rows = random_rows(30, 8)
+    lent = lend(caller, rows, accept_bulk_lane=True)
+    send(caller, lent.written(rows, 0))
+    np.testing.assert_array_equal(caller.table(min_epoch=0).ids, brute_force(rows, 5))
+    asked = pb.ReadTableRequest(run="run", accept_shared_memory=True, accept_bulk_lane=True)
+    (header,) = caller.stub.ReadTable(asked, timeout=30)
+    assert np.fromfile(header.header.ids_path, np.int32).tobytes() == caller.table().ids.tobytes()
+    assert header.header.bulk_lane.HasField("local")
+
+
+@pytest.mark.usefixtures("from_another_host")
+def test_nothing_is_lent_to_another_host(start_service: Callable[..., Service]) -> None:
+    caller = start_service(listen=("127.0.0.1:0",)).caller()
+    rows = random_rows(30, 8)
+    asked = {"accept_shared_memory": True, "accept_bulk_lane": True, "row_count": 30}
+    begun = caller.begin(rows, **asked)
+    assert not begun.HasField("lent_rows")
+    assert not begun.bulk_lane.HasField("local")
+    assert begun.bulk_lane.doors
+
+
 def test_nothing_is_lent_to_who_does_not_ask(caller: Caller) -> None:
     assert not caller.begin(random_rows(30, 8), row_count=30).HasField("lent_rows")
     assert not caller.begin(random_rows(30, 8), accept_shared_memory=True).HasField("lent_rows")

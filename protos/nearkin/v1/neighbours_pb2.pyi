@@ -232,7 +232,9 @@ class BeginPushRequest(_message.Message):
     base_generation: _builtins.int
     """rows that are not sent are taken from this generation"""
     accept_shared_memory: _builtins.bool
-    """the caller is on the same host and can write into a file the service names"""
+    """The caller can write into a file that the service names if both are on one host. Over TCP with accept_bulk_lane, whose
+    `local` door shows whether they are.
+    """
     qaconv_candidates: _builtins.int
     """Key QACONV: how many POOLED candidates are re-ranked. 0: the server's default."""
     accept_bulk_lane: _builtins.bool
@@ -393,6 +395,11 @@ class BulkLane(_message.Message):
     `PATH.bulk`; whoever dialled a `service_port` of `doors` finds it at that `port` of the same host. Whoever dialled
     anything else (a proxy, a published port) stays with gRPC.
 
+    A caller whose TCP connection comes from an address of the service's own host is offered `local` too, TLS or not: a unix
+    socket that only this host has. Who dialled one of its `service_ports`, connects, and is given the right answer is on
+    this host for certain (the address alone may be a tunnel's), and may take whatever a caller over a unix socket may:
+    LentRows and TableHeader's paths are offered to him as well.
+
     The caller connects and sends a BulkHello; the service answers with a BulkReply that holds `answer`. Then either
       * rows: WriteRowsRequest messages, then the end of the caller's direction (shutdown); the service sends `stored`
         once all is stored, or `status`, at any time;
@@ -404,26 +411,58 @@ class BulkLane(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     DOORS_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """good for this push alone, or this table once; for some minutes"""
     answer: _builtins.bytes
     """what the service proves itself with"""
     @_builtins.property
     def doors(self) -> _containers.RepeatedCompositeFieldContainer[Global___BulkDoor]: ...
+    @_builtins.property
+    def local(self) -> Global___LocalDoor:
+        """set when offered"""
+
     def __init__(
         self,
         *,
         ticket: _builtins.bytes = ...,
         answer: _builtins.bytes = ...,
         doors: _abc.Iterable[Global___BulkDoor] | None = ...,
+        local: Global___LocalDoor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["local", b"local"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "doors", b"doors", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "doors", b"doors", "local", b"local", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BulkLane: _TypeAlias = BulkLane  # noqa: Y015
+
+@_typing.final
+class LocalDoor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SERVICE_PORTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of a unix socket in Linux's abstract namespace, without the zero byte in front"""
+    @_builtins.property
+    def service_ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the service's own addresses"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        service_ports: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "service_ports", b"service_ports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalDoor: _TypeAlias = LocalDoor  # noqa: Y015
 
 @_typing.final
 class BulkDoor(_message.Message):
@@ -452,15 +491,19 @@ class BulkHello(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
+    ONLY_ANSWER_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
+    only_answer: _builtins.bool
+    """the service gives its answer and closes; the ticket stays good"""
     def __init__(
         self,
         *,
         ticket: _builtins.bytes = ...,
+        only_answer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only_answer", b"only_answer", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -762,7 +805,9 @@ class ReadTableRequest(_message.Message):
     """0: up to the last row"""
     with_scores: _builtins.bool
     accept_shared_memory: _builtins.bool
-    """answer with files to map instead of blocks when on the same host"""
+    """Answer with files to map instead of blocks when on the same host; over TCP with accept_bulk_lane, whose `local` door
+    shows whether the caller is.
+    """
     accept_bulk_lane: _builtins.bool
     """answer with a ticket for the bulk lane instead of blocks"""
     def __init__(

@@ -30,14 +30,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 CountError = Callable[[str, str], None]
 
 
-def is_local(context: Context) -> bool:
-    """Whether the call came over a unix socket: from this host for certain.
-
-    To be asked before the first `await`: gRPC crashes when asked about a connection that has gone since.
-    """
-    return context.peer().startswith("unix:")
-
-
 @dataclass(frozen=True, slots=True)
 class Refused:
     """What arrived in place of a request."""

@@ -19,9 +19,10 @@ from nearkin_service.operations import Core, Lending, Loan, Message, Pushing, Wr
 from nearkin_service.ranges import RowRange
 from nearkin_service.values import PushView
 from nearkin_service.wire import convert
-from nearkin_service.wire.handlers import Context, is_local
-from nearkin_service.wire.lane import BulkLane, RowsGrant
+from nearkin_service.wire.handlers import Context
+from nearkin_service.wire.lane import BulkLane, RowsGrant, shares
 from nearkin_service.wire.liveliness import lively
+from nearkin_service.wire.origin import Origin
 from nearkin_service.wire.requests import BeginPush
 
 _STREAM_DEPTH = 2
@@ -47,7 +48,7 @@ class PushMethods:
         self._storing = asyncio.Semaphore(2 * core.config.io_threads)
 
     async def BeginPush(self, asked: BeginPush, context: Context) -> pb.BeginPushResponse:
-        local, request = is_local(context), asked.message
+        origin, request = Origin.of(context), asked.message
         spec, commit = convert.push_spec(request), request.commit_when_complete
         rows_at = convert.rows_at(request)
         rows = spec.range_of(request.row_start, request.row_count) if request.row_count else None
@@ -58,12 +59,12 @@ class PushMethods:
             chunk_bytes=self._config.suiting_bytes,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
-        if request.accept_shared_memory and rows is not None and local:
-            self._lend(request, view, rows, response)
         if request.accept_bulk_lane:
             grant = RowsGrant(view.push_id, tracing.here())
-            if lane := self._lane.offer(grant, local=local):
+            if lane := self._lane.offer(grant, origin):
                 response.bulk_lane.CopyFrom(lane)
+        if request.accept_shared_memory and rows is not None and shares(origin, response.bulk_lane):
+            self._lend(request, view, rows, response)
         return response
 
     def _lend(

@@ -15,8 +15,9 @@ from nearkin_service.operations import Core, Places, Reading, TableBlocks
 from nearkin_service.ranges import RowRange
 from nearkin_service.values import Generation
 from nearkin_service.wire import convert
-from nearkin_service.wire.handlers import Context, is_local
-from nearkin_service.wire.lane import BulkLane, TableGrant
+from nearkin_service.wire.handlers import Context
+from nearkin_service.wire.lane import BulkLane, TableGrant, shares
+from nearkin_service.wire.origin import Origin
 
 _MARGIN_SECONDS = 0.05
 """A wait ends this much before the call's deadline, so that the caller learns why it was in vain."""
@@ -35,9 +36,9 @@ class TableMethods:
         self._places = Places(core.config.limits.max_table_streams)
 
     async def ReadTable(self, request: pb.ReadTableRequest, context: Context) -> AsyncGenerator[bytes, None]:
-        local = is_local(context)
+        origin = Origin.of(context)
         generation = await self._generation(request, context)
-        elsewhere = self._elsewhere(generation, request, local=local)
+        elsewhere = self._elsewhere(generation, request, origin)
         if elsewhere is not None:
             yield bulk.encode_table_message(elsewhere)
             if elsewhere.ids_path:
@@ -51,24 +52,22 @@ class TableMethods:
         self._core.metrics.table_reads.inc()
 
     def _elsewhere(
-        self, generation: Generation, request: pb.ReadTableRequest, *, local: bool
+        self, generation: Generation, request: pb.ReadTableRequest, origin: Origin
     ) -> pb.TableHeader | None:
         """A header that says where the table is to be had; None: it follows in this stream."""
         header = _header(generation, request)
-        if request.accept_shared_memory and local and header.row_count == generation.spec.num_classes:
+        whole = header.row_count == generation.spec.num_classes
+        large = _table_bytes(header) >= _SMALLEST_LANE_BYTES
+        if request.accept_bulk_lane and (large or (request.accept_shared_memory and whole)):
+            rows = generation.rows_of(request.row_start, request.row_count)
+            grant = TableGrant(generation, rows, request.with_scores, tracing.here())
+            if lane := self._lane.offer(grant, origin):
+                header.bulk_lane.CopyFrom(lane)
+        if request.accept_shared_memory and whole and shares(origin, header.bulk_lane):
             paths = self._reading.paths(generation)
             header.ids_path, header.scores_path = paths[0], paths[1] if request.with_scores else ""
             return header
-        if not request.accept_bulk_lane or _table_bytes(header) < _SMALLEST_LANE_BYTES:
-            return None
-        rows = generation.rows_of(request.row_start, request.row_count)
-        lane = self._lane.offer(
-            TableGrant(generation, rows, request.with_scores, tracing.here()), local=local
-        )
-        if not lane:
-            return None
-        header.bulk_lane.CopyFrom(lane)
-        return header
+        return header if large and header.HasField("bulk_lane") else None
 
     async def _opened(
         self, request: pb.ReadTableRequest, context: Context

@@ -5,7 +5,7 @@ way. gRPC for Python copies a received message three times while no other thread
 rows are received into a buffer that is used again and again, and tables are sent from the page cache.
 """
 
-from nearkin_service.wire.lane.lane import BulkLane
+from nearkin_service.wire.lane.lane import BulkLane, shares
 from nearkin_service.wire.lane.tickets import RowsGrant, TableGrant
 
-__all__ = ["BulkLane", "RowsGrant", "TableGrant"]
+__all__ = ["BulkLane", "RowsGrant", "TableGrant", "shares"]

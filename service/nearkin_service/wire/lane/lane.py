@@ -21,6 +21,7 @@ from nearkin_service.operations import Core, Lending, Pushing, Reading, Writing
 from nearkin_service.wire.lane.rows import RowsReceiver
 from nearkin_service.wire.lane.tables import TableSender
 from nearkin_service.wire.lane.tickets import Grant, RowsGrant, Ticket, Tickets
+from nearkin_service.wire.origin import Origin
 from nearkin_service.wire.status import code_name, meaning
 
 log = logging.getLogger("nearkin.lane")
@@ -60,6 +61,7 @@ class BulkLane:
         self._listeners: list[socket.socket] = []
         self._doors: list[pb.BulkDoor] = []
         self._beside_unix = False
+        self._local: pb.LocalDoor | None = None
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._closing = False
@@ -79,6 +81,8 @@ class BulkLane:
                 log.info("no bulk lane beside %s: it would have no TLS", address)
             else:
                 self._open_beside_port(address, port)
+        if ports := [listening.split_host_port(each)[1] for each in addresses if not listening.is_unix(each)]:
+            self._open_locally(ports)
 
     def _open_beside_socket(self, address: str) -> None:
         try:
@@ -95,17 +99,27 @@ class BulkLane:
         log.info("bulk lane of %s on port %d", address, taken)
         self._doors.append(pb.BulkDoor(service_port=listening.split_host_port(address)[1], port=taken))
 
+    def _open_locally(self, ports: Sequence[int]) -> None:
+        try:
+            listener, name = listening.local_socket()
+        except OSError as error:
+            log.info("no bulk lane for callers over TCP from this host: %s", error.strerror)
+            return
+        self._listen(listener)
+        self._local = pb.LocalDoor(name=name, service_ports=ports)
+
     def _listen(self, listener: socket.socket) -> None:
         self._listeners.append(listener)
         threading.Thread(target=self._accept, args=(listener,), name="nearkin-lane", daemon=True).start()
 
-    def offer(self, grant: Grant, *, local: bool) -> pb.BulkLane | None:
-        """A ticket for a caller who came over a unix socket, or not; None where there is no lane for it."""
-        doors = [] if local else self._doors
-        if self._closing or not (self._beside_unix if local else doors):
+    def offer(self, grant: Grant, origin: Origin) -> pb.BulkLane | None:
+        """A ticket for a caller who comes from there; None where there is no lane for it."""
+        doors = [] if origin is Origin.SOCKET else self._doors
+        local = self._local if origin is Origin.HOST else None
+        if self._closing or not (doors or local or (origin is Origin.SOCKET and self._beside_unix)):
             return None
         ticket = self._tickets.issue(grant)
-        return pb.BulkLane(ticket=ticket.shown, answer=ticket.answer, doors=doors)
+        return pb.BulkLane(ticket=ticket.shown, answer=ticket.answer, doors=doors, local=local)
 
     # -------------------------------------------------------------------------------------------- serving
 
@@ -140,8 +154,10 @@ class BulkLane:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            ticket = self._greeted(connection)
-            if ticket is not None:
+            ticket, only_answer = self._greeted(connection)
+            if ticket is not None and only_answer:
+                frames.send(connection, pb.BulkReply(answer=ticket.answer).SerializeToString())
+            elif ticket is not None:
                 frames.limit_silence(connection, self._idle_seconds)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
                 frames.send(connection, pb.BulkReply(answer=ticket.answer).SerializeToString())
@@ -157,8 +173,11 @@ class BulkLane:
                 del self._connections[connection]
             connection.close()
 
-    def _greeted(self, connection: socket.socket) -> Ticket | None:
-        """The ticket that a caller shows in time; None for a stranger, who is told nothing."""
+    def _greeted(self, connection: socket.socket) -> tuple[Ticket | None, bool]:
+        """The ticket that a caller shows in time, and whether to see the answer is all he wants.
+
+        None for a stranger, who is told nothing.
+        """
         watch = threading.Timer(GREETING_SECONDS, _shut, (connection,))
         watch.daemon = True
         watch.start()
@@ -167,14 +186,15 @@ class BulkLane:
         finally:
             watch.cancel()
         try:
-            shown = pb.BulkHello.FromString(hello or b"").ticket
+            greeting = pb.BulkHello.FromString(hello or b"")
         except DecodeError:
-            shown = b""
-        ticket = self._tickets.redeem(shown)
+            greeting = pb.BulkHello()
+        find = self._tickets.find if greeting.only_answer else self._tickets.redeem
+        ticket = find(greeting.ticket)
         if ticket is None:
             log.warning("a caller of the bulk lane had no ticket that is good here")
             self._count_error("BulkLane", "UNAUTHENTICATED")
-        return ticket
+        return ticket, greeting.only_answer
 
     def _do(self, connection: socket.socket, grant: Grant) -> None:
         """What the ticket is for."""
@@ -230,6 +250,11 @@ class BulkLane:
             threads = list(self._connections.values())
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def shares(origin: Origin, offered: pb.BulkLane) -> bool:
+    """Whether files are named to a caller: by the local door he finds out whether they are on his host."""
+    return origin is Origin.SOCKET or offered.HasField("local")
 
 
 def _shut(connection: socket.socket) -> None:

@@ -67,18 +67,27 @@ class Tickets:
             self._good[name] = (ticket, time.monotonic())
         return ticket
 
-    def redeem(self, shown: bytes) -> Ticket | None:
+    def find(self, shown: bytes) -> Ticket | None:
         """The ticket that these bytes are; None: they are none."""
-        name = shown[:_NAME_BYTES]
         with self._lock:
-            self._forget_old()
-            ticket, _ = self._good.get(name, (None, 0.0))
-            if ticket is None or not hmac.compare_digest(ticket.shown, shown):
+            return self._find(shown)
+
+    def redeem(self, shown: bytes) -> Ticket | None:
+        """The same; it is used then, and none any more if it was good once."""
+        with self._lock:
+            ticket = self._find(shown)
+            if ticket is None:
                 return None
+            name = shown[:_NAME_BYTES]
             del self._good[name]
             if isinstance(ticket.grant, RowsGrant):
                 self._good[name] = (ticket, time.monotonic())
         return ticket
+
+    def _find(self, shown: bytes) -> Ticket | None:
+        self._forget_old()
+        ticket, _ = self._good.get(shown[:_NAME_BYTES], (None, 0.0))
+        return ticket if ticket is not None and hmac.compare_digest(ticket.shown, shown) else None
 
     def _forget_old(self) -> None:
         until = time.monotonic() - self._seconds
