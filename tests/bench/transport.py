@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from nearkin_client import NeighbourClient
+from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from numpy.typing import NDArray
 
@@ -60,7 +61,7 @@ def run(quick: bool, only: Sequence[str] = ()) -> list[Row]:
 def _judged(results: list[Row]) -> list[Row]:
     """What was measured beside what was set out to be reached."""
     targets = {"push by shared memory": 3.0} | {
-        f"{what} by {way}": 1.0 for what in ("push", "fetch") for way in ("unix socket", "TCP")
+        f"{what} by {way}": 1.0 for what in ("push", "fetch") for way in ("unix socket", "127.0.0.1", "TCP")
     }
     return [
         {"judged": f"{name}, rows of {row['row_width']}", "of_flights_best": row["of_flights_best"]}
@@ -110,14 +111,38 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+class _FarLane(Lane):
+    """As a client on another host finds it: by TCP, whatever there is on this one."""
+
+    def _leads_in(self, address: object) -> bool:
+        return False
+
+
+def _clients(unix: str, tcp: str, run: str = "") -> dict[str, NeighbourClient]:
+    """One for each way, by default on a run of its own. 127.0.0.1: which the client finds to be this host."""
+
+    def client(name: str, address: str, *, shared: bool) -> NeighbourClient:
+        return NeighbourClient(address, run=run or name, shared_memory=shared)
+
+    far = client("tcp", tcp, shared=False)
+    wire: Any = far._wire
+    wire.lane = lambda offer: _FarLane(offer, wire.endpoint, wire._lane_sockets)
+    return {
+        "shared memory": client("shm", unix, shared=True),
+        "unix socket": client("unix", unix, shared=False),
+        "127.0.0.1": client("here", tcp, shared=False),
+        "TCP": far,
+    }
+
+
 # -------------------------------------------------------------------------------------------------- pushing
 
 
 class _Pusher:
     """Epoch after epoch of one run; what was measured is dropped, so that no build runs beside the next."""
 
-    def __init__(self, address: str, run: str, rows: NDArray[np.float32], shared: bool) -> None:
-        self._client = NeighbourClient(address, run=run, shared_memory=shared)
+    def __init__(self, client: NeighbourClient, rows: NDArray[np.float32]) -> None:
+        self._client = client
         self._rows = rows
         self._epoch = 0
 
@@ -136,9 +161,8 @@ def _pushes(rows: NDArray[np.float32]) -> list[Row]:
         peers = _flight_peers(stack)
         goal = np.empty_like(rows)
         ways: dict[str, Callable[[], float]] = {
-            "shared memory": _Pusher(service.address, "shm", rows, True),
-            "unix socket": _Pusher(service.address, "unix", rows, False),
-            "TCP": _Pusher(tcp, "tcp", rows, False),
+            name: _Pusher(client, rows) for name, client in _clients(service.address, tcp).items()
+        } | {
             "plain copy": lambda: _timed(lambda: np.copyto(goal, rows)),
         }
         for name, peer in peers.items():
@@ -187,11 +211,8 @@ def _fetches(size: int) -> list[Row]:
         with NeighbourClient(service.address, run="table") as client:
             client.push(_rows(count, 4), epoch=0, k=k)
             client.table(epoch=0, timeout=3600)
-        ways: dict[str, Callable[[], float]] = {
-            "shared memory": _fetcher(service.address, shared=True),
-            "unix socket": _fetcher(service.address, shared=False),
-            "TCP": _fetcher(tcp, shared=False),
-        }
+        clients = _clients(service.address, tcp, run="table")
+        ways: dict[str, Callable[[], float]] = {name: _fetcher(each) for name, each in clients.items()}
         rows = _rows(size // 4096, 1024)
         for name, peer in _flight_peers(stack).items():
             for batch in BATCHES:
@@ -199,8 +220,7 @@ def _fetches(size: int) -> list[Row]:
         return _beside_flight("fetch", k, _alternating(ways, count * k * 8))
 
 
-def _fetcher(address: str, *, shared: bool) -> Callable[[], float]:
-    client = NeighbourClient(address, run="table", shared_memory=shared)
+def _fetcher(client: NeighbourClient) -> Callable[[], float]:
     return lambda: _timed(lambda: client.table(timeout=600))
 
 
@@ -267,7 +287,7 @@ def _readers(quick: bool, size: int) -> Row:
     with _service() as (service, tcp), NeighbourClient(service.address, run="read") as client:
         client.push(_rows(count, 8), epoch=0, k=k)
         table = client.table(epoch=0, timeout=3600)
-        pusher = _Pusher(service.address, "beside", rows, False)
+        pusher = _Pusher(NeighbourClient(service.address, run="beside", shared_memory=False), rows)
         pusher()
         alone = [pusher() for _ in range(5)]
         expected = f"{np.bitwise_xor.reduce(table.ids.view(np.uint32), axis=None):08x}"
