@@ -68,7 +68,8 @@ class NeighbourClient:
             `server_info` work.
         shared_memory: move rows and tables through shared memory: where both ends can ("auto"), by whatever
             address this host's service was dialled; never (False); always (True, which raises where they
-            cannot; rows that somebody else writes just now, or that are there already, are sent to be compared).
+            cannot; rows that somebody else writes just now, or that are there already, are sent to be
+            compared).
         token: sent with every call; by default what NEARKIN_TOKEN holds.
         ca_certificate: PEM file of the authority that signed the service's certificate: `host:port` is
             then spoken to over TLS. By default what NEARKIN_CA_CERTIFICATE holds.
