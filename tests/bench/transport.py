@@ -5,13 +5,15 @@
 Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, so
 that whatever else the machine does meets all of them alike; figures are medians of five rounds after two of
 warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows on file; Flight keeps what
-it received in memory and checks nothing.
+it received in memory and checks nothing. Our pushes are whole epochs, as of a training: each is followed by
+its table, and the next begins when its rows are on the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import socket
 import statistics
 import subprocess
@@ -21,11 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nearkin_client import NeighbourClient
+from nearkin_client import NeighbourClient, Retention
 from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from numpy.typing import NDArray
@@ -36,8 +39,10 @@ from tests.client.proxy import cutting_proxy
 MIB, GIB = 1 << 20, 1 << 30
 ROUNDS = 5
 BATCHES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-WIDTHS = (25_088, 12_347)
+MAPS = ((512, 7, 7), (63, 14, 14))
+WIDTHS = (25_088, 12_348)
 READERS, READING_PROCESSES = 64, 8
+LAST = Retention(keep_embeddings=1)  # rows of more epochs would compete for memory with the peers
 Row = dict[str, Any]
 
 
@@ -45,8 +50,8 @@ def run(quick: bool, only: Sequence[str] = ()) -> list[Row]:
     """All measurements, or those named; `quick` only shows that they run."""
     size = 32 * MIB if quick else GIB
     parts: dict[str, Callable[[], list[Row]]] = {
-        "push": lambda: _pushes(_rows(size // (4 * WIDTHS[0]), WIDTHS[0])),
-        "push-unseen-width": lambda: _pushes(_rows(size // (4 * WIDTHS[1]), WIDTHS[1])),
+        "push": lambda: _pushes(size, MAPS[0]),
+        "push-other-width": lambda: _pushes(size, MAPS[1]),
         "fetch": lambda: _fetches(size),
         "cut": lambda: [_interrupted(size // 4)],
         "memory": lambda: [_memory(4 * size)],
@@ -138,8 +143,27 @@ def _clients(unix: str, tcp: str, run: str = "") -> dict[str, NeighbourClient]:
 # -------------------------------------------------------------------------------------------------- pushing
 
 
+class _Epochs:
+    """Pushes epoch after epoch of one run."""
+
+    def __init__(self, client: NeighbourClient, maps: NDArray[np.float32]) -> None:
+        self._client = client
+        self._maps = maps
+        self._epoch = 0
+
+    def __call__(self) -> float:
+        """The seconds of one push. Its table, of pooled maps, is soon built."""
+        self._epoch += 1
+        push = partial(self._client.push, self._maps, epoch=self._epoch, k=16, key="pooled", retention=LAST)
+        seconds = _timed(push)
+        number = self._client.table(epoch=self._epoch, timeout=600).generation
+        while self._client.generation(number).embeddings == "flushing":
+            time.sleep(0.05)
+        return seconds
+
+
 class _Pusher:
-    """Epoch after epoch of one run; what was measured is dropped, so that no build runs beside the next."""
+    """Pushes that are dropped, so that no build runs beside the next."""
 
     def __init__(self, client: NeighbourClient, rows: NDArray[np.float32]) -> None:
         self._client = client
@@ -155,13 +179,16 @@ class _Pusher:
         return seconds
 
 
-def _pushes(rows: NDArray[np.float32]) -> list[Row]:
+def _pushes(size: int, shape: tuple[int, int, int]) -> list[Row]:
+    width = math.prod(shape)
+    rows = _rows(size // (4 * width), width)
+    maps = rows.reshape(-1, *shape)
     with ExitStack() as stack:
         service, tcp = stack.enter_context(_service())
         peers = _flight_peers(stack)
         goal = np.empty_like(rows)
         ways: dict[str, Callable[[], float]] = {
-            name: _Pusher(client, rows) for name, client in _clients(service.address, tcp).items()
+            name: _Epochs(client, maps) for name, client in _clients(service.address, tcp).items()
         } | {
             "plain copy": lambda: _timed(lambda: np.copyto(goal, rows)),
         }
@@ -169,7 +196,7 @@ def _pushes(rows: NDArray[np.float32]) -> list[Row]:
             for batch in BATCHES:
                 pieces = flight_peer.batches(rows, batch)
                 ways[f"{name} {batch // MIB} MiB"] = _put(peer, pieces)
-        return _beside_flight("push", rows.shape[1], _alternating(ways, rows.nbytes))
+        return _beside_flight("push", width, _alternating(ways, rows.nbytes))
 
 
 def _flight_peers(stack: ExitStack) -> dict[str, flight_peer.Peer]:
