@@ -1,6 +1,6 @@
 """A process of reading threads for the transport benchmark: prints a digest of what each one read.
 
-python -m tests.bench.readers ADDRESS THREADS
+python -m tests.bench.readers ADDRESS THREADS here|afar
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from nearkin_client import NeighbourClient
 
+from tests.bench.afar import from_afar
+
 
 def read(client: NeighbourClient) -> str:
     ids = client.table(generation=1, timeout=600).ids
@@ -19,7 +21,10 @@ def read(client: NeighbourClient) -> str:
 
 def main() -> None:
     address, count = sys.argv[1], int(sys.argv[2])
-    clients = [NeighbourClient(address, run="read") for _ in range(count)]
+    near = sys.argv[3] == "here"
+    clients = [
+        NeighbourClient(address, run="read") if near else from_afar(address, "read") for _ in range(count)
+    ]
     for client in clients:
         client.server_info()
     print("ready", flush=True)

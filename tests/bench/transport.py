@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 from nearkin_client import NeighbourClient, Retention
-from nearkin_client.lane import Lane
 from nearkin_client.local import LocalService
 from numpy.typing import NDArray
 
 from tests.bench import flight_peer
+from tests.bench.afar import from_afar
 from tests.client.proxy import cutting_proxy
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -55,7 +55,7 @@ def run(quick: bool, only: Sequence[str] = ()) -> list[Row]:
         "fetch": lambda: _fetches(size),
         "cut": lambda: [_interrupted(size // 4)],
         "memory": lambda: [_memory(4 * size)],
-        "readers": lambda: [_readers(quick, size // 4)],
+        "readers": lambda: [_readers(quick, size // 4, way) for way in ("afar", "here")],
     }
     if unknown := set(only) - set(parts):
         raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; choose from {', '.join(parts)}")
@@ -116,27 +116,17 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-class _FarLane(Lane):
-    """As a client on another host finds it: by TCP, whatever there is on this one."""
-
-    def _leads_in(self, address: object) -> bool:
-        return False
-
-
 def _clients(unix: str, tcp: str, run: str = "") -> dict[str, NeighbourClient]:
     """One for each way, by default on a run of its own. 127.0.0.1: which the client finds to be this host."""
 
     def client(name: str, address: str, *, shared: bool) -> NeighbourClient:
         return NeighbourClient(address, run=run or name, shared_memory=shared)
 
-    far = client("tcp", tcp, shared=False)
-    wire: Any = far._wire
-    wire.lane = lambda offer: _FarLane(offer, wire.endpoint, wire._lane_sockets)
     return {
         "shared memory": client("shm", unix, shared=True),
         "unix socket": client("unix", unix, shared=False),
         "127.0.0.1": client("here", tcp, shared=False),
-        "TCP": far,
+        "TCP": from_afar(tcp, run or "tcp"),
     }
 
 
@@ -304,10 +294,11 @@ def _peak_bytes(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _readers(quick: bool, size: int) -> Row:
-    """64 readers of a 100k x 64 table, from eight processes by TCP, while a push and a build go on.
+def _readers(quick: bool, size: int, way: str) -> Row:
+    """64 readers of a 100k x 64 table, from eight processes, while a push and a build go on.
 
-    A push's rate is what it has before and after, with the same rows, while nothing else goes on.
+    `afar` they read by TCP, `here` they map it. A push's rate is compared with what it has before and after,
+    with the same rows, while nothing else goes on.
     """
     count, k = (2_000, 16) if quick else (100_000, 64)
     rows = _rows(size // (4 * WIDTHS[0]), WIDTHS[0])
@@ -318,8 +309,9 @@ def _readers(quick: bool, size: int) -> Row:
         pusher()
         alone = [pusher() for _ in range(5)]
         expected = f"{np.bitwise_xor.reduce(table.ids.view(np.uint32), axis=None):08x}"
-        with _reading(tcp) as processes:
+        with _reading(tcp, way) as (processes, begin):
             building = client.push(_rows(count, 8) + 1, epoch=1, k=k)
+            threading.Timer(0.05, begin).start()  # in the middle of a push
             beside, beside_readers = [pusher()], list[float]()
             while any(process.poll() is None for process in processes):
                 both = len(client.generations()) == 1
@@ -330,6 +322,7 @@ def _readers(quick: bool, size: int) -> Row:
         alone += [pusher() for _ in range(5)]
     return {
         "what": f"{READERS} readers of {count} x {k} beside a push and a build",
+        "reading": {"afar": "by TCP", "here": "mapped"}[way],
         "failed": READERS - len(answers),
         "different": sum(answer != expected for answer in answers),
         "push_rate_kept": round(statistics.median(alone) / statistics.median(beside), 2),
@@ -340,9 +333,9 @@ def _readers(quick: bool, size: int) -> Row:
 
 
 @contextmanager
-def _reading(address: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes of eight reading threads each, connected, that begin together."""
-    command = [sys.executable, "-m", "tests.bench.readers", address, str(READERS // READING_PROCESSES)]
+def _reading(address: str, way: str) -> Iterator[tuple[list[subprocess.Popen[str]], Callable[[], None]]]:
+    """Processes of eight reading threads each, connected, and what makes them begin together."""
+    command = [sys.executable, "-m", "tests.bench.readers", address, str(READERS // READING_PROCESSES), way]
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(READING_PROCESSES)
@@ -350,11 +343,14 @@ def _reading(address: str) -> Iterator[list[subprocess.Popen[str]]]:
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    yield processes
+
+    def begin() -> None:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+
+    yield processes, begin
     for process in processes:
         process.wait()
 

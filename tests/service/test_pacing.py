@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
 from nearkin_service.operations import pacing
 from nearkin_service.operations.pacing import LEAST_BYTES_PER_SECOND, RECENT_SECONDS, SHARE, Pacing
@@ -124,6 +125,18 @@ def test_readers_beside_a_push_all_read_the_same(service: Service, caller: Calle
     expected = caller.table()
     assert expected.scores is not None
     assert found == {np.asarray(expected.ids).tobytes() + np.asarray(expected.scores).tobytes()}
+
+
+def test_who_maps_a_table_waits_too(service: Service, caller: Caller) -> None:
+    """Reading what is mapped takes a processor's time as well, and many do so at once."""
+    caller.push(random_rows(1000, 4), k=500)
+    caller.table(min_epoch=0)
+    paced, asked = service.server.core.pacing, pb.ReadTableRequest(run="run", accept_shared_memory=True)
+    paced.rows_arrived(0)
+    paced._may_go(1 << 40)  # all that tables get
+    began = time.monotonic()
+    assert next(caller.stub.ReadTable(asked, timeout=30)).header.ids_path
+    assert time.monotonic() - began > RECENT_SECONDS / 2
 
 
 @pytest.mark.parametrize("rows", ["its own", "none since", "others"])
