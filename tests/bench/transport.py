@@ -2,11 +2,11 @@
 
     python -m tests.bench.transport [--quick] [--only PART …] [--grid]
 
-Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, so
-that whatever else the machine does meets all of them alike; figures are medians of five rounds after two of
-warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows on file; Flight keeps what
-it received in memory and checks nothing. Our pushes are whole epochs, as of a training: each is followed by
-its table, and the next begins when its rows are on the disk.
+Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, in
+another order each, so that whatever else the machine does meets all of them alike; figures are medians of five
+rounds after two of warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows on file;
+Flight keeps what it received in memory and checks nothing. Our pushes are whole epochs, as of a training: each is
+followed by its table, and the next begins when its rows are on the disk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import random
 import socket
 import statistics
 import subprocess
@@ -102,11 +103,16 @@ def _free_port() -> int:
 
 
 def _alternating(ways: dict[str, Callable[[], float]], nbytes: int) -> dict[str, float]:
-    """Median GB/s of each way, which returns the seconds it took; the first two rounds are the warm-up."""
+    """Median GB/s of each way, which returns the seconds it took; the first two rounds are the warm-up.
+
+    Each round goes in another order: what a way leaves behind, such as memory that the system takes back,
+    would else always meet the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    chance = random.Random(1)
     for _ in range(2 + ROUNDS):
-        for name, way in ways.items():
-            seconds[name].append(way())
+        for name in chance.sample(list(ways), len(ways)):
+            seconds[name].append(ways[name]())
     return {name: round(nbytes / 1e9 / statistics.median(each[2:]), 2) for name, each in seconds.items()}
 
 
