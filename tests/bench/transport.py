@@ -3,10 +3,10 @@
     python -m tests.bench.transport [--quick] [--only PART …] [--grid]
 
 Both sides of every pair are processes of their own on the same cores. Rounds take turns between all ways, in
-another order each, so that whatever else the machine does meets all of them alike; figures are medians of five
-rounds after two of warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows on file;
-Flight keeps what it received in memory and checks nothing. Our pushes are whole epochs, as of a training: each is
-followed by its table, and the next begins when its rows are on the disk.
+another order each, so that whatever else the machine does meets all of them alike; figures are medians of
+five rounds after two of warm-up, in GB/s (1e9 bytes). Ours check every chunk on both ends and keep the rows
+on file; Flight keeps what it received in memory and checks nothing. Our pushes are whole epochs, as of a
+training: each is followed by its table, and the next begins when its rows are on the disk.
 """
 
 from __future__ import annotations
