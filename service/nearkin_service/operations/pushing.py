@@ -159,6 +159,7 @@ class Pushing:
             core.catalogue.add_push(run, push)
         finally:
             self._opening.remove(spec)
+        core.spawn(core.io(files.settle))  # while its rows come
         log.info(
             "run %s epoch %d: push %s opened, %d rows of %s %s, k %d",
             spec.run,
@@ -306,13 +307,15 @@ class Pushing:
             if push.state is not PushState.OPEN:
                 return
             push.state = PushState.BUILDING
+            files = self._core.files[push.push_id]
             try:
-                await self._core.io(self._core.files[push.push_id].note_committed)
+                await self._core.io(files.note_committed)
             except BaseException:
                 if push.state is PushState.BUILDING:
                     push.state = PushState.OPEN
                 raise
         if push.state is PushState.BUILDING:  # nobody has dropped it meanwhile
+            self._core.spawn(self._core.io(files.settle))
             self._core.catalogue.push_changed(push)
             self._builds.enqueue(push)
 

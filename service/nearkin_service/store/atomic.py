@@ -18,16 +18,21 @@ from nearkin_service.errors import DataLossError, disk_is_full
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
     """Replaces the document at `path`; it is on disk when this returns."""
+    put_document(path, body, durable=True)
+    fsync_directory(path.parent)
+
+
+def put_document(path: Path, body: dict[str, Any], *, durable: bool = False) -> None:
+    """The same for a process that dies, not yet for a machine."""
     aside = path.with_name(f".{path.name}.aside")
     try:
-        _write_durably(aside, "w", _document(body))
+        _write(aside, "w", _document(body), durable=durable)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
     faults.point("document.written_aside")
     aside.replace(path)
     faults.point("document.renamed")
-    fsync_directory(path.parent)
 
 
 def change_document(path: Path, body: dict[str, Any]) -> None:
@@ -41,19 +46,20 @@ def change_document(path: Path, body: dict[str, Any]) -> None:
     except OSError as error:
         if not (disk_is_full(error) and path.is_file()):
             raise
-        _write_durably(path, "r+", _document(body))
+        _write(path, "r+", _document(body), durable=True)
 
 
 def _document(body: dict[str, Any]) -> str:
     return json.dumps({"body": body, "crc32c": crc32c(_canonical(body))}, indent=1, allow_nan=False) + "\n"
 
 
-def _write_durably(path: Path, mode: str, text: str) -> None:
+def _write(path: Path, mode: str, text: str, *, durable: bool) -> None:
     with path.open(mode, encoding="utf-8") as file:
         file.write(text)
         file.truncate()
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def read_document(path: Path) -> dict[str, Any]:

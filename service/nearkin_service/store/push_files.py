@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from nearkin_service.ranges import RowRange, RowSet
 from nearkin_service.store import journal
 from nearkin_service.store.atomic import (
     fsync_directory,
+    fsync_file,
+    put_document,
     read_document,
     require_plain_files,
     write_document,
@@ -68,7 +71,10 @@ class PushFiles:
         spares: Spares | None = None,
         rows_at: int = 0,
     ) -> PushFiles:
-        """Makes the files, row 0 at byte `rows_at`; the push exists once its `push.json` does."""
+        """Makes the files, row 0 at byte `rows_at`; the push exists once its `push.json` does.
+
+        A machine that dies before `settle` may forget it.
+        """
         try:
             directory.mkdir(parents=True)
             if spares is None or not spares.take(rows_at + spec.rows_bytes, directory / ROWS):
@@ -77,8 +83,7 @@ class PushFiles:
             (directory / JOURNAL).touch()
             faults.point("push.rows_made")
             body = {"push_id": push_id, "spec": spec.to_document(), "created": created, "boot": boot_id()}
-            write_document(directory / PUSH, body)
-            fsync_directory(directory.parent)
+            put_document(directory / PUSH, body)
             faults.point("push.described")
             return PushFiles(directory, spec)
         except OSError as error:
@@ -208,16 +213,14 @@ class PushFiles:
         self.note(records + journal.records_of(Kind.ZERO, zeros))
         faults.point("write.noted")
 
-    def note(self, records: list[Record], *, durable: bool = False) -> None:
-        """Adds to the journal; `durable` waits until the disk has it."""
-        self._append(b"".join(record.packed() for record in records), durable=durable)
+    def note(self, records: list[Record]) -> None:
+        """Adds to the journal."""
+        self._append(b"".join(record.packed() for record in records))
 
-    def _append(self, packed: bytes, *, durable: bool = False) -> None:
+    def _append(self, packed: bytes) -> None:
         try:
             if packed:
                 journal.append_packed(self._journal, packed)
-            if durable:
-                os.fsync(self._journal)
         except OSError as error:
             raise lacking(error) or error from error
 
@@ -232,8 +235,16 @@ class PushFiles:
         self.note([Record(Kind.AUTOCOMMIT, rows.start, len(rows))])
 
     def note_committed(self) -> None:
-        self.note([Record(Kind.COMMITTED)], durable=True)
+        self.note([Record(Kind.COMMITTED)])
         faults.point("commit.noted")
+
+    def settle(self) -> None:
+        """Waits until the disk has all but the rows, so that a machine that dies finds the push again."""
+        with suppress(FileNotFoundError):  # the push has ended
+            for name in (PUSH, JOURNAL):
+                fsync_file(self.directory / name)
+            for directory in (self.directory, self.directory.parent):
+                fsync_directory(directory)
 
     def compose(self, base: RowsFile, rows: RowSet) -> None:
         """Takes rows from another push's file, and notes them as if they had arrived."""
