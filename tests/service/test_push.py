@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import crc32c
@@ -17,7 +19,17 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
 
-from tests.service.conftest import Caller, brute_force, code_of, message, messages, random_rows, refusal
+from tests.service.conftest import (
+    WAIT,
+    Caller,
+    brute_force,
+    code_of,
+    eventually,
+    message,
+    messages,
+    random_rows,
+    refusal,
+)
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 EXISTS = grpc.StatusCode.ALREADY_EXISTS
@@ -43,6 +55,28 @@ def test_a_pushed_epoch_becomes_its_table(caller: Caller, dtype: Any, shape: tup
     table = caller.table()
     np.testing.assert_array_equal(table.ids, brute_force(rows, 9))
     assert table.generation.generation == 1
+
+
+def test_what_a_push_notes_of_itself_reaches_the_disk_at_once(
+    caller: Caller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for that, but a machine that dies in the middle of a long push finds it again."""
+    synced, fsync = set[Path](), os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noting)
+    rows = random_rows(20, 4)
+    push_id = caller.begin(rows, commit_when_complete=False).push.push_id
+    pushes = tmp_path / "data/runs/run/pushes"
+    wanted = {pushes, pushes / push_id, pushes / push_id / "push.json", pushes / push_id / "journal"}
+    eventually(lambda: wanted <= synced, bool)
+    caller.write(push_id, rows)
+    synced.clear()
+    caller.stub.CommitPush(pb.CommitPushRequest(push_id=push_id), timeout=WAIT)
+    eventually(lambda: any(path.name == "journal" for path in synced), bool)
 
 
 def test_ranks_push_in_any_order_and_at_once(caller: Caller) -> None:
