@@ -28,8 +28,8 @@ STREAM_BYTES = 1 << 30
 SMALLEST_MESSAGE = 256 << 10
 STREAM_SHARE = 256
 """Messages hold as much as suits the service, but no more than this part of the push, nor less than that."""
-LANE_BYTES, LANE_SHARE = 16 << 20, 64
-"""The same on the bulk lane, where each message costs more than its memory."""
+LANE_BYTES, LANE_SMALLEST, LANE_SHARE = 16 << 20, 1 << 20, 64
+"""The same on the bulk lane, where a message costs half a millisecond, as much as 2 MiB of rows."""
 IN_PLACE_BYTES, IN_PLACE_SHARE = 256 << 20, 4
 """The same for rows that are written in place: nothing is sent twice, and few messages cost little."""
 WRITTEN_BYTES, WRITTEN_SHARE = 16 << 20, 4
@@ -271,8 +271,8 @@ class _Paces:
     def of(begun: pb.BeginPushResponse, rows: Rows) -> _Paces:
         total, most = rows.count * rows.row_bytes, begun.max_message_bytes
 
-        def per_message(most_bytes: int, share: int) -> int:
-            return max(1, min(most_bytes, max(SMALLEST_MESSAGE, total // share)) // rows.row_bytes)
+        def per_message(most_bytes: int, share: int, least_bytes: int = SMALLEST_MESSAGE) -> int:
+            return max(1, min(most_bytes, max(least_bytes, total // share)) // rows.row_bytes)
 
         def sent(rows_per_message: int) -> _Pace:
             return _Pace(rows_per_message, max(rows_per_message, STREAM_BYTES // rows.row_bytes))
@@ -280,7 +280,7 @@ class _Paces:
         most_in_place = min(begun.lent_rows.max_bytes or most, IN_PLACE_BYTES)
         return _Paces(
             in_place=_Pace(per_message(most_in_place, IN_PLACE_SHARE), rows.count),
-            lane=sent(per_message(min(most, LANE_BYTES), LANE_SHARE)),
+            lane=sent(per_message(min(most, LANE_BYTES), LANE_SHARE, LANE_SMALLEST)),
             stream=sent(per_message(begun.chunk_bytes, STREAM_SHARE)),
         )
 

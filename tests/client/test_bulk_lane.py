@@ -26,7 +26,7 @@ from nearkin_client.testing import neighbour_service
 
 from tests.client.proxy import cutting_proxy
 
-N, WIDTH = 96, 4096
+N, WIDTH = 96, 1 << 14
 ROWS = np.random.default_rng(5).standard_normal((N, WIDTH)).astype(np.float32)
 
 

@@ -21,7 +21,7 @@ from nearkin_client.local import LocalService
 from nearkin_client.wire import Wire
 
 generator = np.random.default_rng(9)
-ROWS = generator.standard_normal((64, 1 << 14)).astype(np.float32)
+ROWS = generator.standard_normal((64, 1 << 16)).astype(np.float32)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 255, 256, 257, 1023, 4096 + 7, (1 << 20) + 5])
