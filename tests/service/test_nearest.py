@@ -142,6 +142,20 @@ def test_comparing_generations(caller: Caller) -> None:
     assert [c.overlap for c in answer.most_changed] == sorted(c.overlap for c in answer.most_changed)
 
 
+def test_a_class_that_stayed_has_not_moved(caller: Caller) -> None:
+    """By not one rounding error: they would decide which of those with the same overlap comes first."""
+    first = random_rows(200, 7, seed=3)
+    second = first.copy()
+    second[::10] = random_rows(20, 7, seed=4)
+    caller.push(first, 0, k=1)
+    caller.push(second, 1, k=1)
+    answer = caller.stub.CompareGenerations(pb.CompareGenerationsRequest(run="run", most_changed=200))
+    assert [c.class_id for c in answer.most_changed if c.movement] != []
+    assert all(c.movement == 0 for c in answer.most_changed if c.class_id % 10)
+    order = [(c.overlap, -c.movement, c.class_id) for c in answer.most_changed]
+    assert order == sorted(order)
+
+
 def test_comparing_without_embeddings_leaves_movement_out(caller: Caller) -> None:
     for epoch in range(2):
         caller.push(random_rows(20, 4), epoch, retention=pb.Retention(keep_embeddings=1))

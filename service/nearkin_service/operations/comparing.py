@@ -118,7 +118,8 @@ def _overlap(now_bk: NDArray[np.int32], then_bk: NDArray[np.int32]) -> NDArray[n
 
 
 def _moved(now_bR: NDArray[Any], then_bR: NDArray[Any]) -> NDArray[np.float64]:
+    """Norms by the same sums as the products: a row that stayed the same has moved by 0."""
     now, then = now_bR.astype(np.float64), then_bR.astype(np.float64)
-    norms = np.linalg.norm(now, axis=1) * np.linalg.norm(then, axis=1)
+    norms = np.sqrt(np.vecdot(now, now) * np.vecdot(then, then))
     moved: NDArray[np.float64] = np.clip(1.0 - np.vecdot(now, then) / norms, 0.0, 2.0)
     return moved
