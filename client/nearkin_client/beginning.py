@@ -17,12 +17,12 @@ from nearkin_client.arrays import Rows
 from nearkin_client.decoding import DTYPES, KEYS, chosen
 from nearkin_client.errors import InvalidArgument, invalid
 from nearkin_client.lane import SMALLEST_BYTES
+from nearkin_client.numbers import MOST_INT32, MOST_INT64
 from nearkin_client.shared import best_begin
 from nearkin_client.values import Retention
 
 MOST_ABSENT = 1 << 20
 """Of one message: five bytes each at most."""
-_MOST_INT32, _MOST_INT64 = 2**31 - 1, 2**63 - 1
 _MOST_SECONDS = 366 * 86_400
 
 
@@ -48,8 +48,8 @@ def begin_request(
     """Check the arguments of one push, as the service does, before any byte is sent."""
     classes = _num_classes(rows.count, row_start, num_classes)
     for field, number in (("epoch", epoch), ("base_generation", base_generation or 0)):
-        if not 0 <= number <= _MOST_INT64:
-            invalid(field, number, f"is not in 0..{_MOST_INT64}")
+        if not 0 <= number <= MOST_INT64:
+            invalid(field, number, f"is not in 0..{MOST_INT64}")
     if not 1 <= k <= classes - 1:
         invalid("k", k, f"is not in 1..num_classes - 1 = {classes - 1}")
     if not 0 <= row_start <= row_start + rows.count <= classes:
@@ -85,8 +85,8 @@ def begin_request(
 def _retention(retention: Retention) -> pb.Retention:
     numbers = asdict(retention)
     for name, number in numbers.items():
-        if not 0 <= number <= _MOST_INT32:
-            invalid(f"retention.{name}", number, f"is not in 0..{_MOST_INT32}")
+        if not 0 <= number <= MOST_INT32:
+            invalid(f"retention.{name}", number, f"is not in 0..{MOST_INT32}")
     return pb.Retention(**numbers)
 
 

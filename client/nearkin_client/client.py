@@ -31,6 +31,7 @@ from nearkin_client.errors import (
     Unimplemented,
     invalid,
 )
+from nearkin_client.numbers import MOST_INT32, whole_number
 from nearkin_client.patience import Deadline, Patience
 from nearkin_client.push import Sender
 from nearkin_client.queries import ask_nearest, class_batches, vector_batches
@@ -337,12 +338,12 @@ class NeighbourClient:
         if epoch is not None and generation is not None:
             raise InvalidArgument("generation: give an epoch or a generation, not both", field="generation")
         if epoch is not None:
-            request.min_epoch = epoch
+            request.min_epoch = whole_number("epoch", epoch, least=0)
         elif generation is not None:
-            request.generation = _positive("generation", generation)
+            request.generation = whole_number("generation", generation)
         if rows is not None:
-            start, stop = rows
-            if not 0 <= start < stop:
+            start, stop = (whole_number("rows", each, least=0) for each in rows)
+            if not start < stop:
                 invalid("rows", rows, "is not (start, stop) with 0 <= start < stop")
             request.row_start, request.row_count = start, stop - start
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.table)
@@ -380,9 +381,9 @@ class NeighbourClient:
             raise InvalidArgument("classes: give either classes or vectors", field="classes")
         request = pb.NearestRequest(run=self._named_run())
         if k is not None:
-            request.k = _positive("k", k)
+            request.k = whole_number("k", k, most=MOST_INT32)
         if generation is not None:
-            request.generation = _positive("generation", generation)
+            request.generation = whole_number("generation", generation)
         service = self._limits(timeout)
         query = (
             class_batches(classes, k, service) if classes is not None else vector_batches(vectors, k, service)
@@ -395,7 +396,7 @@ class NeighbourClient:
         """One generation, by default the newest. NotFound: no such run or generation."""
         request = pb.GetGenerationRequest(run=self._named_run())
         if number is not None:
-            request.generation = _positive("generation", number)
+            request.generation = whole_number("generation", number)
         return decoding.generation(
             self._wire.ask(
                 lambda stub: stub.GetGeneration, request, doing="asking for a generation", timeout=timeout
@@ -436,7 +437,7 @@ class NeighbourClient:
     def delete_generation(self, number: int, *, timeout: float | None = None) -> None:
         """Remove one generation for good; its number is never given again. NotFound: no such generation."""
         request = pb.DeleteGenerationRequest(
-            run=self._named_run(), generation=_positive("generation", number)
+            run=self._named_run(), generation=whole_number("generation", number)
         )
         self._wire.ask(
             lambda stub: stub.DeleteGeneration,
@@ -448,7 +449,7 @@ class NeighbourClient:
 
     def delete_run(self, name: str | None = None, *, timeout: float | None = None) -> None:
         """Remove a run, by default this one, with everything in it. NotFound: no such run."""
-        request = pb.DeleteRunRequest(run=name or self._named_run())
+        request = pb.DeleteRunRequest(run=self._named_run() if name is None else name)
         self._wire.ask(
             lambda stub: stub.DeleteRun, request, doing="deleting a run", timeout=timeout, repeatable=False
         )
@@ -469,7 +470,7 @@ class NeighbourClient:
         """
         request = pb.PinGenerationRequest(run=self._named_run(), unpin=not pinned)
         if generation is not None:
-            request.generation = _positive("generation", generation)
+            request.generation = whole_number("generation", generation)
         self._require_feature("pin", timeout)
         return decoding.generation(
             self._wire.ask(
@@ -501,13 +502,13 @@ class NeighbourClient:
         """
         request = pb.CompareGenerationsRequest(run=self._named_run())
         if base is not None:
-            request.base_generation = _positive("base", base)
+            request.base_generation = whole_number("base", base)
         if generation is not None:
-            request.generation = _positive("generation", generation)
+            request.generation = whole_number("generation", generation)
         if k is not None:
-            request.k = _positive("k", k)
+            request.k = whole_number("k", k, most=MOST_INT32)
         if most_changed is not None:
-            request.most_changed = _positive("most_changed", most_changed)
+            request.most_changed = whole_number("most_changed", most_changed, most=MOST_INT32)
         return decoding.comparison(
             self._wire.ask(
                 lambda stub: stub.CompareGenerations, request, doing="comparing generations", timeout=timeout
@@ -576,9 +577,3 @@ class NeighbourClient:
 
 def _push_id(push: Push | str) -> str:
     return push if isinstance(push, str) else push.push_id
-
-
-def _positive(field: str, number: int) -> int:
-    if number < 1:
-        invalid(field, number, "is not 1 or greater")
-    return int(number)

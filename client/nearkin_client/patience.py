@@ -49,14 +49,18 @@ class Patience:
                 invalid(each.name, getattr(self, each.name), "is not a number of seconds greater than 0")
 
 
+FOR_EVER = 365 * 86_400.0
+"""Seconds. gRPC takes a moment that is too far away, such as infinity, for one that has passed."""
+
+
 class Deadline:
-    """A moment by which something has to be done."""
+    """A moment by which something has to be done: `FOR_EVER` from now at the latest."""
 
     def __init__(self, seconds: float) -> None:
         if not seconds > 0:
             invalid("timeout", seconds, "is not a number of seconds greater than 0")
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + min(seconds, FOR_EVER)
 
     @property
     def remaining(self) -> float:

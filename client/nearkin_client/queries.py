@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nearkin_client import decoding
 from nearkin_client.arrays import as_rows
 from nearkin_client.errors import invalid
+from nearkin_client.numbers import MOST_INT32
 from nearkin_client.patience import Deadline
 from nearkin_client.values import NearestClasses, ServerInfo
 from nearkin_client.wire import Wire
@@ -20,8 +21,6 @@ MOST_QUERIES = 1024
 """Queries per request, whatever the service allows, so that answers stay small as well."""
 MOST_ANSWERS = 1 << 20
 """Queries times neighbours per request."""
-
-_MOST_CLASS_ID = np.iinfo(np.int32).max
 
 Query = pb.ClassIds | pb.Vectors
 
@@ -33,8 +32,8 @@ def class_batches(
     ids = np.asarray(classes)
     if ids.dtype.kind != "i":  # Python's integers have any size, and NumPy makes of them what it can
         for each in np.asarray(classes, object).flat:
-            if isinstance(each, (int, np.integer)) and not 0 <= each <= _MOST_CLASS_ID:
-                invalid("classes", int(each), f"is not within 0..{_MOST_CLASS_ID}")
+            if isinstance(each, (int, np.integer)) and not 0 <= each <= MOST_INT32:
+                invalid("classes", int(each), f"is not within 0..{MOST_INT32}")
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         invalid(
             "classes",

@@ -10,16 +10,14 @@ from nearkin.v1 import neighbours_pb2 as pb
 
 from nearkin_client import decoding
 from nearkin_client.errors import NearkinError, error_from_rpc, status_of
-from nearkin_client.patience import Deadline, Persistence, interrupted
+from nearkin_client.patience import FOR_EVER, Deadline, Persistence, interrupted
 from nearkin_client.values import RunEvent
 from nearkin_client.wire import Stream, Wire
-
-_FOR_EVER = 365 * 86_400.0
 
 
 def watch(wire: Wire, run: str, timeout: float | None) -> Iterator[RunEvent]:
     """Events as they come, from now on; after a lost connection a new `RunSnapshot` comes first."""
-    deadline = Deadline(timeout if timeout is not None else _FOR_EVER)
+    deadline = Deadline(timeout if timeout is not None else FOR_EVER)
     request = pb.WatchRunRequest(run=run)
     return _events(wire, request, deadline, wire.watch(request, deadline.remaining))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import random
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from nearkin_client import (
     NotReadyInTime,
     PushFailed,
     Retention,
+    RunSnapshot,
 )
 from nearkin_client.arrays import WIRE_DTYPES
 from nearkin_client.local import LocalService
@@ -375,6 +378,48 @@ def test_wrong_queries(nearkin: NeighbourClient, arguments: dict[str, Any]) -> N
     nearkin.table(epoch=0, timeout=30)
     with pytest.raises(InvalidArgument):
         nearkin.nearest(**arguments)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, 2**63, np.float32(1), "1"])
+def test_numbers_that_are_none_of_the_protocols(nearkin: NeighbourClient, number: Any) -> None:
+    for field, ask in (
+        ("generation", lambda: nearkin.table(generation=number)),
+        ("generation", lambda: nearkin.generation(number)),
+        ("generation", lambda: nearkin.delete_generation(number)),
+        ("generation", lambda: nearkin.pin(number)),
+        ("generation", lambda: nearkin.nearest(classes=[0], generation=number)),
+        ("k", lambda: nearkin.nearest(classes=[0], k=number)),
+        ("k", lambda: nearkin.compare(k=number)),
+        ("base", lambda: nearkin.compare(number)),
+        ("most_changed", lambda: nearkin.compare(most_changed=number)),
+        ("epoch", lambda: nearkin.table(epoch=number if number != 0 else -2)),
+        ("rows", lambda: nearkin.table(rows=(number, 0))),
+    ):
+        with pytest.raises(InvalidArgument, match=re.escape(f"{field}: ")) as caught:
+            ask()
+        assert caught.value.field == field
+
+
+def test_numpys_integers_are_numbers(nearkin: NeighbourClient) -> None:
+    nearkin.push(generator.standard_normal((9, 4)).astype(np.float32), epoch=0, k=3)
+    assert len(nearkin.table(epoch=np.int64(0), rows=(np.int32(2), np.uint8(5)))) == 3  # type: ignore[arg-type]
+    assert nearkin.nearest(classes=[1], k=np.int64(2)).ids.shape == (1, 2)  # type: ignore[arg-type]
+
+
+def test_no_name_is_not_this_run(nearkin: NeighbourClient) -> None:
+    nearkin.push(generator.standard_normal((9, 4)).astype(np.float32), epoch=0, k=3)
+    nearkin.table(epoch=0)
+    with pytest.raises(InvalidArgument):
+        nearkin.delete_run("")
+    assert nearkin.run_info().generations == 1
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e300, 1e12])
+def test_a_deadline_beyond_all_times_is_none(nearkin: NeighbourClient, seconds: float) -> None:
+    nearkin.push(generator.standard_normal((9, 4)).astype(np.float32), epoch=0, k=3, timeout=seconds)
+    assert nearkin.table(epoch=0, timeout=seconds).k == 3
+    assert nearkin.nearest(classes=[0], timeout=seconds).ids.shape == (1, 3)
+    assert isinstance(next(nearkin.watch(timeout=seconds)), RunSnapshot)
 
 
 def test_the_catalogue(nearkin: NeighbourClient) -> None:
