@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from nearkin_client import NeighbourClient, NeighbourTable
 from nearkin_client.cli.app import app
+from nearkin_client.cli.report import _histogram
 from nearkin_client.errors import ServiceNotInstalled
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
@@ -215,6 +216,59 @@ def test_watch(service: LocalService, as_json: bool) -> None:
         assert [e["generation"]["epoch"] for e in events if e["event"] == "GenerationPublished"] == [7]
     else:
         assert sum("published generation 1 (epoch 7)" in line for line in lines) == 1
+
+
+# ------------------------------------------------------------------------------------------- reports
+
+
+def reported(service: LocalService, run: str, out: Path) -> ElementTree.Element:
+    nearkin("report", str(out), "--run", run, service=service.address)
+    page = out.read_text(encoding="utf-8")
+    return ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', ""))
+
+
+@pytest.mark.parametrize("scores", [[1.0], [0.46], [1.0, np.nextafter(np.float32(1), np.float32(0))]])
+def test_report_of_scores_that_are_nearly_the_same(scores: list[float]) -> None:
+    """Float32 has no room for the bars of a histogram between them."""
+    drawn = ElementTree.fromstring(_histogram(np.array(scores, np.float32)))
+    bars = [bar.findtext("title", "").split()[0] for bar in drawn.findall("rect")]
+    assert sum(map(int, bars)) == len(scores)
+
+
+def test_report_of_two_classes(service: LocalService, tmp_path: Path) -> None:
+    with NeighbourClient(service.address, run="two") as client:
+        client.push(np.array([[1, 0], [1, 2]], np.float32), epoch=0, k=1)
+        client.table(epoch=0)
+        tree = reported(service, "two", tmp_path / "two.html")
+        client.delete_run()
+    assert len(tree.findall(".//svg")) == 1, "the nearest class is the last one, too"
+
+
+def test_report_where_the_number_of_classes_changed(service: LocalService, tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    with NeighbourClient(service.address, run="grown") as client:
+        for epoch, classes in enumerate((20, 30)):
+            client.push(generator.standard_normal((classes, 6)).astype(np.float32), epoch=epoch, k=4)
+            client.table(epoch=epoch)
+        tree = reported(service, "grown", tmp_path / "grown.html")
+        client.delete_run()
+    assert tree.findall("body/p")[-1].text == "It had 20 classes: only equal numbers can be compared."
+
+
+def test_report_does_not_count_absent_classes_among_those_without_neighbours(
+    service: LocalService, tmp_path: Path
+) -> None:
+    rows = np.random.default_rng(3).standard_normal((9, 4)).astype(np.float32)
+    with NeighbourClient(service.address, run="holes") as client:
+        client.push(rows, epoch=0, k=2, absent=[0, 5, 6])
+        ids = client.table(epoch=0).ids
+        tree = reported(service, "holes", tmp_path / "holes.html")
+        client.delete_run()
+    present = set(range(9)) - {0, 5, 6}
+    orphans = len(present - set(ids.ravel().tolist()))
+    assert any(f"{orphans} present classes are neighbours of none" in str(p.text) for p in tree.iter("p"))
+    hubs = tree.findall("body/table")[1]
+    assert len(hubs.findall("tr")) == 1 + len(present) - orphans
 
 
 # ------------------------------------------------------------------------------------------ mistakes

@@ -27,20 +27,25 @@ th { color: #777; font-weight: normal } svg { max-width: 100%; height: auto }
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a page tells of; `change` is since the generation before, where there is one."""
+    """What a page tells of; `change` is since `before`, the generation before, where they can be compared."""
 
     run: str
     generation: Generation
     table: NeighbourTable
+    before: Generation | None
     change: Comparison | None
 
 
 def gather(client: NeighbourClient, number: int | None) -> Findings:
     """Ask the service. NotFound: no such generation."""
     generation = client.generation(number)
-    earlier = [g.generation for g in client.generations() if g.generation < generation.generation]
-    change = client.compare(max(earlier), generation.generation, most_changed=_LISTED) if earlier else None
-    return Findings(generation.run, generation, client.table(generation=generation.generation), change)
+    earlier = [each for each in client.generations() if each.generation < generation.generation]
+    before = max(earlier, key=lambda each: each.generation, default=None)
+    change = None
+    if before is not None and before.num_classes == generation.num_classes:
+        change = client.compare(before.generation, generation.generation, most_changed=_LISTED)
+    table = client.table(generation=generation.generation)
+    return Findings(generation.run, generation, table, before, change)
 
 
 def page(findings: Findings, names: ClassNames) -> str:
@@ -51,8 +56,8 @@ def page(findings: Findings, names: ClassNames) -> str:
         _about(findings.generation),
         *_scores(findings.table),
         *_conflicts(findings.table, names),
-        *_hubs(findings.table, names),
-        *_changes(findings.change, names),
+        *_hubs(findings.table, findings.generation.absent_count, names),
+        *_changes(findings, names),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
@@ -72,7 +77,8 @@ def _scores(table: NeighbourTable) -> Iterable[str]:
     if table.scores is None:
         return
     yield "<h2>How alike neighbours are</h2>"
-    for column, what in ((0, "the nearest class"), (table.k - 1, f"neighbour number {table.k}")):
+    last = [(table.k - 1, f"neighbour number {table.k}")] if table.k > 1 else []
+    for column, what in ((0, "the nearest class"), *last):
         scores = table.scores[:, column]
         scores = scores[np.isfinite(scores)]
         if len(scores):
@@ -81,8 +87,10 @@ def _scores(table: NeighbourTable) -> Iterable[str]:
 
 
 def _histogram(scores: NDArray[np.float32]) -> str:
+    """In float64: between two scores that are near each other float32 has no room for the edges of bars."""
     low, high = float(scores.min()), float(scores.max())
-    counts, _ = np.histogram(scores, _BARS, (low, high if high > low else low + 1e-6))
+    wide = high if high > low else low + max(1.0, abs(low)) * 1e-6
+    counts, _ = np.histogram(scores.astype(np.float64), _BARS, (low, wide))
     tall = 150 * counts / counts.max()
     bars = "".join(
         f'<rect x="{20 * n}" y="{160 - height:.1f}" width="18" height="{height:.1f}">'
@@ -103,25 +111,29 @@ def _conflicts(table: NeighbourTable, names: ClassNames) -> Iterable[str]:
     yield _rows(["class", "class", "score"], rows)
 
 
-def _hubs(table: NeighbourTable, names: ClassNames) -> Iterable[str]:
+def _hubs(table: NeighbourTable, absent: int, names: ClassNames) -> Iterable[str]:
+    """Absent classes are nobody's neighbours by their nature: they are not counted."""
     times = times_listed(table)
+    none, who = int((times == 0).sum()) - absent, "present classes " if absent else ""
     yield (
-        f"<h2>Hubs</h2><p>Classes that are neighbours of the most others. {int((times == 0).sum()):,} are "
-        "neighbours of none.</p>"
+        "<h2>Hubs</h2><p>Classes that are neighbours of the most others. "
+        f"{none:,} {who}are neighbours of none.</p>"
     )
-    most = np.argsort(-times, kind="stable")[:_LISTED]
+    most = [each for each in np.argsort(-times, kind="stable")[:_LISTED] if times[each]]
     yield _rows(
         ["class", "neighbour of"], [[human.label(int(each), names), f"{times[each]:,}"] for each in most]
     )
 
 
-def _changes(change: Comparison | None, names: ClassNames) -> Iterable[str]:
-    if change is None:
+def _changes(findings: Findings, names: ClassNames) -> Iterable[str]:
+    before, change = findings.before, findings.change
+    if before is None:
         return
-    yield (
-        f"<h2>Since generation {change.base_generation}</h2><p>{change.mean_overlap:.1%} of the neighbours "
-        "were kept. These classes changed most:</p>"
-    )
+    yield f"<h2>Since generation {before.generation}</h2>"
+    if change is None:
+        yield f"<p>It had {before.num_classes:,} classes: only equal numbers can be compared.</p>"
+        return
+    yield f"<p>{change.mean_overlap:.1%} of the neighbours were kept. These classes changed most:</p>"
     rows = [[human.label(c.class_id, names), f"{c.overlap:.0%}"] for c in change.most_changed]
     yield _rows(["class", "kept"], rows)
 
