@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from nearkin_client import NeighbourClient, NeighbourTable
 from nearkin_client.cli.app import app
+from nearkin_client.cli.names import ClassNames, read_names, resolved
 from nearkin_client.cli.report import _histogram
-from nearkin_client.errors import ServiceNotInstalled
+from nearkin_client.errors import InvalidArgument, ServiceNotInstalled
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 from typer.testing import CliRunner
@@ -271,6 +273,67 @@ def test_report_does_not_count_absent_classes_among_those_without_neighbours(
     assert len(hubs.findall("tr")) == 1 + len(present) - orphans
 
 
+# ---------------------------------------------------------------------------------------------- names
+
+
+def names_of(tmp_path: Path, content: str) -> ClassNames:
+    file = tmp_path / "names.csv"
+    file.write_text(content, encoding="utf-8")
+    return read_names(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("\ufeff0,a\n1,b\n", {0: "a", 1: "b"}),
+        ("\ufeffa\nb\n", {0: "a", 1: "b"}),
+        ("a\n\nc\n\n", {0: "a", 2: "c"}),
+        ("class,name\n\n1,b\n", {1: "b"}),
+        ('"Smith, John"\n"He said ""no"""\n', {0: "Smith, John", 1: 'He said "no"'}),
+        ("", {}),
+    ],
+)
+def test_names_files(tmp_path: Path, content: str, names: dict[int, str]) -> None:
+    assert names_of(tmp_path, content) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('a\n"b\nc\n', "line 3"),
+        ('a\n"Big" Al\nc\n', "line 2"),
+        ("0,a\n²,b\n", "'²,b'"),
+        ("²,b\n0,a\n", "'²,b'"),
+        ("-1,x\n0,a\n", "'-1,x'"),
+        ("a\nSmith, John\n", "in quotes if it holds a comma"),
+        ("0,a\n1,b\n0,c\n", "names class 0 twice, 'a' and 'c'"),
+    ],
+)
+def test_names_files_that_would_mislead_are_refused(tmp_path: Path, content: str, told: str) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(told)):
+        names_of(tmp_path, content)
+
+
+def test_a_name_of_several_classes_is_none_to_ask_for(tmp_path: Path) -> None:
+    names = names_of(tmp_path, "twin\nother\ntwin\n")
+    with pytest.raises(InvalidArgument, match=r"'twin' is the name of 2 classes \(0, 2\); give the id"):
+        resolved(["twin"], names)
+    assert resolved(["other", "2"], names) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nearest", "3"), ("table",), ("conflicts",), ("export", "x.csv"), ("report", "x.html")]
+)
+def test_a_file_that_names_more_classes_than_there_are(
+    service: LocalService, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = tmp_path / "names.txt"
+    names.write_text("name\n" + "\n".join(f"name-{n}" for n in range(20)))
+    told = nearkin(*arguments, "--names", str(names), service=service.address).stderr
+    assert "names class 20, and there are 20 classes (0..19)" in told
+
+
 # ------------------------------------------------------------------------------------------ mistakes
 
 
@@ -284,6 +347,19 @@ def test_report_does_not_count_absent_classes_among_those_without_neighbours(
         (("nearest", "3", "--names", "/no/such/file"), "/no/such/file"),
         (("nearest", "three"), "three"),
         (("table", "--rows", "7"), "START:STOP"),
+        (("table", "--rows", "²:³"), "START:STOP"),
+        (("table", "--rows", "0:" + "9" * 20), "rows: " + "9" * 20),
+        (("table", "--rows", "0:" + "9" * 5000), "START:STOP"),
+        (("table", "--generation", "9" * 20), "generation: " + "9" * 20),
+        (("table", "--epoch", "9" * 20), "epoch: " + "9" * 20),
+        (("nearest", "3", "--k", "3000000000"), "k: 3000000000 is not within 1..2147483647"),
+        (("nearest", "9" * 5000), "is not a class id"),
+        (("nearest", "٣"), "is not a class id"),
+        (("nearest", "3", "--generation", "9" * 20), "generation: " + "9" * 20),
+        (("compare", "1", "9" * 20), "generation: " + "9" * 20),
+        (("compare", "--k", "3000000000"), "k: 3000000000"),
+        (("compare", "--most-changed", "3000000000"), "most_changed: 3000000000"),
+        (("pin", "9" * 20), "generation: " + "9" * 20),
         (("table", "--rows", "0:99"), "99"),
         (("table", "--out", "table.docx"), ".npz"),
         (("table", "--epoch", "1", "--generation", "1"), "both"),
@@ -306,6 +382,12 @@ def test_what_the_service_refuses_ends_with_status_1(
 ) -> None:
     done = nearkin(*arguments, service=service.address, status=1)
     assert done.stderr.startswith("nearkin: ")
+
+
+@pytest.mark.parametrize("seconds", ["inf", "1e300"])
+def test_a_timeout_beyond_all_times_is_none(service: LocalService, seconds: str) -> None:
+    assert answer(service, "runs", "--timeout", seconds)
+    assert answer(service, "table", "--epoch", "1", "--timeout", seconds)
 
 
 def test_no_service() -> None:

@@ -15,7 +15,7 @@ from nearkin_client.analysis import nearest_pairs
 from nearkin_client.cli import export, human, machine
 from nearkin_client.cli import report as reports
 from nearkin_client.cli.following import follow
-from nearkin_client.cli.names import ClassNames, read_names, resolved
+from nearkin_client.cli.names import ClassNames, class_number, read_names, resolved, warn_of_strangers
 from nearkin_client.client import NeighbourClient
 from nearkin_client.errors import InvalidArgument, NearkinError
 from nearkin_client.local import serve_command
@@ -125,7 +125,8 @@ def generations(
 @app.command(epilog="Example: nearkin nearest 3 14 --run faces --k 5 --names names.csv")
 def nearest(
     classes: Annotated[
-        list[str], typer.Argument(metavar="CLASS", help="Class ids, or names of the --names file.")
+        list[str],
+        typer.Argument(metavar="CLASS", help="Class ids, or names of the --names file, which go first."),
     ],
     *,
     run: RunName = None,
@@ -146,6 +147,7 @@ def nearest(
         asked = client.generation(generation)
         k = k or min(NEIGHBOURS_SHOWN, asked.num_classes - 1)
         found = client.nearest(classes=ids, k=k, generation=asked.generation)
+        warn_of_strangers(known, asked.num_classes)
     machine.emit(machine.nearest(ids, found, known)) if json else human.nearest(ids, found, known)
 
 
@@ -177,6 +179,8 @@ def table(
         found = client.table(generation=generation, epoch=epoch, rows=span)
     if out is not None:
         _write(out, found, known, json)
+    if span is None:
+        warn_of_strangers(known, len(found))
     elif json:
         machine.emit(machine.table(found))
     else:
@@ -193,9 +197,10 @@ def _span(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+    first, end = class_number(start), class_number(stop)
+    if not colon or first is None or end is None or first >= end:
         raise InvalidArgument(f"rows: {text!r} is not START:STOP, such as 0:20", field="rows")
-    return int(start), int(stop)
+    return first, end
 
 
 @app.command(epilog="Example: nearkin watch --run faces")
@@ -263,6 +268,7 @@ def conflicts(
         found = client.table(generation=generation)
     pairs = nearest_pairs(found).from_score(at_least)
     if json:
+    warn_of_strangers(known, len(found))
         machine.emit(machine.conflicts(found, pairs, most, known))
     else:
         human.conflicts(found, pairs, most, known)
@@ -286,6 +292,7 @@ def export_table(
         found = client.table(generation=generation)
     _write(out, found, known, json)
 
+    warn_of_strangers(known, len(found))
 
 @app.command(epilog="Example: nearkin report faces.html --run faces --names names.csv")
 def report(
