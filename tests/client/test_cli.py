@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from nearkin_client import NeighbourClient, NeighbourTable
-from nearkin_client.cli.app import app
+from nearkin_client.cli.app import _only_run, app
 from nearkin_client.cli.names import ClassNames, read_names, resolved
 from nearkin_client.cli.report import _histogram
 from nearkin_client.errors import InvalidArgument, ServiceNotInstalled
@@ -273,6 +274,88 @@ def test_report_does_not_count_absent_classes_among_those_without_neighbours(
     assert len(hubs.findall("tr")) == 1 + len(present) - orphans
 
 
+# --------------------------------------------------------------------------------------------- output
+
+
+@pytest.mark.parametrize(
+    "arguments", [("runs",), ("table",), ("table", "--json"), ("watch", "--timeout", "9"), ("--help",)]
+)
+def test_a_reader_who_goes_away_and_a_full_disk(service: LocalService, arguments: tuple[str, ...]) -> None:
+    command = [str(COMMAND), *arguments, *([] if "--help" in arguments else ["--service", service.address])]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.stderr == "nearkin: cannot write to standard output: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_standard_output_that_is_closed(service: LocalService) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {COMMAND} runs --service {service.address} >&-"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_output_that_cannot_show_every_name(service: LocalService, tmp_path: Path) -> None:
+    names = tmp_path / "names.csv"
+    names.write_text("3,🙂é\n", encoding="utf-8")
+    command = [str(COMMAND), "nearest", "3", "--names", str(names), "--service", service.address]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, capture_output=True, env=ascii_only, timeout=60, check=True).stdout
+    assert rb"3 \U0001f642\xe9" in told
+    told = subprocess.run([*command, "--json"], capture_output=True, env=ascii_only, check=True).stdout
+    assert json.loads(told)["rows"][0]["name"] == "🙂é"
+
+
+def test_a_pipe_gets_one_line_per_class_whatever_its_names(service: LocalService, tmp_path: Path) -> None:
+    names = tmp_path / "names.csv"
+    names.write_text("\n".join(f'{n},"{"x" * 60}\n\x1b[31m[bold]{n}"' for n in range(20)))
+    told = nearkin("table", "--names", str(names), service=service.address).stdout
+    assert len(told.splitlines()) == 2 + 10
+    assert "\x1b" not in told
+    assert "[bold]19" in told
+
+
+def test_a_file_whose_name_looks_like_markup(service: LocalService, tmp_path: Path) -> None:
+    out = tmp_path / "[/x]" / "[bold]table.csv"
+    out.parent.mkdir(parents=True)
+    assert str(out) in nearkin("export", str(out), service=service.address).stdout
+
+
+@pytest.mark.parametrize("ending", ["csv", "npz", "html"])
+def test_what_cannot_be_written_leaves_what_was_there(
+    service: LocalService, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / f"out.{ending}"
+    out.write_text("before")
+    command = f"ulimit -f 0; exec {COMMAND} {'report' if ending == 'html' else 'export'} {out}"
+    done = subprocess.run(
+        ["sh", "-c", f"trap '' XFSZ; {command} --service {service.address}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"cannot write {out}: File too large" in done.stderr
+    assert (done.returncode, out.read_text()) == (2, "before")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_link_stays_one_and_keeps_its_mode(service: LocalService, tmp_path: Path) -> None:
+    out, link = tmp_path / "out.csv", tmp_path / "link.csv"
+    out.touch(mode=0o640)
+    link.symlink_to(out)
+    nearkin("export", str(link), service=service.address)
+    assert link.is_symlink()
+    assert out.read_text().startswith("class,rank")
+    assert out.stat().st_mode & 0o777 == 0o640
+
+
 # ---------------------------------------------------------------------------------------------- names
 
 
@@ -332,6 +415,14 @@ def test_a_file_that_names_more_classes_than_there_are(
     names.write_text("name\n" + "\n".join(f"name-{n}" for n in range(20)))
     told = nearkin(*arguments, "--names", str(names), service=service.address).stderr
     assert "names class 20, and there are 20 classes (0..19)" in told
+
+
+def test_no_more_than_some_runs_are_named(monkeypatch: pytest.MonkeyPatch, service: LocalService) -> None:
+    with NeighbourClient(service.address) as client:
+        (one,) = client.runs()
+        monkeypatch.setattr(client, "runs", lambda: [replace(one, run=f"run-{n}") for n in range(12)])
+        with pytest.raises(InvalidArgument, match="run-8, run-9 and 2 more"):
+            _only_run(client)
 
 
 # ------------------------------------------------------------------------------------------ mistakes

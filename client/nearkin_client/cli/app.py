@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from nearkin_client.analysis import nearest_pairs
-from nearkin_client.cli import export, human, machine
+from nearkin_client.cli import export, human, machine, output
 from nearkin_client.cli import report as reports
 from nearkin_client.cli.following import follow
 from nearkin_client.cli.names import ClassNames, class_number, read_names, resolved, warn_of_strangers
@@ -24,6 +24,7 @@ from nearkin_client.values import NeighbourTable
 
 ROWS_SHOWN = 10
 NEIGHBOURS_SHOWN = 10
+RUNS_NAMED = 10
 
 app = typer.Typer(
     help="Look into a nearkin neighbour service: which classes are each other's nearest, epoch by epoch.",
@@ -60,15 +61,13 @@ GenerationNumber = Annotated[
 
 def main() -> None:
     """The `nearkin` command."""
+    output.prepare()
     try:
         app()
     except InvalidArgument as error:
         _fail(error.message, 2)
     except NearkinError as error:
         _fail(error.message, 1)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -100,7 +99,10 @@ def _only_run(client: NeighbourClient) -> str:
     names = [each.run for each in client.runs()]
     if len(names) == 1:
         return names[0]
-    known = f"there are {', '.join(names)}" if names else "the service has none yet"
+    few = ", ".join(names[:RUNS_NAMED]) + (
+        f" and {len(names) - RUNS_NAMED} more" if len(names) > RUNS_NAMED else ""
+    )
+    known = f"there are {few}" if names else "the service has none yet"
     raise InvalidArgument(f"run: say which one with --run; {known}", field="run")
 
 
@@ -145,9 +147,9 @@ def nearest(
     ids = resolved(classes, known)
     with _client_of_run(service, timeout, run) as client:
         asked = client.generation(generation)
+        warn_of_strangers(known, asked.num_classes)
         k = k or min(NEIGHBOURS_SHOWN, asked.num_classes - 1)
         found = client.nearest(classes=ids, k=k, generation=asked.generation)
-        warn_of_strangers(known, asked.num_classes)
     machine.emit(machine.nearest(ids, found, known)) if json else human.nearest(ids, found, known)
 
 
@@ -177,10 +179,10 @@ def table(
         export.check_ending(out, *export.TABLE_ENDINGS)
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation, epoch=epoch, rows=span)
-    if out is not None:
-        _write(out, found, known, json)
     if span is None:
         warn_of_strangers(known, len(found))
+    if out is not None:
+        _write(out, found, known, json)
     elif json:
         machine.emit(machine.table(found))
     else:
@@ -266,9 +268,9 @@ def conflicts(
     known = read_names(names)
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation)
+    warn_of_strangers(known, len(found))
     pairs = nearest_pairs(found).from_score(at_least)
     if json:
-    warn_of_strangers(known, len(found))
         machine.emit(machine.conflicts(found, pairs, most, known))
     else:
         human.conflicts(found, pairs, most, known)
@@ -290,9 +292,9 @@ def export_table(
     export.check_ending(out, *export.TABLE_ENDINGS)
     with _client_of_run(service, timeout, run) as client:
         found = client.table(generation=generation)
+    warn_of_strangers(known, len(found))
     _write(out, found, known, json)
 
-    warn_of_strangers(known, len(found))
 
 @app.command(epilog="Example: nearkin report faces.html --run faces --names names.csv")
 def report(
@@ -310,8 +312,10 @@ def report(
     export.check_ending(out, ".html")
     with _client_of_run(service, timeout, run) as client:
         findings = reports.gather(client, generation)
-    with export.writing(out):
-        out.write_text(reports.page(findings, known), encoding="utf-8")
+    warn_of_strangers(known, len(findings.table))
+    page = reports.page(findings, known).encode()
+    with export.writing(out) as file:
+        file.write(page)
     about = findings.generation
     facts = {"out": str(out), "generation": about.generation, "epoch": about.epoch}
     machine.emit(facts) if json else human.written(out, findings.table)

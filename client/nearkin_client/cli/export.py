@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,29 +27,54 @@ def check_ending(path: Path, *endings: str) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """InvalidArgument: the file cannot be written."""
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place when all of it is written: what ends before leaves what was there.
+
+    InvalidArgument: it cannot be written.
+    """
     try:
-        yield
+        target = path.resolve()  # a link stays one
+        if target.exists() and not target.is_file():  # such as a pipe
+            with target.open("wb") as file:
+                yield file
+        else:
+            with _in_its_place(target) as file:
+                yield file
     except OSError as error:
-        raise InvalidArgument(f"out: cannot write {path}: {error.strerror}", field="out") from error
+        raise InvalidArgument(f"out: cannot write {path}: {error.strerror or error}", field="out") from error
+
+
+@contextmanager
+def _in_its_place(target: Path) -> Iterator[BinaryIO]:
+    if target.exists():
+        target.open("ab").close()  # it may be written to
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with unfinished.open("xb") as file:
+            if target.exists():
+                shutil.copymode(target, unfinished)
+            yield file
+        unfinished.replace(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_table(path: Path, table: NeighbourTable, names: ClassNames) -> None:
     """NumPy arrays (.npz), or one line per class and neighbour (.csv), with names where there are any."""
-    with writing(path):
-        _write_npz(path, table) if path.suffix == ".npz" else _write_csv(path, table, names)
+    with writing(path) as file:
+        _write_npz(file, table) if path.suffix == ".npz" else _write_csv(file, table, names)
 
 
-def _write_npz(path: Path, table: NeighbourTable) -> None:
+def _write_npz(file: BinaryIO, table: NeighbourTable) -> None:
     arrays: dict[str, Any] = {"ids": table.ids}
     if table.scores is not None:
         arrays["scores"] = table.scores
-    np.savez(path, generation=table.generation, epoch=table.epoch, row_start=table.row_start, **arrays)
+    np.savez(file, generation=table.generation, epoch=table.epoch, row_start=table.row_start, **arrays)
 
 
-def _write_csv(path: Path, table: NeighbourTable, names: ClassNames) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+def _write_csv(binary: BinaryIO, table: NeighbourTable, names: ClassNames) -> None:
+    with io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         headings = ["class", "rank", "neighbour", "score"]
         writer.writerow([*headings, "class_name", "neighbour_name"] if names else headings)

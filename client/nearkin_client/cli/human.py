@@ -9,12 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from nearkin_client import values as v
 from nearkin_client.analysis import NearestPairs
 from nearkin_client.cli.names import ClassNames
+from nearkin_client.cli.output import one_line
+
+_UNFOLDED = 1 << 20
+_NOT_MOVED = "not known: embeddings are gone, or their rows had another shape"
 
 
 def console() -> Console:
@@ -24,7 +29,7 @@ def console() -> Console:
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """A plain table; headings that start with ">" are of numbers, set to the right."""
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
     if title:
         out.print(f"[bold]{title}[/bold]", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold dim")
@@ -108,7 +113,7 @@ def nearest(classes: Sequence[int], found: v.NearestClasses, names: ClassNames) 
 def written(path: Path, found: v.NeighbourTable) -> None:
     """What went into a file."""
     about = f"generation {found.generation} (epoch {found.epoch})"
-    console().print(f"{path}: {len(found)} classes x {found.k} neighbours of {about}")
+    console().print(one_line(f"{path}: {len(found)} classes x {found.k} neighbours of {about}"), markup=False)
 
 
 def table(found: v.NeighbourTable, names: ClassNames, most_rows: int) -> None:
@@ -147,7 +152,7 @@ def comparison(found: v.Comparison, names: ClassNames) -> None:
     out.print(f"neighbours kept   {found.mean_overlap:.1%} on average over {found.classes_compared} classes")
     if found.overlap_deciles:
         out.print("by deciles        " + "  ".join(f"{each:.0%}" for each in found.overlap_deciles))
-    moved = "not known: embeddings are gone" if found.mean_movement is None else f"{found.mean_movement:.4f}"
+    moved = _NOT_MOVED if found.mean_movement is None else f"{found.mean_movement:.4f}"
     out.print(f"mean movement     {moved} (1 - cosine)")
     out.print()
     print_table(
@@ -162,8 +167,9 @@ def comparison(found: v.Comparison, names: ClassNames) -> None:
 def server(info: v.ServerInfo, address: str) -> None:
     """Version, engines and limits."""
     out = console()
-    out.print(f"[bold]nearkin-serve {info.version}[/bold] on {address}, started {ago(info.started)}")
-    out.print(f"devices  {', '.join(info.devices)}")
+    out.print(f"[bold]nearkin-serve {escape(info.version)}[/bold]", end="")
+    out.print(f" on {address}, started {ago(info.started)}", markup=False)
+    out.print(f"devices  {', '.join(info.devices)}", markup=False)
     out.print()
     print_table(
         ["engine", "available", "exact", "about"],
@@ -215,7 +221,7 @@ def pace(build: v.BuildProgress) -> str:
 
 def label(class_id: int, names: ClassNames) -> str:
     """A class id, with its name where there is one."""
-    return f"{class_id} {names[class_id]}" if class_id in names else str(class_id)
+    return f"{class_id} {one_line(names[class_id])}" if class_id in names else str(class_id)
 
 
 def recall(generation: v.Generation) -> str:

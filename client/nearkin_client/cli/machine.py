@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -18,7 +19,13 @@ from nearkin_client.values import NearestClasses, NeighbourTable
 
 def emit(value: Any) -> None:
     """Print one answer as one line."""
-    print(json.dumps(plain(value), ensure_ascii=False, separators=(",", ":")), flush=True)  # noqa: T201
+    answer = plain(value)
+    text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # escapes of JSON's own: any other would not be JSON
+        text = json.dumps(answer, separators=(",", ":"))
+    print(text, flush=True)  # noqa: T201
 
 
 def plain(value: Any) -> Any:
