@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +109,7 @@ class Endpoint:
                 f"no service address: give unix:///path/to.sock or host:port, or set {SERVICE_VARIABLE}",
                 field="address",
             )
-        return cls(_normalised(given), token or os.environ.get(TOKEN_VARIABLE) or None, tls)
+        return cls(_normalised(given), _sendable(token or os.environ.get(TOKEN_VARIABLE) or None), tls)
 
     @property
     def is_local(self) -> bool:
@@ -128,13 +129,27 @@ class Endpoint:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
+def _sendable(token: str | None) -> str | None:
+    """InvalidArgument: what a header cannot carry, such as a line end that came along from a file."""
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise InvalidArgument(
+            "token: it holds a space, a line end or another character that no token has; is all of it meant?",
+            field="token",
+        )
+    return token
+
+
 def _normalised(address: str) -> str:
+    try:
+        address.encode()
+    except UnicodeEncodeError:  # of bytes that are no text; gRPC takes text alone
+        invalid("address", address, "is not UTF-8")
     if address.startswith("unix:"):
         return address
     if address.startswith("/"):
         return f"unix://{address}"
     host, colon, port = address.rpartition(":")
-    if "://" in address or not colon or not host or not port.isdigit():
+    if "://" in address or not colon or not host or not (port.isascii() and port.isdigit()):
         invalid("address", address, "is not unix:///path/to.sock or host:port")
     return address
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nearkin_client import decoding
 from nearkin_client.arrays import as_rows
-from nearkin_client.errors import invalid
+from nearkin_client.errors import InvalidArgument, invalid
 from nearkin_client.numbers import MOST_INT32
 from nearkin_client.patience import Deadline
 from nearkin_client.values import NearestClasses, ServerInfo
@@ -62,14 +62,26 @@ def ask_nearest(
     """Ask batch after batch. The first answer fixes the generation of the others."""
     deadline = Deadline(timeout if timeout is not None else wire.patience.call)
     answers: list[pb.NearestResponse] = []
+    asked = 0
     for batch in batches:
         if isinstance(batch, pb.ClassIds):
             request.classes.CopyFrom(batch)
         else:
             request.vectors.CopyFrom(batch)
-        answer = wire.ask(
-            lambda stub: stub.Nearest, request, doing="asking for nearest classes", timeout=deadline.remaining
-        )
+        try:
+            answer = wire.ask(
+                lambda stub: stub.Nearest,
+                request,
+                doing="asking for nearest classes",
+                timeout=deadline.remaining,
+            )
+        except InvalidArgument as error:
+            if not asked or isinstance(batch, pb.ClassIds):
+                raise
+            raise InvalidArgument(
+                f"{error.message} (vector 0 is number {asked} of those given)", field=error.field
+            ) from error
+        asked += batch.count if isinstance(batch, pb.Vectors) else len(batch.ids)
         request.generation = answer.generation
         answers.append(answer)
     return decoding.nearest(answers)

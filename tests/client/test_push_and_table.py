@@ -355,6 +355,12 @@ def test_many_queries_take_many_requests(nearkin: NeighbourClient, monkeypatch: 
     table = nearkin.table(epoch=0, timeout=30)
     np.testing.assert_array_equal(nearkin.nearest(classes=range(30)).ids, table.ids)
     assert nearkin.nearest(vectors=rows, k=1).ids[:, 0].tolist() == list(range(30))
+    rows[16] = np.nan
+    with pytest.raises(InvalidArgument, match=r"vector 2: .*vector 0 is number 14 of those given"):
+        nearkin.nearest(vectors=rows)
+    rows[5] = 0
+    with pytest.raises(InvalidArgument, match=r"vector 5: .* declare the class absent$"):
+        nearkin.nearest(vectors=rows)
 
 
 @pytest.mark.parametrize(
@@ -378,6 +384,22 @@ def test_wrong_queries(nearkin: NeighbourClient, arguments: dict[str, Any]) -> N
     nearkin.table(epoch=0, timeout=30)
     with pytest.raises(InvalidArgument):
         nearkin.nearest(**arguments)
+
+
+@pytest.mark.parametrize("address", ["unix:///tmp/\udcff", "h\udcff:77", "host:77\n", "host:²"])
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(InvalidArgument, match="address: ") as caught:
+        NeighbourClient(address)
+    assert caught.value.field == "address"
+
+
+@pytest.mark.parametrize("token", ["secret\n", " secret", "sécret", "two words"])
+def test_a_token_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("NEARKIN_TOKEN", token)
+    with pytest.raises(InvalidArgument, match="line end") as caught:
+        NeighbourClient("127.0.0.1:1")
+    assert caught.value.field == "token"
+    assert token.strip() not in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, 2**63, np.float32(1), "1"])
