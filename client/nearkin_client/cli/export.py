@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from nearkin_client.cli.names import ClassNames
 from nearkin_client.errors import InvalidArgument
@@ -78,7 +80,9 @@ def _write_csv(binary: BinaryIO, table: NeighbourTable, names: ClassNames) -> No
         writer = csv.writer(file)
         headings = ["class", "rank", "neighbour", "score"]
         writer.writerow([*headings, "class_name", "neighbour_name"] if names else headings)
-        for index, ids in enumerate(table.ids):
+        console = Console(stderr=True)
+        rows = track(table.ids, "writing", console=console, transient=True, disable=not console.is_terminal)
+        for index, ids in enumerate(rows):
             scores = table.scores[index] if table.scores is not None else [""] * len(ids)
             for rank, (other, score) in enumerate(zip(ids, scores, strict=True), start=1):
                 own = table.row_start + index
