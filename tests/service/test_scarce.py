@@ -238,6 +238,21 @@ def test_loops_of_mixed_that_could_not_be_loaded_are_loaded_later() -> None:
         assert loading.ready(job)
 
 
+def test_a_build_that_finds_no_descriptor_for_the_loops_is_not_the_last_to_try(caller: Caller) -> None:
+    rows = random_rows(3000, 64)
+    with (
+        mock.patch.object(loading, "_WORTH_WAITING", 0),
+        mock.patch.object(loading, "_loaded", {"at once": threading.Event(), "scan": threading.Event()}),
+        mock.patch.object(loading, "_failed", set[str]()),
+    ):
+        with mock.patch("nearkin_service.engines.mixed.cpu.build_mixed", side_effect=os_error(errno.EMFILE)):
+            push_id = caller.begin(rows, engine="auto").push.push_id
+            caller.write(push_id, rows)
+            assert "open_files" in caller.ended(push_id).error
+        caller.push(rows, 1)
+    assert caller.generation().engine == "mixed"
+
+
 def test_loops_that_are_broken_in_this_process_fail_one_build_and_no_other(caller: Caller) -> None:
     """As after an import for which memory ran out in its middle: what is left of it stays."""
     rows = random_rows(3000, 64)

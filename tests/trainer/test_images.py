@@ -33,6 +33,13 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.mean() == pytest.approx(brightness, abs=30)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(0.5, np.float32), (70_000, np.int32), (-1, np.int32)])
+def test_pixels_without_a_scale_are_refused(tmp_path: Path, value: float, dtype: type) -> None:
+    Image.fromarray(np.full((1, 1), value, dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif .*8 or 16 bits"):
+        decode(tmp_path / "a.tif", 1, 1)
+
+
 def test_transparency_is_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))

@@ -51,7 +51,7 @@ def first_use(job: Job) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, AttributeError) as error:
         if not _loaded[_need(job)].is_set():
             _give_up(_need(job), error)
         raise

@@ -116,6 +116,8 @@ def decode(path: Path, height: int, width: int) -> Bytes:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
+        raise ValueError("it does not say which of its numbers is white; store pixels of 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # 16 bits per pixel: Pillow's own conversion would clip everything above 255 to white.
         return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
@@ -124,6 +126,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layered).convert("RGB")
     return image.convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    lowest, highest = np.asarray(image).min(), np.asarray(image).max()
+    return bool(lowest >= 0 and highest < 1 << 16)
 
 
 def to_floats(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
