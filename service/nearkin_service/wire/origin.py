@@ -31,9 +31,11 @@ class Origin(Enum):
 def _is_ours(host: str) -> bool:
     """Whether an address is one of this host's: nobody can listen on those of others."""
     try:
-        family = socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
+        ipaddress.ip_address(host)
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, place = found[0]  # a link-local address with the number of its interface
+        with socket.socket(family, kind) as probe:
+            probe.bind(place)
     except (OSError, ValueError):
         return False
     return True
