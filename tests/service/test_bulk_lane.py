@@ -22,10 +22,11 @@ from nearkin.v1 import bulk, frames
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_service.config import Limits
 from nearkin_service.operations import lending
+from nearkin_service.ranges import RowRange
 from nearkin_service.store import as_bytes
 from nearkin_service.wire.lane import lane as lane_module
 from nearkin_service.wire.lane import rows as rows_module
-from nearkin_service.wire.lane.tickets import RowsGrant, Tickets
+from nearkin_service.wire.lane.tickets import RowsGrant, TableGrant, Tickets
 
 from tests.service.conftest import (
     WAIT,
@@ -40,6 +41,8 @@ from tests.service.conftest import (
 
 Start = Callable[..., Service]
 ROWS = random_rows(60, 16)
+GENERATION: Any = None
+TABLE = TableGrant(GENERATION, RowRange(0, 1), scores=True)
 
 
 def offered(caller: Caller, rows: Any = ROWS, epoch: int = 0, **changes: Any) -> tuple[str, pb.BulkLane]:
@@ -566,6 +569,32 @@ def test_only_so_many_tickets_are_good() -> None:
         tickets.issue(RowsGrant("more"))
     assert tickets.redeem(second.shown) is None
     assert tickets.redeem(first.shown) is first
+
+
+def test_readers_push_no_writer_out() -> None:
+    tickets = Tickets(seconds=60)
+    writer, reader = tickets.issue(RowsGrant("p")), tickets.issue(TABLE)
+    for _ in range(4096):
+        tickets.issue(TABLE)
+    assert tickets.redeem(reader.shown) is None
+    assert tickets.redeem(writer.shown) is writer
+
+
+def test_a_table_that_is_read_otherwise_needs_no_ticket(
+    either: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issued: list[Any] = []
+    issue = Tickets.issue
+
+    def noting(self: Tickets, grant: Any) -> Any:
+        issued.append(grant)
+        return issue(self, grant)
+
+    monkeypatch.setattr(Tickets, "issue", noting)
+    either.push(ROWS)
+    header = _answers(either, accept_shared_memory=True)[0].header
+    assert len(issued) == header.HasField("bulk_lane") == header.bulk_lane.HasField("local")
+    assert bool(header.ids_path) == (either.address.startswith("unix:") or bool(issued))
 
 
 # -------------------------------------------------------------------------------------------------- tables

@@ -61,14 +61,16 @@ class TableMethods:
     ) -> pb.TableHeader | None:
         """A header that says where the table is to be had; None: it follows in this stream."""
         header = _header(generation, request)
-        whole = header.row_count == generation.spec.num_classes
         large = _table_bytes(header) >= _SMALLEST_LANE_BYTES
-        if request.accept_bulk_lane and (large or (request.accept_shared_memory and whole)):
+        mapped = request.accept_shared_memory and header.row_count == generation.spec.num_classes
+        by_socket = mapped and origin is Origin.SOCKET  # who needs no more than the paths
+        by_tcp = mapped and self._lane.shows_host(origin)
+        if request.accept_bulk_lane and (by_tcp or (large and not by_socket)):
             rows = generation.rows_of(request.row_start, request.row_count)
             grant = TableGrant(generation, rows, request.with_scores, tracing.here())
             if lane := self._lane.offer(grant, origin):
                 header.bulk_lane.CopyFrom(lane)
-        if request.accept_shared_memory and whole and shares(origin, header.bulk_lane):
+        if mapped and shares(origin, header.bulk_lane):
             paths = self._reading.paths(generation)
             header.ids_path, header.scores_path = paths[0], paths[1] if request.with_scores else ""
             return header

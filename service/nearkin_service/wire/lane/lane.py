@@ -115,11 +115,15 @@ class BulkLane:
     def offer(self, grant: Grant, origin: Origin) -> pb.BulkLane | None:
         """A ticket for a caller who comes from there; None where there is no lane for it."""
         doors = [] if origin is Origin.SOCKET else self._doors
-        local = self._local if origin is Origin.HOST else None
+        local = self._local if self.shows_host(origin) else None
         if self._closing or not (doors or local or (origin is Origin.SOCKET and self._beside_unix)):
             return None
         ticket = self._tickets.issue(grant)
         return pb.BulkLane(ticket=ticket.shown, answer=ticket.answer, doors=doors, local=local)
+
+    def shows_host(self, origin: Origin) -> bool:
+        """Whether a caller who comes from there by TCP is offered a door that only this host has."""
+        return origin is Origin.HOST and self._local is not None
 
     # -------------------------------------------------------------------------------------------- serving
 

@@ -14,6 +14,7 @@ from nearkin_service.values import Generation
 
 _NAME_BYTES, _SECRET_BYTES = 8, 24
 _MOST = 4096
+"""For rows, and as many for tables."""
 _SECONDS = 900.0
 """How long a ticket may lie unused."""
 
@@ -48,23 +49,29 @@ class Ticket:
     grant: Grant
 
 
+_Good = dict[bytes, tuple[Ticket, float]]
+
+
 class Tickets:
     """All that are good at present. Any thread."""
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._good: dict[bytes, tuple[Ticket, float]] = {}  # by the first bytes; the longest unused first
+        # By the first bytes; the longest unused first. Apart, so that many readers push no writer out.
+        self._rows: _Good = {}
+        self._tables: _Good = {}
 
     def issue(self, grant: Grant) -> Ticket:
         """A new ticket. Where there are too many, the one that was longest unused is none any more."""
         name = secrets.token_bytes(_NAME_BYTES)
         ticket = Ticket(name + secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SECRET_BYTES), grant)
+        good = self._rows if isinstance(grant, RowsGrant) else self._tables
         with self._lock:
             self._forget_old()
-            if len(self._good) >= _MOST:
-                del self._good[next(iter(self._good))]
-            self._good[name] = (ticket, time.monotonic())
+            if len(good) >= _MOST:
+                del good[next(iter(good))]
+            good[name] = (ticket, time.monotonic())
         return ticket
 
     def find(self, shown: bytes) -> Ticket | None:
@@ -79,19 +86,19 @@ class Tickets:
             if ticket is None:
                 return None
             name = shown[:_NAME_BYTES]
-            del self._good[name]
-            if isinstance(ticket.grant, RowsGrant):
-                self._good[name] = (ticket, time.monotonic())
+            self._tables.pop(name, None)
+            if self._rows.pop(name, None) is not None:
+                self._rows[name] = (ticket, time.monotonic())
         return ticket
 
     def _find(self, shown: bytes) -> Ticket | None:
         self._forget_old()
-        ticket, _ = self._good.get(shown[:_NAME_BYTES], (None, 0.0))
+        name = shown[:_NAME_BYTES]
+        ticket, _ = self._rows.get(name) or self._tables.get(name) or (None, 0.0)
         return ticket if ticket is not None and hmac.compare_digest(ticket.shown, shown) else None
 
     def _forget_old(self) -> None:
         until = time.monotonic() - self._seconds
-        for name in list(self._good):
-            if self._good[name][1] > until:
-                return
-            del self._good[name]
+        for good in (self._rows, self._tables):
+            while good and next(iter(good.values()))[1] <= until:
+                del good[next(iter(good))]
