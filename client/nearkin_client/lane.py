@@ -132,7 +132,7 @@ class Lane:
         self._ticket = offer.ticket
         self._answer = offer.answer
         self._sockets = sockets
-        self._address = _door(offer, endpoint, self._leads_in)
+        self._address = _door(offer, endpoint)
         if sockets.avoids(self._address):
             raise NoLane(f"{self} could not be reached a moment ago")
 
@@ -140,11 +140,6 @@ class Lane:
         if isinstance(self._address, tuple):
             return f"port {self._address[1]}"
         return self._address.replace("\0", "@")
-
-    @property
-    def on_this_host(self) -> bool:
-        """Whether the service is, for certain."""
-        return isinstance(self._address, str)
 
     def write_rows(
         self,
@@ -201,27 +196,13 @@ class Lane:
             self._sockets.avoid(self._address)
             raise NoLane(f"{self} cannot be reached: {error.strerror or error}") from error
         try:
-            if self._answered(connection):
+            if _answered(connection, self._ticket, self._answer):
                 return connection
         except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
             connection.close()
             raise NoLane(f"{self} does not let us in ({str(error) or type(error).__name__})") from error
         connection.close()
         raise NoLane(f"{self} is not the service's")
-
-    def _leads_in(self, address: _Address) -> bool:
-        """Whether the service itself is behind this door."""
-        try:
-            with _connect(address) as connection:
-                return self._answered(connection, only_answer=True)
-        except (OSError, frames.Ended, frames.Malformed, DecodeError):
-            return False
-
-    def _answered(self, connection: socket.socket, *, only_answer: bool = False) -> bool:
-        frames.limit_silence(connection, CONNECT_SECONDS)
-        hello = pb.BulkHello(ticket=self._ticket, only_answer=only_answer)
-        frames.send(connection, hello.SerializeToString())
-        return hmac.compare_digest(_reply(connection).answer, self._answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +315,46 @@ def _length(connection: socket.socket) -> int:
     return length
 
 
-def _door(offer: pb.BulkLane, endpoint: Endpoint, leads_in: Callable[[_Address], bool]) -> _Address:
+def elsewhere(offer: pb.BulkLane, endpoint: Endpoint) -> str:
+    """Why the service cannot be shown to be on this host; "" where it is, for certain."""
+    if endpoint.is_local:
+        return ""
+    if not offer.HasField("local"):
+        return "it takes us for callers from another host, has --bulk-port off, or is of an older version"
+    port = int(endpoint.address.rpartition(":")[2])
+    if port not in offer.local.service_ports:
+        return f"port {port} is not the service's own: something stands between"
+    return _why_unproven(offer)
+
+
+def _why_unproven(offer: pb.BulkLane) -> str:
+    """Why nobody at the local door gives the service's answer; "" where it does."""
+    door = f"its socket @{offer.local.name}"
+    try:
+        connection = _connect(f"\0{offer.local.name}")
+    except ConnectionRefusedError:
+        return (
+            f"{door} is not here: another host, a network namespace of its own, or a service that just ended"
+        )
+    except OSError as error:
+        return f"{door} cannot be reached: {error.strerror or error}"
+    try:
+        with connection:
+            if _answered(connection, offer.ticket, offer.answer, only_answer=True):
+                return ""
+    except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
+        return f"{door} does not let us in ({str(error) or type(error).__name__})"
+    return f"{door} is not the service's"
+
+
+def _answered(connection: socket.socket, ticket: bytes, answer: bytes, *, only_answer: bool = False) -> bool:
+    """Whether the service itself is at the other end, which is shown the ticket."""
+    frames.limit_silence(connection, CONNECT_SECONDS)
+    frames.send(connection, pb.BulkHello(ticket=ticket, only_answer=only_answer).SerializeToString())
+    return hmac.compare_digest(_reply(connection).answer, answer)
+
+
+def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
     path = socket_path(endpoint.address)
     if path is not None:
         beside = path.with_name(path.name + frames.BULK_SUFFIX)
@@ -344,10 +364,9 @@ def _door(offer: pb.BulkLane, endpoint: Endpoint, leads_in: Callable[[_Address],
         except OSError as error:
             raise NoLane(f"{beside}: {error.strerror}") from error
         raise NoLane(f"{beside} is no socket")
+    if not elsewhere(offer, endpoint):
+        return f"\0{offer.local.name}"
     host, _, port = endpoint.address.rpartition(":")
-    local = f"\0{offer.local.name}"
-    if int(port) in offer.local.service_ports and leads_in(local):
-        return local
     if endpoint.tls is not None:
         raise NoLane("the bulk lane has no TLS")
     for door in offer.doors:

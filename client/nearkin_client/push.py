@@ -15,10 +15,10 @@ from nearkin.v1.checksums import crc32c
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.digest import Digest
-from nearkin_client.errors import DeadlineExceeded, PushFailed, error_from_rpc, status_of
+from nearkin_client.errors import DeadlineExceeded, FailedPrecondition, PushFailed, error_from_rpc, status_of
 from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
-from nearkin_client.shared import in_advance, joined, lent
+from nearkin_client.shared import LentRows, in_advance, joined, lent
 from nearkin_client.wire import Wire
 
 log = logging.getLogger("nearkin.client.push")
@@ -52,9 +52,10 @@ class Sender:
         shared_memory: Literal["auto"] | bool = "auto",
     ) -> None:
         """`begin` begins the push, or joins it again."""
-        begun = begin()
         self._wire = wire
         self._begin = begin
+        wanted = shared_memory if rows.count else False
+        begun, self._lent = self._borrow(rows, row_start, wanted)
         self._push = begun.push
         self._offer = begun.bulk_lane
         self._most_message_bytes = begun.max_message_bytes
@@ -66,12 +67,26 @@ class Sender:
         self._foreign = _stored(begun.push)
         self._failure: Exception | None = None
         self._digest = Digest(rows)
-        wanted = shared_memory if rows.count else False
-        self._lent = lent(begun, rows, row_start, wanted, wire)
         self._loan = begun.lent_rows.loan  # others wait for it, even if we cannot write in place
         self._loan_lost = self._asked_again = False
         self._paces = _Paces.of(begun, rows)
         self._lane = self._find_lane() if self._lent is None and rows.count else None
+
+    def _borrow(
+        self, rows: Rows, row_start: int, wanted: Literal["auto"] | bool
+    ) -> tuple[pb.BeginPushResponse, LentRows | None]:
+        """The push, and what its rows are written into.
+
+        Begins again where shared memory is a must and the service ended before it could show that it is here.
+        """
+        begun = self._begin()
+        while True:
+            try:
+                return begun, lent(begun, rows, row_start, wanted, self._wire)
+            except FailedPrecondition:
+                before, begun = begun, self._begin()
+                if begun.bulk_lane.local.name == before.bulk_lane.local.name:
+                    raise
 
     @property
     def _pace(self) -> _Pace:

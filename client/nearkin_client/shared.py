@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 
 from nearkin_client.arrays import Rows, sound
 from nearkin_client.errors import FailedPrecondition
-from nearkin_client.lane import NoLane
 from nearkin_client.ranges import Range
 from nearkin_client.wire import Wire
 
@@ -53,10 +53,11 @@ def lent(
         return None
     try:
         _require_offer(begun, wire)
+        _require_same_file(begun.lent_rows)
         descriptor = os.open(begun.lent_rows.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
         if wanted is True:
-            raise FailedPrecondition(f"shared_memory=True: {error}", field="shared_memory") from error
+            raise not_shared(error) from error
         log.info("epoch %d: rows go through the connection (%s)", begun.push.epoch, error)
         return None
     log.info("epoch %d: rows go through shared memory", begun.push.epoch)
@@ -71,23 +72,32 @@ def best_begin(rows: Rows, row_start: int) -> int:
     return begin if begin in BEGINNINGS else 0
 
 
+def not_shared(why: Exception) -> FailedPrecondition:
+    """What is raised where shared memory must be used and cannot be had."""
+    text = f'shared_memory=True: {why}; "auto" goes through the connection where it must'
+    return FailedPrecondition(text, field="shared_memory")
+
+
 def _require_offer(begun: pb.BeginPushResponse, wire: Wire) -> None:
+    require_this_host(wire, begun.bulk_lane)
     if not begun.HasField("lent_rows"):
         raise ValueError("the service lends us no rows")
-    require_this_host(wire, begun.bulk_lane)
+
+
+def _require_same_file(offer: pb.LentRows) -> None:
+    """OSError, ValueError: the service's path does not lead to its file here.
+
+    Before it is opened, as an overlay makes a copy then.
+    """
+    found = Path(offer.path).stat(follow_symlinks=False)
+    if offer.inode and (found.st_dev, found.st_ino) != (offer.device, offer.inode):
+        raise ValueError(f"{offer.path} is another file here than the service's")
 
 
 def require_this_host(wire: Wire, offer: pb.BulkLane) -> None:
     """ValueError: who offers this lane is not on it, as far as we can tell; their files are not ours."""
-    if wire.endpoint.is_local:
-        return
-    try:
-        if wire.lane(offer).on_this_host:
-            return
-        why = "leads to another host, or through a tunnel"
-    except NoLane as reason:
-        why = f"cannot be shown to lead to this host: {reason}"
-    raise ValueError(f"{wire.endpoint.address} {why}")
+    if why := wire.elsewhere(offer):
+        raise ValueError(f"{wire.endpoint.address} cannot be shown to lead to this host: {why}")
 
 
 class LentRows:
@@ -127,7 +137,8 @@ class LentRows:
             return False
         try:
             _require_offer(begun, wire)
-        except ValueError:
+            _require_same_file(offer)
+        except (OSError, ValueError):
             return False
         self._loan = offer.loan
         return True

@@ -23,7 +23,7 @@ from nearkin_client.errors import (
 )
 from nearkin_client.lane import NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, meaning
-from nearkin_client.shared import map_table, require_this_host
+from nearkin_client.shared import map_table, not_shared, require_this_host
 from nearkin_client.values import NeighbourTable
 from nearkin_client.wire import Wire
 
@@ -43,13 +43,15 @@ def read_table(
     persistence = Persistence(deadline, wire.patience.outage)
     exact = request.WhichOneof("which") == "generation"
     damaged = removed = 0
+    doubted: str | None = None
     while True:
-        reading = _Reading(wire, request, deadline, must_share)
+        reading = _Reading(wire, request, deadline, must_share, doubted)
         try:
             return reading.finish()
         except _NotMapped as why:
-            log.info("%s: read through the connection: %s", doing, why)
-            request.accept_shared_memory = False
+            way = "asking once more" if reading.must_share else "read through the connection"
+            log.info("%s: %s: %s", doing, way, why)
+            doubted, request.accept_shared_memory = reading.door, reading.must_share
         except NoLane as why:
             log.info("%s: read through gRPC: %s", doing, why)
             request.accept_bulk_lane = False
@@ -89,14 +91,23 @@ class _Reading:
     """One attempt."""
 
     def __init__(
-        self, wire: Wire, request: pb.ReadTableRequest, deadline: Deadline, must_share: bool
+        self,
+        wire: Wire,
+        request: pb.ReadTableRequest,
+        deadline: Deadline,
+        must_share: bool,
+        doubted: str | None,
     ) -> None:
+        """`doubted`: by this door it did not show that it is here; it may have been started again since."""
         self._wire = wire
         self._request = request
         self._deadline = deadline
-        self._must_share = must_share and not request.row_count
+        self.must_share = must_share and not request.row_count
+        self._doubted = doubted
         self.generation = 0
         """Which one the service chose, once it has said so."""
+        self.door = ""
+        """By which it shows that it is on this host; another one after each start."""
 
     def finish(self) -> NeighbourTable:
         messages = self._wire.read_table(self._request, self._deadline.remaining)
@@ -104,7 +115,8 @@ class _Reading:
         if not isinstance(header, pb.TableHeader):
             raise DataLoss("a neighbour table arrived without its header")
         self.generation = header.generation.generation
-        if header.ids_path or self._must_share:
+        self.door = header.bulk_lane.local.name
+        if header.ids_path or self.must_share:
             return self._mapped(header)
         shape, memory = (header.row_count, header.k), self._wire.memory
         columns: dict[int, NDArray[Any]] = {pb.TABLE_COLUMN_IDS: memory.empty(shape, "<i4")}
@@ -130,10 +142,17 @@ class _Reading:
                 if column == pb.TABLE_COLUMN_IDS or header.with_scores
             }
         except (OSError, ValueError) as error:
-            if self._must_share:
-                raise FailedPrecondition(f"shared_memory=True: {error}", field="shared_memory") from error
+            if self.must_share and self.door == self._doubted:
+                raise not_shared(error) from error
             raise _NotMapped(str(error)) from error
-        return _table(header, columns, {name: crc32c(each.data.cast("B")) for name, each in columns.items()})
+        try:
+            checksums = {name: crc32c(each.data.cast("B")) for name, each in columns.items()}
+            return _table(header, columns, checksums)
+        except DataLoss as error:
+            why = f"{header.ids_path}: {error.message}, or it is another file here than the service's"
+            if self.must_share:
+                raise DataLoss(why) from error
+            raise _NotMapped(why) from error
 
 
 def _fill(columns: dict[int, NDArray[Any]], row_start: int, messages: Iterator[bytes]) -> dict[int, int]:

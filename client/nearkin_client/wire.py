@@ -13,7 +13,7 @@ from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 
 from nearkin_client.channel import Endpoint
 from nearkin_client.errors import Cancelled
-from nearkin_client.lane import Lane, Sockets
+from nearkin_client.lane import Lane, Sockets, elsewhere
 from nearkin_client.memory import TableMemory
 from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
 
@@ -93,6 +93,10 @@ class Wire:
     def lane(self, offer: pb.BulkLane) -> Lane:
         """The bulk lane that an answer of the service offers. NoLane: it is not for us."""
         return Lane(offer, self.endpoint, self._lane_sockets)
+
+    def elsewhere(self, offer: pb.BulkLane) -> str:
+        """Why who offers this lane cannot be shown to be on this host; "" where it is, for certain."""
+        return elsewhere(offer, self.endpoint)
 
     def write_rows(self, messages: Iterable[bulk.WriteRows], seconds: float) -> pb.WriteRowsResponse:
         """One WriteRows stream. Raises grpc.RpcError.

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import NeighbourClient
 from nearkin_client.lane import Lane
 
 
-class _FarLane(Lane):
-    """By TCP, whatever door there is on this host."""
-
-    def _leads_in(self, address: object) -> bool:
-        return False
-
-
 def from_afar(address: str, run: str) -> NeighbourClient:
-    """A client that neither maps, nor takes the unix socket."""
+    """A client that neither maps, nor takes the unix socket: it is offered what another host is."""
     client = NeighbourClient(address, run=run, shared_memory=False)
     wire: Any = client._wire
-    wire.lane = lambda offer: _FarLane(offer, wire.endpoint, wire._lane_sockets)
+
+    def lane(offer: pb.BulkLane) -> Lane:
+        offered = pb.BulkLane(ticket=offer.ticket, answer=offer.answer, doors=offer.doors)
+        return Lane(offered, wire.endpoint, wire._lane_sockets)
+
+    wire.lane = lane
     return client

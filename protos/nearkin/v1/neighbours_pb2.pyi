@@ -361,6 +361,8 @@ class LentRows(_message.Message):
     LOAN_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     ROWS_AT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """a caller who cannot open it sends payloads, with the name of the loan"""
     loan: _builtins.str
@@ -369,6 +371,11 @@ class LentRows(_message.Message):
     """of the rows that one message may speak of; 0: max_message_bytes"""
     rows_at: _builtins.int
     """where row 0 begins, in bytes; 0 unless BeginPushRequest.rows_at was given"""
+    device: _builtins.int
+    """Which file that is: st_dev and st_ino; inode 0: not told. Where a caller finds another one at `path` (an overlay's
+    copy, a directory of the same name in a container) the service would not see what he writes: he sends payloads.
+    """
+    inode: _builtins.int
     def __init__(
         self,
         *,
@@ -376,10 +383,12 @@ class LentRows(_message.Message):
         loan: _builtins.str = ...,
         max_bytes: _builtins.int = ...,
         rows_at: _builtins.int = ...,
+        device: _builtins.int = ...,
+        inode: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "max_bytes", b"max_bytes", "path", b"path", "rows_at", b"rows_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "inode", b"inode", "loan", b"loan", "max_bytes", b"max_bytes", "path", b"path", "rows_at", b"rows_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,7 +407,8 @@ class BulkLane(_message.Message):
     A caller whose TCP connection comes from an address of the service's own host is offered `local` too, TLS or not: a unix
     socket that only this host has. Who dialled one of its `service_ports`, connects, and is given the right answer is on
     this host for certain (the address alone may be a tunnel's), and may take whatever a caller over a unix socket may:
-    LentRows and TableHeader's paths are offered to him as well.
+    LentRows and TableHeader's paths are offered to him as well. On this host is not in the same directories: LentRows says
+    which file is meant, a table's checksums show whether it is the one.
 
     The caller connects and sends a BulkHello; the service answers with a BulkReply that holds `answer`. Then either
       * rows: WriteRowsRequest messages, then the end of the caller's direction (shutdown); the service sends `stored`

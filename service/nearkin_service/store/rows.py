@@ -161,6 +161,12 @@ class RowsFile:
         checksum = crc32c(data) if crc is None else crc
         return Record(Kind.ROWS, start, data.nbytes // self._spec.row_bytes, checksum)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode, by which others see whether they have the same file at its path."""
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino
+
     def offset(self, row: int) -> int:
         """The byte where a row begins."""
         return self.rows_at + row * self._spec.row_bytes

@@ -75,12 +75,15 @@ class PushMethods:
         rows_at = files.rows.rows_at if files else 0
         if rows_at and not request.HasField("rows_at"):
             return
+        device, inode = files.rows.identity if files else (0, 0)
         loan = self._lending.offer(view.push_id, rows)
         lent = pb.LentRows(
             path=str(self._core.directory.rows_path(view.spec.run, view.push_id)),
             loan=loan.name if loan else "",
             max_bytes=self._writing.most_bytes_in_place,
             rows_at=rows_at,
+            device=device,
+            inode=inode,
         )
         response.lent_rows.CopyFrom(lent)
 
