@@ -320,7 +320,7 @@ def elsewhere(offer: pb.BulkLane, endpoint: Endpoint) -> str:
     if endpoint.is_local:
         return ""
     if not offer.HasField("local"):
-        return "it takes us for callers from another host, has --bulk-port off, or is of an older version"
+        return "it sees us on another host, or offers nobody proof (--bulk-port off, an older version)"
     port = int(endpoint.address.rpartition(":")[2])
     if port not in offer.local.service_ports:
         return f"port {port} is not the service's own: something stands between"

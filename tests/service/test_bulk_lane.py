@@ -597,6 +597,27 @@ def test_a_table_that_is_read_otherwise_needs_no_ticket(
     assert bool(header.ids_path) == (either.address.startswith("unix:") or bool(issued))
 
 
+def test_the_log_names_the_door_for_this_host(start_service: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nearkin.lane")
+    lane = offered(start_service(listen=("127.0.0.1:0",)).caller())[1]
+    assert f"from this host, TLS or not: @{lane.local.name}" in caplog.text
+
+
+def test_where_there_can_be_no_such_door_none_is_offered(
+    start_service: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "nearkin.lane")
+
+    def forbidden() -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("nearkin_service.listening.local_socket", forbidden)
+    lane = offered(start_service(listen=("127.0.0.1:0",)).caller())[1]
+    assert lane.ticket
+    assert not lane.HasField("local")
+    assert "no bulk lane for callers over TCP from this host: Permission denied" in caplog.text
+
+
 # -------------------------------------------------------------------------------------------------- tables
 
 TALL = random_rows(1500, 4)

@@ -105,6 +105,7 @@ class BulkLane:
         except OSError as error:
             log.info("no bulk lane for callers over TCP from this host: %s", error.strerror)
             return
+        log.info("bulk lane of callers over TCP from this host, TLS or not: @%s", name)
         self._listen(listener)
         self._local = pb.LocalDoor(name=name, service_ports=ports)
 
