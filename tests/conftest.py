@@ -16,5 +16,5 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 @pytest.fixture
 def from_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients and services of this process meet over TCP as if they were on two hosts."""
-    monkeypatch.setattr("nearkin_client.lane._why_unproven", lambda _: "another host")
+    monkeypatch.setattr("nearkin_client.doors._why_unproven", lambda _: "another host")
     monkeypatch.setattr("nearkin_service.wire.origin._is_ours", lambda _: False)

@@ -7,10 +7,8 @@ port) or cannot reach the lane goes on through gRPC.
 
 from __future__ import annotations
 
-import hmac
 import select
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,26 +26,20 @@ from nearkin.v1.checksums import crc32c, followed_by
 from numpy.typing import NDArray
 
 from nearkin_client.arrays import Rows, in_pieces, sound
-from nearkin_client.channel import Endpoint, socket_path
+from nearkin_client.channel import Endpoint
+from nearkin_client.doors import Address, NoLane, answered, connect, door, reply
 from nearkin_client.errors import Cancelled, DataLoss
 from nearkin_client.splicing import Splice
 
 SMALLEST_BYTES = 1 << 20
 """Less than this goes through gRPC: a connection of its own would not pay."""
-CONNECT_SECONDS = 2.0
 STALL_SECONDS = 30.0
 """A lane that moves nothing for so long is taken for dead."""
-_BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 512 << 10  # is still in a core's cache when it is summed up
 _SENT_BYTES = 1 << 20  # the same, when it is sent
 _STATUS_TAG = b"\x22"
-_Address = str | tuple[str, int]
 _AVOID_SECONDS = 60.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-class NoLane(Exception):  # noqa: N818 - nothing is wrong: gRPC is used instead
-    """Why this goes through gRPC."""
 
 
 class LaneError(grpc.RpcError):
@@ -85,13 +77,13 @@ class Sockets:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closed = False
-        self._avoided: dict[_Address, float] = {}
+        self._avoided: dict[Address, float] = {}
 
-    def avoid(self, address: _Address) -> None:
+    def avoid(self, address: Address) -> None:
         """It cannot be reached: who waited for that once need not do so each time."""
         self._avoided[address] = time.monotonic() + _AVOID_SECONDS
 
-    def avoids(self, address: _Address) -> bool:
+    def avoids(self, address: Address) -> bool:
         """Whether that was noticed a moment ago."""
         return self._avoided.get(address, 0.0) > time.monotonic()
 
@@ -132,7 +124,7 @@ class Lane:
         self._ticket = offer.ticket
         self._answer = offer.answer
         self._sockets = sockets
-        self._address = _door(offer, endpoint)
+        self._address = door(offer, endpoint)
         if sockets.avoids(self._address):
             raise NoLane(f"{self} could not be reached a moment ago")
 
@@ -191,12 +183,12 @@ class Lane:
     def _connected(self) -> socket.socket:
         """A connection that has shown its ticket, and whose other end has proven itself. NoLane."""
         try:
-            connection = _connect(self._address)
+            connection = connect(self._address)
         except OSError as error:
             self._sockets.avoid(self._address)
             raise NoLane(f"{self} cannot be reached: {error.strerror or error}") from error
         try:
-            if _answered(connection, self._ticket, self._answer):
+            if answered(connection, self._ticket, self._answer):
                 return connection
         except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
             connection.close()
@@ -315,83 +307,6 @@ def _length(connection: socket.socket) -> int:
     return length
 
 
-def elsewhere(offer: pb.BulkLane, endpoint: Endpoint) -> str:
-    """Why the service cannot be shown to be on this host; "" where it is, for certain."""
-    if endpoint.is_local:
-        return ""
-    if not offer.HasField("local"):
-        return "it sees us on another host, or offers nobody proof (--bulk-port off, an older version)"
-    port = int(endpoint.address.rpartition(":")[2])
-    if port not in offer.local.service_ports:
-        return f"port {port} is not the service's own: something stands between"
-    return _why_unproven(offer)
-
-
-def _why_unproven(offer: pb.BulkLane) -> str:
-    """Why nobody at the local door gives the service's answer; "" where it does."""
-    door = f"its socket @{offer.local.name}"
-    try:
-        connection = _connect(f"\0{offer.local.name}")
-    except ConnectionRefusedError:
-        return (
-            f"{door} is not here: another host, a network namespace of its own, or a service that just ended"
-        )
-    except OSError as error:
-        return f"{door} cannot be reached: {error.strerror or error}"
-    try:
-        with connection:
-            if _answered(connection, offer.ticket, offer.answer, only_answer=True):
-                return ""
-    except (OSError, frames.Ended, frames.Malformed, DecodeError) as error:
-        return f"{door} does not let us in ({str(error) or type(error).__name__})"
-    return f"{door} is not the service's"
-
-
-def _answered(connection: socket.socket, ticket: bytes, answer: bytes, *, only_answer: bool = False) -> bool:
-    """Whether the service itself is at the other end, which is shown the ticket."""
-    frames.limit_silence(connection, CONNECT_SECONDS)
-    frames.send(connection, pb.BulkHello(ticket=ticket, only_answer=only_answer).SerializeToString())
-    return hmac.compare_digest(_reply(connection).answer, answer)
-
-
-def _door(offer: pb.BulkLane, endpoint: Endpoint) -> _Address:
-    path = socket_path(endpoint.address)
-    if path is not None:
-        beside = path.with_name(path.name + frames.BULK_SUFFIX)
-        try:
-            if stat.S_ISSOCK(beside.stat().st_mode):
-                return str(beside)
-        except OSError as error:
-            raise NoLane(f"{beside}: {error.strerror}") from error
-        raise NoLane(f"{beside} is no socket")
-    if not elsewhere(offer, endpoint):
-        return f"\0{offer.local.name}"
-    host, _, port = endpoint.address.rpartition(":")
-    if endpoint.tls is not None:
-        raise NoLane("the bulk lane has no TLS")
-    for door in offer.doors:
-        if door.service_port == int(port):
-            return host.strip("[]"), door.port
-    raise NoLane(f"port {port} is not the service's own: something stands between")
-
-
-def _connect(address: _Address) -> socket.socket:
-    if isinstance(address, tuple):
-        connection = socket.create_connection(address, CONNECT_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    else:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(CONNECT_SECONDS)
-        try:
-            connection.connect(address)
-        except OSError:
-            connection.close()
-            raise
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    connection.setblocking(True)
-    return connection
-
-
 def _has_answer(connection: socket.socket) -> bool:
     """Whether the service has said something, or ended, before we were done."""
     poll = select.poll()
@@ -399,15 +314,8 @@ def _has_answer(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _reply(connection: socket.socket) -> pb.BulkReply:
-    data = frames.receive(connection)
-    if data is None:
-        raise frames.Ended("the service closed the connection")
-    return pb.BulkReply.FromString(data)
-
-
 def _stored(connection: socket.socket) -> pb.WriteRowsResponse:
-    reply = _reply(connection)
-    if reply.WhichOneof("outcome") == "status":
-        raise LaneError.told(reply.status)
-    return reply.stored
+    said = reply(connection)
+    if said.WhichOneof("outcome") == "status":
+        raise LaneError.told(said.status)
+    return said.stored

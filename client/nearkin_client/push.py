@@ -15,8 +15,9 @@ from nearkin.v1.checksums import crc32c
 from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.digest import Digest
+from nearkin_client.doors import NoLane
 from nearkin_client.errors import DeadlineExceeded, FailedPrecondition, PushFailed, error_from_rpc, status_of
-from nearkin_client.lane import SMALLEST_BYTES, Lane, NoLane
+from nearkin_client.lane import SMALLEST_BYTES, Lane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
 from nearkin_client.shared import LentRows, in_advance, joined, lent
 from nearkin_client.wire import Wire

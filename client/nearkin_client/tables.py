@@ -13,6 +13,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.checksums import crc32c, followed_by
 from numpy.typing import NDArray
 
+from nearkin_client.doors import NoLane
 from nearkin_client.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -21,7 +22,6 @@ from nearkin_client.errors import (
     PushFailed,
     status_of,
 )
-from nearkin_client.lane import NoLane
 from nearkin_client.patience import Deadline, Persistence, interrupted, meaning
 from nearkin_client.shared import map_table, not_shared, require_this_host
 from nearkin_client.values import NeighbourTable

@@ -12,8 +12,9 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 
 from nearkin_client.channel import Endpoint
+from nearkin_client.doors import elsewhere
 from nearkin_client.errors import Cancelled
-from nearkin_client.lane import Lane, Sockets, elsewhere
+from nearkin_client.lane import Lane, Sockets
 from nearkin_client.memory import TableMemory
 from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
 

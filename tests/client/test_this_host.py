@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable, lane
+from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable
 from nearkin_client.local import LocalService
 from nearkin_client.shared import LentRows
 from nearkin_client.testing import neighbour_service
@@ -147,7 +147,7 @@ def test_who_is_elsewhere_by_then_goes_on_through_the_connection(
 
     def moving(self: LentRows, start: int, stop: int) -> bulk.WriteRows:
         if next(pieces) == 9:
-            monkeypatch.setattr("nearkin_client.lane._why_unproven", lambda _: "another host")
+            monkeypatch.setattr("nearkin_client.doors._why_unproven", lambda _: "another host")
             started.kill()
             started.start()
         return write(self, start, stop)
@@ -167,7 +167,7 @@ def test_a_start_before_the_service_has_shown_that_it_is_here_is_no_other_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where shared memory is a must, it is asked again before that is given up."""
-    times, look = itertools.count(), lane._why_unproven
+    times, look = itertools.count(), doors._why_unproven
 
     def starting(offer: pb.BulkLane) -> str:
         if not next(times) % 2:
@@ -180,7 +180,7 @@ def test_a_start_before_the_service_has_shown_that_it_is_here_is_no_other_host(
         NeighbourClient(started._listen[1], run="again", shared_memory=True) as client,
         monkeypatch.context() as patch,
     ):
-        patch.setattr("nearkin_client.lane._why_unproven", starting)
+        patch.setattr("nearkin_client.doors._why_unproven", starting)
         client.push(SMALL, epoch=0, k=5, timeout=60)
         table = client.table(epoch=0, timeout=60)
     assert next(times) == 4
