@@ -1,4 +1,4 @@
-"""The doors of the bulk lane: where it begins for who dialled an address, and whether the service is there."""
+"""The doors of the bulk lane: where it begins for who dialled an address, and who is behind it."""
 
 from __future__ import annotations
 

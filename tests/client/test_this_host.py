@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
-from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable
+from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable, doors
 from nearkin_client.local import LocalService
 from nearkin_client.shared import LentRows
 from nearkin_client.testing import neighbour_service
