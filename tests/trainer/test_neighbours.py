@@ -229,8 +229,8 @@ def test_rows_that_went_astray_reach_no_table(
         return send(connection, replace(message, row_start=message.row_start ^ rows), *rest)
 
     monkeypatch.setattr(lane, "send_rows", sent_wrongly)
-    monkeypatch.setattr("nearkin_trainer.neighbours.BLOCK_BYTES", 1 << 20)
-    embeddings = ClassEmbeddings(64, 1 << 14, 1, 1)
+    monkeypatch.setattr("nearkin_trainer.neighbours.BLOCK_BYTES", 4 << 20)
+    embeddings = ClassEmbeddings(64, 1 << 16, 1, 1)
     with (
         NeighbourClient(nearkin_server.address, run="astray", shared_memory=False) as client,
         Neighbours(World(), client, NeighbourConfig(k=3), 64, staleness=1) as neighbours,
