@@ -15,7 +15,7 @@ import numpy as np
 from nearkin.v1.soundness import all_finite, zero_rows
 from numpy.typing import NDArray
 
-from nearkin_client.errors import invalid
+from nearkin_client.errors import InvalidArgument, invalid
 
 WIRE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -57,7 +57,7 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     float64 is sent as float32 unless `wire_dtype` says otherwise: the service computes in float32.
     """
     tensor = _is_tensor(values)
-    array: Any = values.detach() if tensor else np.asarray(values)
+    array: Any = _plain_tensor(field, values) if tensor else _plain_array(field, values)
     name = str(array.dtype).removeprefix("torch.") if tensor else array.dtype.name
     if name not in _TAKEN:
         invalid(f"{field}.dtype", name, f"is not one of {', '.join(_TAKEN)}")
@@ -72,6 +72,29 @@ def as_rows(field: str, values: Any, wire_dtype: str | None) -> Rows:
     elif not tensor and _torch_is_quicker(array, target):
         array, tensor = sys.modules["torch"].from_numpy(array), True
     return (_TensorRows if tensor else _ArrayRows)(array, shape[0], shape[1:], target)
+
+
+def _plain_tensor(field: str, values: Any) -> Any:
+    """The numbers alone: no gradients, no view that conjugates or negates when it is read."""
+    torch = sys.modules["torch"]
+    if values.is_nested or values.layout is not torch.strided:
+        kind = "nested" if values.is_nested else str(values.layout).removeprefix("torch.")
+        invalid(f"{field}.layout", kind, "is not that of whole rows; use to_dense() or to_padded_tensor()")
+    if values.device.type == "meta":
+        invalid(f"{field}.device", "meta", "is where tensors have no values")
+    return values.detach().resolve_neg()
+
+
+def _plain_array(field: str, values: Any) -> NDArray[Any]:
+    if np.ma.is_masked(values):
+        raise InvalidArgument(
+            f"{field}: holds masked values; fill them, or name classes without an embedding in absent=",
+            field=field,
+        )
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise InvalidArgument(f"{field}: {error}", field=field) from error
 
 
 def _seen_by_numpy(tensor: Any) -> NDArray[Any]:

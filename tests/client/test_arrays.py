@@ -72,6 +72,19 @@ def test_tensors_that_need_gradients_or_are_not_contiguous() -> None:
     assert sent(parameter) == parameter.detach().numpy().tobytes()
 
 
+@pytest.mark.parametrize("wire", [None, "float16"])
+def test_tensors_that_are_negated_when_they_are_read(wire: str | None) -> None:
+    values = torch.randn(3, 4)
+    lazily = torch.complex(torch.zeros(3, 4), -values).conj().imag
+    assert lazily.is_neg()
+    assert sent(lazily, wire) == sent(values, wire)
+
+
+def test_a_mask_that_hides_nothing_is_none() -> None:
+    values = np.ones((3, 4), np.float32)
+    assert sent(np.ma.masked_array(values)) == values.tobytes()
+
+
 def test_contiguous_rows_leave_from_where_they_lie() -> None:
     array = np.ones((4, 3), np.float32)
     payload = as_rows("embeddings", array, None).payload(1, 3)
@@ -96,6 +109,14 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
         (np.ones((3, 4, 5), np.float32), None, "embeddings.shape"),
         (np.ones((3, 0), np.float32), None, "embeddings.shape"),
         (np.ones((3, 4), np.float32), "float8", "wire_dtype"),
+        (torch.ones(3, 4).to_sparse(), None, "embeddings.layout"),
+        (torch.ones(3, 4).to_sparse(), "float16", "embeddings.layout"),
+        (torch.ones(3, 4).to_sparse_csr(), "float16", "embeddings.layout"),
+        (torch.nested.nested_tensor([torch.ones(3), torch.ones(4)]), None, "embeddings.layout"),
+        (torch.ones(3, 4, device="meta"), None, "embeddings.device"),
+        (torch.ones(3, 4, device="meta"), "float16", "embeddings.device"),
+        ([[1.0, 2.0], [3.0]], None, "embeddings"),
+        (np.ma.masked_equal(np.ones((3, 4), np.float32), 1), None, "embeddings"),
     ],
 )
 def test_what_cannot_be_sent_is_named(values: Any, wire: str | None, field: str) -> None:
