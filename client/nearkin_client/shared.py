@@ -6,6 +6,7 @@ that dies leaves nothing behind.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -107,7 +108,7 @@ class LentRows:
         self._push_id, self._path = begun.push.push_id, begun.lent_rows.path
         self._loan = begun.lent_rows.loan
         self._rows, self._row_start, self._rows_at = rows, row_start, begun.lent_rows.rows_at
-        self._descriptor = descriptor
+        self._file: _Open | None = _Open(descriptor)
         self._bench = _Bench()
 
     def write(self, start: int, stop: int) -> bulk.WriteRows:
@@ -118,7 +119,7 @@ class LentRows:
             # Writing comes last: one thread at a time can, and is quicker with what is in the cache.
             crc = crc32c(piece, crc)
             all_sound = all_sound and sound(piece, self._rows)
-            _write_all(self._descriptor, piece, at)
+            _write_all(self._still_open(), piece, at)
             at += len(piece)
         return bulk.WriteRows(
             push_id=self._push_id,
@@ -143,11 +144,27 @@ class LentRows:
         self._loan = offer.loan
         return True
 
+    def _still_open(self) -> _Open:
+        if self._file is None:
+            raise OSError(errno.EBADF, "these rows are not written in place any more")
+        return self._file
+
     def close(self) -> None:
-        """Nothing is written any more. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Nothing is begun any more; what threads are just writing is written. Idempotent."""
+        self._file = None
+
+
+class _Open:
+    """An open file, closed once nobody holds this.
+
+    A thread may still write when its push has ended, and the number of a closed file is the next file's.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class _Bench(threading.local):
@@ -168,10 +185,10 @@ class _Bench(threading.local):
         return laid_out
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    done = os.pwrite(descriptor, data, offset)
+def _write_all(file: _Open, data: memoryview, offset: int) -> None:
+    done = os.pwrite(file.descriptor, data, offset)
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+        done += os.pwrite(file.descriptor, data[done:], offset + done)
 
 
 def in_advance(make: Callable[[Range], T], pieces: Iterable[Range]) -> Iterator[T]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import AlreadyExists, FailedPrecondition, InvalidArgument, NeighbourClient, NotFound
+from nearkin_client.arrays import as_rows
 from nearkin_client.local import LocalService
 from nearkin_client.push import Sender
 from nearkin_client.shared import LentRows
@@ -222,6 +225,34 @@ def test_a_disk_that_fills_up_under_the_client_is_the_services_to_refuse(
     assert "No space left on device" in caplog.text
     assert table.scores is not None
     assert_is_table(table.ids, table.scores, similarities(rows))
+
+
+def test_who_still_writes_when_a_push_ends_writes_into_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C threads may be in the middle of it, and the next file gets the number of a closed one."""
+    begun, go_on, pwrite = threading.Event(), threading.Event(), os.pwrite
+
+    def halting(descriptor: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        assert go_on.wait(60)
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr("nearkin_client.shared.os.pwrite", halting)
+    rows = as_rows("embeddings", generator.standard_normal((4, 8)).astype(np.float32), None)
+    (tmp_path / "rows").touch()
+    offer = pb.BeginPushResponse(lent_rows=pb.LentRows(path=str(tmp_path / "rows"), loan="x"))
+    lent = LentRows(offer, rows, 0, os.open(tmp_path / "rows", os.O_WRONLY))
+    with ThreadPoolExecutor() as threads:
+        writing = threads.submit(lent.write, 0, 4)
+        assert begun.wait(60)
+        lent.close()
+        with (tmp_path / "other").open("wb"):
+            go_on.set()
+            writing.result(60)
+    assert (tmp_path / "other").stat().st_size == 0
+    with pytest.raises(OSError, match="not written in place any more"):
+        lent.write(0, 4)
 
 
 def test_overlapping_rows_with_other_bytes_are_refused_whoever_comes_first(service: LocalService) -> None:
