@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import grpc
@@ -66,7 +66,6 @@ class Sender:
         self._doing = f"push of epoch {begun.push.epoch} of run {begun.push.run!r}"
         # Rows that somebody else stored before: only sending ours shows whether they are the same.
         self._foreign = _stored(begun.push)
-        self._failure: Exception | None = None
         self._digest = Digest(rows)
         self._loan = begun.lent_rows.loan  # others wait for it, even if we cannot write in place
         self._loan_lost = self._asked_again = False
@@ -130,13 +129,13 @@ class Sender:
         damaged = 0
         while todo:
             batch = ranges.first(todo, self._pace.rows_per_stream)
-            sent: list[ranges.Range] = []
+            stream = _Stream()
             try:
-                self._push = self._write(self._messages(batch, sent)).push
+                self._push = self._write(self._messages(batch, stream)).push
                 arrived = batch
             except grpc.RpcError as error:
-                damaged = self._judge(error, persistence, damaged)
-                arrived = self._arrived(sent)
+                damaged = self._judge(error, stream.failure, persistence, damaged)
+                arrived = self._arrived(stream.sent)
             todo = ranges.subtract(todo, arrived)
             if arrived:
                 damaged, self._asked_again = 0, False
@@ -155,8 +154,8 @@ class Sender:
                 self._lane = None
         return self._wire.write_rows(messages, self._seconds())
 
-    def _messages(self, batch: list[ranges.Range], sent: list[ranges.Range]) -> Iterator[bulk.WriteRows]:
-        """The messages of one stream; notes in `sent` what was handed over. May run on gRPC's thread."""
+    def _messages(self, batch: list[ranges.Range], stream: _Stream) -> Iterator[bulk.WriteRows]:
+        """The messages of one stream, which notes what became of them. May run on gRPC's thread."""
         try:
             rows = self._pace.rows_per_message
             if self._lent:
@@ -166,12 +165,12 @@ class Sender:
                 made = map(self._message, ranges.pieces(batch, rows))
             for message in made:
                 start = message.row_start
-                sent.append((start, start + self._count(message)))
+                stream.sent.append((start, start + self._count(message)))
                 if message.crc32c is not None:
                     self._sent(message, message.crc32c)
                 yield message
         except Exception as failure:
-            self._failure = failure
+            stream.failure = failure
             raise
 
     @property
@@ -197,13 +196,15 @@ class Sender:
         start = message.row_start - self._row_start
         self._digest.note(start, start + self._count(message), crc)
 
-    def _judge(self, error: grpc.RpcError, persistence: Persistence, damaged: int) -> int:
+    def _judge(
+        self, error: grpc.RpcError, failure: Exception | None, persistence: Persistence, damaged: int
+    ) -> int:
         """Return (after a pause) if the rest may be sent again, else raise what is wrong."""
-        if isinstance(self._failure, OSError) and self._lent:
-            self._not_in_place(f"rows cannot be written in place: {self._failure}")
+        if isinstance(failure, OSError) and self._lent:
+            self._not_in_place(f"rows cannot be written in place: {failure}")
             return damaged
-        if self._failure is not None:
-            raise self._failure
+        if failure is not None:
+            raise failure
         code, _ = status_of(error)
         if code is grpc.StatusCode.INVALID_ARGUMENT and error_from_rpc(error).field == "loan":
             self._loan_lost = True
@@ -239,7 +240,7 @@ class Sender:
         log.info("%s: what is left goes through the connection (%s)", self._doing, why)
         if self._lent is not None:
             self._lent.close()
-        self._lent = self._failure = None
+        self._lent = None
         self._lane = self._find_lane()
 
     def _arrived(self, sent: list[ranges.Range]) -> list[ranges.Range]:
@@ -265,6 +266,14 @@ class Sender:
     def _raise_if_failed(self) -> None:
         if self._push.state in (pb.PUSH_STATE_FAILED, pb.PUSH_STATE_ABORTED):
             raise PushFailed(f"{self._doing}: {self._push.error or 'it was aborted'}")
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What was handed over, and what went wrong here. One that broke may still be read, by gRPC's thread."""
+
+    sent: list[ranges.Range] = field(default_factory=list)
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)

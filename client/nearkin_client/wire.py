@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -13,7 +14,7 @@ from nearkin.v1.neighbours_pb2_grpc import NeighbourServiceStub
 
 from nearkin_client.channel import Endpoint
 from nearkin_client.doors import elsewhere
-from nearkin_client.errors import Cancelled
+from nearkin_client.errors import Cancelled, FailedPrecondition
 from nearkin_client.lane import Lane, Sockets
 from nearkin_client.memory import TableMemory
 from nearkin_client.patience import Deadline, Patience, Stalled, once, repeat_until
@@ -59,6 +60,7 @@ class Wire:
         self._metadata = endpoint.metadata()
         self._lock = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._lane_sockets = Sockets()
         self.memory = TableMemory()
         self._channel = endpoint.open_channel()
@@ -68,9 +70,18 @@ class Wire:
     @property
     def stub(self) -> NeighbourServiceStub:
         """The generated stub, unless the client was closed."""
+        self._require_ours()
         if self._closed:
             raise Cancelled("the client is closed")
         return self._stub
+
+    def _require_ours(self) -> None:
+        """FailedPrecondition: this is a forked child, in which nobody serves our connections."""
+        if os.getpid() != self._process:
+            raise FailedPrecondition(
+                f"this client was made in process {self._process} and does not work in its forked child "
+                f"{os.getpid()}: make one in each process, after forking"
+            )
 
     def ask(
         self,
@@ -111,17 +122,22 @@ class Wire:
             response_deserializer=pb.WriteRowsResponse.FromString,
         )
         pending = call.future(taken, timeout=seconds, metadata=self._metadata)
-        while True:
-            before = taken.count
-            try:
-                response: pb.WriteRowsResponse = pending.result(timeout=STALL_SECONDS)
-            except grpc.FutureTimeoutError:
-                if taken.count == before:
-                    pending.cancel()
-                    self._abandon(channel)
-                    raise Stalled(STALL_SECONDS) from None
-            else:
-                return response
+        try:
+            while True:
+                before = taken.count
+                try:
+                    response: pb.WriteRowsResponse = pending.result(timeout=STALL_SECONDS)
+                except grpc.FutureTimeoutError:
+                    if taken.count == before:
+                        self._abandon(channel)
+                        raise Stalled(STALL_SECONDS) from None
+                else:
+                    return response
+        except (
+            BaseException
+        ):  # Ctrl-C as well: gRPC's threads would go on with rows that are not ours any more
+            pending.cancel()
+            raise
 
     def read_table(self, request: pb.ReadTableRequest, seconds: float) -> Stream[bytes]:
         """One ReadTable stream of messages that are not decoded. Raises grpc.RpcError while iterated."""
@@ -136,7 +152,9 @@ class Wire:
         return self.stub.WatchRun(request, timeout=seconds, metadata=self._metadata)
 
     def close(self) -> None:
-        """End every call that is under way. Idempotent."""
+        """End every call that is under way, but no call of the process we were forked from. Idempotent."""
+        if os.getpid() != self._process:
+            return
         self._lane_sockets.close()
         with self._lock:
             self._closed = True
@@ -152,6 +170,7 @@ class Wire:
         _close(channel, 0)
 
     def _bulk(self) -> grpc.Channel:
+        self._require_ours()
         with self._lock:
             if self._closed:
                 raise Cancelled("the client is closed")

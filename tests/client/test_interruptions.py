@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -14,8 +17,12 @@ from crc32c import crc32c
 from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import DataLoss, NeighbourClient, NotReadyInTime, Patience, RunSnapshot, Unavailable
+from nearkin_client.channel import Endpoint
 from nearkin_client.local import LocalService
+from nearkin_client.patience import Stalled
+from nearkin_client.push import Sender
 from nearkin_client.testing import neighbour_service
+from nearkin_client.wire import Wire
 
 from tests.client.fakes import fake_service
 from tests.client.oracle import assert_is_table, similarities
@@ -54,6 +61,60 @@ def test_a_connection_that_moves_nothing_is_left(
             push = client.push(rows, epoch=0, k=4, timeout=60)
         assert push.rows_stored == 1024
         assert proxy.cuts_left == 0
+
+
+def test_ctrl_c_ends_what_grpc_sends_on_its_own_thread() -> None:
+    """It would go on with an array that is the caller's again, as long as a notebook keeps the traceback."""
+    ended = threading.Event()
+
+    def write_rows(messages: Any, _: grpc.ServicerContext) -> bytes:
+        try:
+            list(messages)
+        finally:
+            ended.set()
+        return b""
+
+    def endless() -> Iterator[bulk.WriteRows]:
+        while True:
+            yield bulk.WriteRows("push", 0, memoryview(bytes(8)))
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with fake_service(WriteRows=write_rows) as address:
+            wire = Wire(Endpoint.resolve(address, None), Patience())
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(KeyboardInterrupt) as kept:
+                wire.write_rows(endless(), 60)
+            assert ended.wait(5)
+            del kept
+            wire.close()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_what_fails_in_a_stream_that_broke_is_not_held_against_the_next(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC's thread may still read the messages of the one before."""
+    streams: list[Any] = []
+    write_rows = Wire.write_rows
+
+    def breaking(wire: Wire, messages: Any, seconds: float) -> pb.WriteRowsResponse:
+        streams.append(messages)
+        if len(streams) > 2:
+            return write_rows(wire, messages, seconds)
+        next(messages)
+        if len(streams) == 2:
+            with pytest.raises(OSError, match="late"):
+                streams[0].throw(OSError("late"))
+        raise Stalled(1.0)
+
+    monkeypatch.setattr(Wire, "write_rows", breaking)
+    rows = generator.standard_normal((64, 32)).astype(np.float32)
+    with NeighbourClient(service.address, run="late", shared_memory=False) as client:
+        assert client.push(rows, epoch=0, k=4, timeout=60).rows_stored == 64
+    assert len(streams) == 3
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
@@ -210,3 +271,54 @@ def test_a_table_that_ends_early_is_not_returned() -> None:
         pytest.raises(DataLoss, match="last row"),
     ):
         client.table(scores=False)
+
+
+def _in_a_fork(act: Callable[[], object]) -> str:
+    """What comes of it there."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(20)
+            os.write(writing, repr(act()).encode())
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        answer = said.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def test_a_forked_child_is_told_to_make_a_client_of_its_own(service: LocalService) -> None:
+    """Nobody serves its parent's connections there: it would wait for longer than any deadline."""
+    rows = generator.standard_normal((64, 1 << 14)).astype(np.float32)
+    with NeighbourClient(service.address, run="forked", shared_memory=False) as client:
+        client.push(rows, epoch=0, k=4)
+        for act in (
+            lambda: client.table(epoch=0, timeout=5),
+            lambda: client.push(rows, epoch=1, k=4, timeout=5),
+            lambda: client.nearest(classes=[1], timeout=5),
+            lambda: list(client.watch(timeout=5)),
+        ):
+            assert "make one in each process, after forking" in _in_a_fork(act)
+
+
+def test_closing_in_a_forked_child_leaves_its_parents_calls_alone(service: LocalService) -> None:
+    rows = generator.standard_normal((64, 1 << 14)).astype(np.float32)
+    with NeighbourClient(service.address, run="both", shared_memory=False) as client:
+        closed: list[str] = []
+        sent = Sender._sent
+
+        def closing(sender: Sender, message: bulk.WriteRows, crc: int) -> None:
+            if not closed:
+                closed.append(_in_a_fork(client.close))
+            sent(sender, message, crc)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sender, "_sent", closing)
+            patch.setattr(Sender, "_arrived", None)  # nothing breaks
+            assert client.push(rows, epoch=0, k=4, timeout=60).rows_stored == 64
+        assert closed == ["None"]
