@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nearkin_client import NeighbourClient, NeighbourTable, Push, lane
-from nearkin_client.errors import DataLoss, InvalidArgument
+from nearkin_client.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound
 from nearkin_client.local import LocalService
 from nearkin_trainer.classes import ClassEmbeddings, Rows
 from nearkin_trainer.distributed import World
@@ -108,6 +108,33 @@ def test_rewinding_makes_room_for_other_rows(nearkin: NeighbourClient) -> None:
     second = ClassEmbeddings(6, 4, 1, 1)
     for epoch in (1, 2, 3):
         assert (neighbours.refresh(epoch, second) == _nearest(second, 2)).all()
+
+
+def test_a_push_under_way_is_not_dropped_unasked(nearkin: NeighbourClient) -> None:
+    """Another job of that name may have just begun; only who says so replaces what there is."""
+    push = nearkin.push(torch.randn(3, 4), epoch=0, k=2, num_classes=6)
+    neighbours = Neighbours(World(), nearkin, NeighbourConfig(k=2), 6)
+    with pytest.raises(ValueError, match=r"a push of epoch 0, perhaps another job's, .* --run-name"):
+        neighbours.refuse_leftovers()
+    assert nearkin.push_state(push).state == "open"
+    neighbours.rewind(0)
+    assert nearkin.push_state(push).state == "aborted"
+
+
+def test_another_job_under_the_same_name_is_guessed(nearkin: NeighbourClient) -> None:
+    """Its rows, its arguments or its later epoch are in the way; nothing of it is trained with."""
+    table = ClassEmbeddings(6, 4, 1, 1)
+    torch.nn.init.normal_(table.weight)
+    with Neighbours(World(), nearkin, NeighbourConfig(k=2), 6) as neighbours:
+        for epoch, rows, k in ((0, torch.randn(6, 4, 1, 1), 2), (1, table.weight, 3)):
+            nearkin.push(rows, epoch=epoch, k=k)
+            nearkin.table(epoch=epoch)
+            with pytest.raises(AlreadyExists, match=rf"^epoch {epoch}: .*Does another job use this run\?"):
+                neighbours.refresh(epoch, table)
+        nearkin.push(table.weight, epoch=9, k=2)
+        nearkin.table(epoch=9)
+        with pytest.raises(NotFound, match=r"no table of epoch 5, and has one of epoch 9: .* another job"):
+            neighbours._ask(5, None)
 
 
 def test_a_run_that_is_not_there_needs_no_rewinding(nearkin: NeighbourClient) -> None:

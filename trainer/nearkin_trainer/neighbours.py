@@ -26,7 +26,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from nearkin_client import NeighbourClient, NeighbourTable
-from nearkin_client.errors import FailedPrecondition, NotFound
+from nearkin_client.errors import AlreadyExists, FailedPrecondition, NotFound
 from numpy.typing import NDArray
 
 from nearkin_trainer.classes import ClassEmbeddings, Snapshot
@@ -37,6 +37,7 @@ logger = logging.getLogger("nearkin.trainer.neighbours")
 
 Table = NDArray[np.int32]
 BLOCK_BYTES = 64 * 2**20  # of rows pushed at a time while training goes on
+ANOTHER_JOB = "Does another job use this run? Then give one of them another --run-name"
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,15 @@ class Neighbours:
             }
 
     def refuse_leftovers(self) -> None:
-        """Makes sure that the run has no generations yet.
+        """Makes sure that the run has no generations yet, and nobody pushes to it.
 
         Raises:
-            ValueError: it has; on every process.
+            ValueError: it has, or somebody does; on every process.
         """
-        found = tell_all(self._world, str(self._existing()) if self._world.leads else None)
-        if found != "0":
+        found = tell_all(self._world, self._existing() if self._world.leads else None)
+        if found:
             raise ValueError(
-                f"the service already has {found} generations of this run: choose another --run-name, "
+                f"the service already has {found} of this run: choose another --run-name, "
                 "continue with --resume, or replace them with --overwrite"
             )
 
@@ -203,18 +204,23 @@ class Neighbours:
         """Runs on a thread; returns when the service has the rows."""
         if not len(values):
             return
-        self._client.push(
-            values,
-            epoch=epoch,
-            row_start=row_start,
-            num_classes=num_classes,
-            k=self.k,
-            key=self._config.key,
-            engine=self._config.engine,
-            wire_dtype=self._config.wire_dtype,
-            absent=absent,
-            timeout=self._config.timeout,
-        )
+        try:
+            self._client.push(
+                values,
+                epoch=epoch,
+                row_start=row_start,
+                num_classes=num_classes,
+                k=self.k,
+                key=self._config.key,
+                engine=self._config.engine,
+                wire_dtype=self._config.wire_dtype,
+                absent=absent,
+                timeout=self._config.timeout,
+            )
+        except AlreadyExists as error:  # our own of an earlier attempt were removed when we began
+            raise AlreadyExists(
+                f"epoch {epoch}: {error.message}. {ANOTHER_JOB}", field=error.field
+            ) from error
 
     def _settle(self) -> None:
         if self._pushed is None:
@@ -236,7 +242,10 @@ class Neighbours:
         for generation in self._client.generations():  # a later epoch's is out already
             if generation.epoch == epoch:
                 return self._client.table(generation=generation.generation, timeout=timeout, scores=False)
-        raise NotFound(f"epoch {epoch} of this run has no table any more: somebody removed it")
+        raise NotFound(
+            f"the run has no table of epoch {epoch}, and has one of epoch {table.epoch}: "
+            f"ours was removed, or another was pushed. {ANOTHER_JOB}"
+        )
 
     def _receive(self, epoch: int) -> Table:
         """The table of an epoch, one copy per machine; all processes call this."""
@@ -277,11 +286,16 @@ class Neighbours:
 
     # --------------------------------------------------------------------------------------- leftovers
 
-    def _existing(self) -> int:
+    def _existing(self) -> str:
+        """What there is, in words. A push under way may be another job's, and would be dropped by ours."""
         try:
-            return len(self._client.generations())
+            run = self._client.run_info()
         except NotFound:
-            return 0
+            return ""
+        if run.generations:
+            return f"{run.generations} generations"
+        epochs = ", ".join(str(push.epoch) for push in run.pushes)
+        return f"a push of epoch {epochs}, perhaps another job's," if epochs else ""
 
     def _forget_from(self, first_epoch: int) -> None:
         try:
