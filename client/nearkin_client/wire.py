@@ -133,9 +133,8 @@ class Wire:
                         raise Stalled(STALL_SECONDS) from None
                 else:
                     return response
-        except (
-            BaseException
-        ):  # Ctrl-C as well: gRPC's threads would go on with rows that are not ours any more
+        except BaseException:
+            # Ctrl-C as well: gRPC's threads would go on with rows that are not ours any more.
             pending.cancel()
             raise
 
