@@ -23,7 +23,7 @@ WIRE_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 PIECE_BYTES = 6 << 20
-"""Stays in cache between being read, looked at, summed and written. More and less take longer (docs/LOG.md)."""
+"""Stays in cache between being read, looked at, summed and written. Others take longer: docs/LOG.md."""
 _CONVERTED_BYTES = 2 << 20
 """What is converted at a time."""
 _DEVICE_BLOCK_BYTES = 4 << 20
