@@ -15,7 +15,6 @@ import argparse
 import importlib
 import math
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from tests.bench import flight_peer
 from tests.bench.afar import from_afar
 from tests.client.proxy import cutting_proxy
+from tests.ports import free_port
 
 MIB, GIB = 1 << 20, 1 << 30
 ROUNDS = 5
@@ -91,15 +91,9 @@ def _shown(rows: list[Row]) -> list[Row]:
 def _service(*options: str) -> Iterator[tuple[LocalService, str]]:
     """A service and its TCP address."""
     with tempfile.TemporaryDirectory(prefix="nearkin-bench-") as data:
-        tcp = f"127.0.0.1:{_free_port()}"
+        tcp = f"127.0.0.1:{free_port()}"
         with LocalService(data, listen=(tcp,), options=options) as service:
             yield service, tcp
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _alternating(ways: dict[str, Callable[[], float]], nbytes: int) -> dict[str, float]:
@@ -199,7 +193,7 @@ def _flight_peers(stack: ExitStack) -> dict[str, flight_peer.Peer]:
     directory = stack.enter_context(tempfile.TemporaryDirectory())
     places = {
         "Flight unix": f"grpc+unix://{directory}/flight.sock",
-        "Flight TCP": f"grpc://127.0.0.1:{_free_port()}",
+        "Flight TCP": f"grpc://127.0.0.1:{free_port()}",
     }
     return {name: stack.enter_context(flight_peer.serving(place)) for name, place in places.items()}
 

@@ -25,6 +25,7 @@ from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
 
 from tests.client.proxy import cutting_proxy
+from tests.client.restarts import service_with_port
 
 N, WIDTH = 96, 1 << 14
 ROWS = np.random.default_rng(5).standard_normal((N, WIDTH)).astype(np.float32)
@@ -32,9 +33,7 @@ ROWS = np.random.default_rng(5).standard_normal((N, WIDTH)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[LocalService]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with neighbour_service(listen=(f"127.0.0.1:{port}",)) as started:
+    with service_with_port() as started:
         yield started
 
 
@@ -95,6 +94,14 @@ def test_rows_take_the_lane_and_the_log_says_so(
         assert sum(sent) == ROWS.nbytes
         assert "the connection is the bulk lane" in log.text
         assert_pushed(client)
+
+
+def test_a_small_push_goes_in_few_messages(address: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs as much as two mebibytes of rows."""
+    sent = after(0, lambda: None, monkeypatch)
+    with connected(address, run) as client:
+        client.push(ROWS, epoch=0, k=4, commit=False)
+    assert len(sent) == ROWS.nbytes >> 20
 
 
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="this system splices nothing")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,16 @@ import numpy as np
 import pytest
 from nearkin_client import DataLoss, FailedPrecondition, NeighbourClient, shared
 from nearkin_client.local import LocalService
-from nearkin_client.testing import neighbour_service
 
 from tests.client.oracle import assert_is_table, similarities
+from tests.client.restarts import service_with_port
 
 ROWS = np.random.default_rng(5).standard_normal((40, 8)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[LocalService]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with neighbour_service(listen=(f"127.0.0.1:{port}",)) as started:
+    with service_with_port() as started:
         yield started
 
 
@@ -73,18 +70,23 @@ def tables_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nearkin_client.tables.map_table", another)
 
 
+def push_and_read(address: str, run: str) -> None:
+    """All of it right, whatever ways there are."""
+    with NeighbourClient(address, run=run) as client:
+        client.push(ROWS, epoch=0, k=5)
+        table = client.table(epoch=0, timeout=60)
+    assert table.scores is not None
+    assert_is_table(table.ids, table.scores, similarities(ROWS))
+
+
 @pytest.mark.usefixtures("rows_in_a_copy")
 def test_rows_are_not_written_into_another_file(
     address: str, request: pytest.FixtureRequest, log: pytest.LogCaptureFixture
 ) -> None:
     run = f"rows-{request.node.callspec.id}"
-    with NeighbourClient(address, run=run) as client:
-        client.push(ROWS, epoch=0, k=5)
-        table = client.table(epoch=0, timeout=60)
+    push_and_read(address, run)
     assert "rows go through the connection" in log.text
     assert "another file" in log.text
-    assert table.scores is not None
-    assert_is_table(table.ids, table.scores, similarities(ROWS))
     with (
         NeighbourClient(address, run=run, shared_memory=True) as client,
         pytest.raises(FailedPrecondition, match=r'another file.*"auto"'),
@@ -97,12 +99,8 @@ def test_a_table_in_another_file_is_read_through_the_connection(
     address: str, request: pytest.FixtureRequest, log: pytest.LogCaptureFixture
 ) -> None:
     run = f"tables-{request.node.callspec.id}"
-    with NeighbourClient(address, run=run) as client:
-        client.push(ROWS, epoch=0, k=5)
-        table = client.table(epoch=0, timeout=60)
+    push_and_read(address, run)
     assert "read through the connection" in log.text
-    assert table.scores is not None
-    assert_is_table(table.ids, table.scores, similarities(ROWS))
     with (
         NeighbourClient(address, run=run, shared_memory=True) as client,
         pytest.raises(DataLoss, match=r"ids.bin.*another file"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import subprocess
@@ -27,6 +26,7 @@ from nearkin_client.testing import neighbour_service
 from nearkin_client.wire import Wire
 
 from tests.client.oracle import assert_is_table, similarities
+from tests.client.restarts import before_the_tenth_piece, service_with_port, start_again
 
 generator = np.random.default_rng(5)
 
@@ -313,23 +313,16 @@ def test_a_client_that_dies_leaves_nothing_and_another_goes_on(service: LocalSer
     assert_is_table(table.ids, table.scores, similarities(rows))
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["unix", "tcp"])
 def test_a_push_goes_on_in_place_after_the_service_was_killed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: int
 ) -> None:
     caplog.set_level(logging.INFO, "nearkin.client.push")
     rows = generator.standard_normal((64, 1 << 18)).astype(np.float32)
-    pieces, write = itertools.count(), LentRows.write
-
-    def killing(self: LentRows, start: int, stop: int) -> bulk.WriteRows:
-        if next(pieces) == 9:
-            started.kill()
-            started.start()
-        return write(self, start, stop)
-
-    monkeypatch.setattr(LentRows, "write", killing)
+    before_the_tenth_piece(lambda: start_again(started), monkeypatch)
     with (
-        neighbour_service() as started,
-        NeighbourClient(started.address, run="killed", shared_memory=True) as client,
+        service_with_port() as started,
+        NeighbourClient(started._listen[place], run="killed", shared_memory=True) as client,
     ):
         client.push(rows, epoch=0, k=4, timeout=60)
         table = client.table(epoch=0, timeout=60)

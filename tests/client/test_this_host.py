@@ -5,30 +5,23 @@ from __future__ import annotations
 import itertools
 import logging
 import mmap
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from nearkin.v1 import bulk
 from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable, doors
 from nearkin_client.local import LocalService
-from nearkin_client.shared import LentRows
 from nearkin_client.testing import neighbour_service
 
 from tests.client.oracle import assert_is_table, similarities
 from tests.client.proxy import cutting_proxy
+from tests.client.restarts import before_the_tenth_piece, service_with_port, start_again
+from tests.ports import free_port
 
 LARGE = np.random.default_rng(5).standard_normal((600, 1024)).astype(np.float32)
 SMALL = LARGE[:40, :8].copy()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -115,46 +108,19 @@ def test_behind_a_proxy_everything_goes_through_it(
     assert_right(table, LARGE)
 
 
-def test_a_push_goes_on_in_place_after_the_service_was_killed(
-    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
-) -> None:
-    rows = np.random.default_rng(6).standard_normal((64, 1 << 18)).astype(np.float32)
-    pieces, write = itertools.count(), LentRows.write
-
-    def killing(self: LentRows, start: int, stop: int) -> bulk.WriteRows:
-        if next(pieces) == 9:
-            started.kill()
-            started.start()
-        return write(self, start, stop)
-
-    monkeypatch.setattr(LentRows, "write", killing)
-    with (
-        neighbour_service(listen=(f"127.0.0.1:{free_port()}",)) as started,
-        NeighbourClient(started._listen[1], run="killed", shared_memory=True) as client,
-    ):
-        client.push(rows, epoch=0, k=4, timeout=60)
-        table = client.table(epoch=0, timeout=60)
-    assert "rows were lent to us again" in log.text
-    assert_right(table, rows)
-
-
 def test_who_is_elsewhere_by_then_goes_on_through_the_connection(
     monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     """The address leads to another host after a restart: what it names there is not written to here."""
     rows = np.random.default_rng(6).standard_normal((64, 1 << 18)).astype(np.float32)
-    pieces, write = itertools.count(), LentRows.write
 
-    def moving(self: LentRows, start: int, stop: int) -> bulk.WriteRows:
-        if next(pieces) == 9:
-            monkeypatch.setattr("nearkin_client.doors._why_unproven", lambda _: "another host")
-            started.kill()
-            started.start()
-        return write(self, start, stop)
+    def move() -> None:
+        monkeypatch.setattr("nearkin_client.doors._why_unproven", lambda _: "another host")
+        start_again(started)
 
-    monkeypatch.setattr(LentRows, "write", moving)
+    before_the_tenth_piece(move, monkeypatch)
     with (
-        neighbour_service(listen=(f"127.0.0.1:{free_port()}",)) as started,
+        service_with_port() as started,
         NeighbourClient(started._listen[1], run="moved") as client,
     ):
         client.push(rows, epoch=0, k=4, timeout=60)
@@ -171,12 +137,11 @@ def test_a_start_before_the_service_has_shown_that_it_is_here_is_no_other_host(
 
     def starting(offer: pb.BulkLane) -> str:
         if not next(times) % 2:
-            started.kill()
-            started.start()
+            start_again(started)
         return look(offer)
 
     with (
-        neighbour_service(listen=(f"127.0.0.1:{free_port()}",)) as started,
+        service_with_port() as started,
         NeighbourClient(started._listen[1], run="again", shared_memory=True) as client,
         monkeypatch.context() as patch,
     ):

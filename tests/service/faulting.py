@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -225,13 +224,6 @@ def persistently(call: Callable[[], T], stopped: threading.Event | None = None, 
             if code_of(error) not in PASSING or time.monotonic() > deadline or gone:
                 raise
             time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def litter(data: Path, *, outcomes: int = 0) -> list[str]:

@@ -29,8 +29,9 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import FailedPrecondition, NeighbourClient, NotFound
 from nearkin_client.patience import Patience
 
+from tests.ports import free_port
 from tests.service.conftest import Caller, code_of
-from tests.service.faulting import Ordeal, Process, Story, as_table, free_port, persistently
+from tests.service.faulting import Ordeal, Process, Story, as_table, persistently
 
 ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "100"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))

@@ -23,8 +23,9 @@ import grpc
 import pytest
 from nearkin.v1 import neighbours_pb2 as pb
 
+from tests.ports import free_port
 from tests.service.conftest import WAIT, Caller, Table, code_of, eventually
-from tests.service.faulting import Process, Story, free_port, litter
+from tests.service.faulting import Process, Story, litter
 
 ROUNDS = int(os.environ.get("NEARKIN_SOAK_ROUNDS", "200"))
 SEED = int(os.environ.get("NEARKIN_SOAK_SEED", "1"))
