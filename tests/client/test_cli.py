@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from nearkin_client import NeighbourClient, NeighbourTable
+from nearkin_client.cli import machine
 from nearkin_client.cli.app import _only_run, app
 from nearkin_client.cli.names import ClassNames, read_names, resolved
 from nearkin_client.cli.report import _histogram
@@ -122,6 +125,32 @@ def test_table_on_the_screen(service: LocalService, table: NeighbourTable) -> No
     found = answer(service, "table", "--rows", "2:4")
     assert [row["ids"] for row in found["rows"]] == table.ids[2:4].tolist()
     assert len(answer(service, "table", "--generation", "1")["rows"]) == 20
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_table_as_json_row_by_row(capsys: pytest.CaptureFixture[str], scored: bool) -> None:
+    ids = np.arange(1500, dtype=np.int32).reshape(500, 3)
+    scores = np.linspace(-1, 1, 1500, dtype=np.float32).reshape(500, 3)
+    ids[7], scores[7] = -1, -np.inf
+    machine.emit_table(NeighbourTable(ids, scores if scored else None, 2, 1, row_start=40))
+    (line,) = capsys.readouterr().out.splitlines()
+    rows = json.loads(line)["rows"]
+    assert [row["class"] for row in rows] == list(range(40, 540))
+    assert [row["ids"] for row in rows] == ids.tolist()
+    assert [row.get("scores") for row in rows] == [
+        None if not scored else [None] * 3 if index == 7 else scores[index].tolist() for index in range(500)
+    ]
+
+
+def test_a_large_table_as_json_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = NeighbourTable(np.zeros((20_000, 16), np.int32), np.zeros((20_000, 16), np.float32), 2, 1)
+    with Path(os.devnull).open("w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        tracemalloc.start()
+        machine.emit_table(table)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 2 << 20  # it was ten times that, for an answer of 2.6 MB
 
 
 def test_table_to_numpy(service: LocalService, table: NeighbourTable, tmp_path: Path) -> None:
@@ -320,6 +349,30 @@ def test_a_pipe_gets_one_line_per_class_whatever_its_names(service: LocalService
     assert len(told.splitlines()) == 2 + 10
     assert "\x1b" not in told
     assert "[bold]19" in told
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 100])
+def test_a_narrow_terminal_breaks_no_number(service: LocalService, columns: int) -> None:
+    told = on_a_terminal(columns, "generations", "--run", RUN, "--service", service.address)
+    assert max(map(len, told)) <= columns
+    words = " ".join(told).split()
+    assert words.count("float32") == words.count("kept") == 2
+    if columns < 60:  # a line for each value, and one between the generations
+        assert [" ".join(line.split()) for line in told[:3]] == ["generation 2", "epoch 1", "classes 20"]
+        assert "" in (line.strip() for line in told)
+
+
+def on_a_terminal(columns: int, *arguments: str) -> list[str]:
+    terminal, side = os.openpty()
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
+    with os.fdopen(terminal, "rb", buffering=0) as reading:
+        subprocess.run([str(COMMAND), *arguments], stdout=side, env=environment, timeout=60, check=True)
+        os.close(side)
+        told = b""
+        with suppress(OSError):  # so ends a terminal that nobody writes to any more
+            while piece := reading.read(1 << 16):
+                told += piece
+    return re.sub(r"\x1b\[[0-9;]*m", "", told.decode()).splitlines()
 
 
 def test_a_file_whose_name_looks_like_markup(service: LocalService, tmp_path: Path) -> None:

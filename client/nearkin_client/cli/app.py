@@ -184,7 +184,7 @@ def table(
     if out is not None:
         _write(out, found, known, json)
     elif json:
-        machine.emit(machine.table(found))
+        machine.emit_table(found)
     else:
         human.table(found, known, most_rows=len(found) if span else ROWS_SHOWN)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import measure_renderables
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,8 @@ from nearkin_client.cli.names import ClassNames
 from nearkin_client.cli.output import one_line
 
 _UNFOLDED = 1 << 20
+_GAP, _LEAST_HEADING = 2, 5
+"""Between columns; and of a heading that is folded, in letters."""
 _NOT_MOVED = "not known: embeddings are gone, or their rows had another shape"
 
 
@@ -28,17 +31,53 @@ def console() -> Console:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """A plain table; headings that start with ">" are of numbers, set to the right."""
+    """A plain table; headings that start with ">" are of numbers, set to the right.
+
+    Where words and numbers would have to be broken, each row is a block of lines, one per heading.
+    """
     out = Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
     if title:
         out.print(f"[bold]{title}[/bold]", soft_wrap=True)
+    lines = [[Text(str(cell)) for cell in row] for row in rows]  # Text: names are not markup
+    names = [heading.lstrip(">") for heading in headings]
+    widths = _widths(out, names, lines)
+    if widths is None:
+        for line in lines:
+            out.print(_block(names, line))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold dim")
-    for heading in headings:
-        right = heading.startswith(">")
-        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # Text: names are not markup
+    for heading, name, width in zip(headings, names, widths, strict=True):
+        justify: JustifyMethod = "right" if heading.startswith(">") else "left"
+        table.add_column(name, justify=justify, width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     out.print(table)
+
+
+def _widths(out: Console, headings: Sequence[str], lines: Sequence[Sequence[Text]]) -> list[int] | None:
+    """Of columns that fold headings, and cells between their words; None: that is not enough."""
+    widths, least = [], []
+    for heading, *cells in zip(headings, *lines, strict=True):
+        content = measure_renderables(out, out.options.update_width(_UNFOLDED), cells)
+        widths.append(max(len(heading), content.maximum))
+        least.append(max(min(len(heading), _LEAST_HEADING), content.minimum))
+    excess = sum(widths) + _GAP * (len(widths) - 1) - out.width
+    if sum(widths) - sum(least) < excess:
+        return None
+    for _ in range(excess):
+        widths[max(range(len(widths)), key=lambda at: widths[at] - least[at])] -= 1
+    return widths
+
+
+def _block(headings: Sequence[str], line: Sequence[Text]) -> Table:
+    """A row as lines, one per heading, and an empty one."""
+    block = Table(box=None, pad_edge=False, show_header=False)
+    block.add_column(style="bold dim", overflow="fold")
+    block.add_column(overflow="fold")
+    for heading, cell in zip(headings, line, strict=True):
+        block.add_row(heading, cell)
+    block.add_row()
+    return block
 
 
 def runs(found: Sequence[v.Run]) -> None:
@@ -73,7 +112,7 @@ def under_way(push: v.Push) -> str:
 
 def generations(found: Sequence[v.Generation]) -> None:
     """One line per generation."""
-    numbers = [">generation", ">epoch", ">classes", "row", "dtype", ">k"]
+    numbers = [">generation", ">epoch", ">classes", "row", ">k"]
     print_table(
         [*numbers, "key", "engine", ">build", "exact", "embeddings", "published"],
         (
@@ -81,8 +120,7 @@ def generations(found: Sequence[v.Generation]) -> None:
                 g.generation,
                 g.epoch,
                 g.num_classes,
-                "×".join(map(str, g.row_shape)),
-                g.dtype,
+                f"{'×'.join(map(str, g.row_shape))} {g.dtype}",
                 g.k,
                 g.key,
                 f"{g.engine} ({g.device})",
