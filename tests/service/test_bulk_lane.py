@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,21 @@ def test_there_are_only_so_many_connections(caller: Caller, monkeypatch: pytest.
             assert is_closed(third)
         caller.push(ROWS, epoch=1)
     eventually(lambda: _is_let_in(caller, lane), bool)
+
+
+def test_strangers_take_no_place_of_who_has_a_ticket(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MOST_CONNECTIONS", 3)
+    _, lane = offered(caller)
+    with ExitStack() as several:
+        strangers = [several.enter_context(dialled(caller, lane)) for _ in range(6)]
+        assert all(map(is_closed, strangers[:3]))
+        for _ in range(3):
+            several.enter_context(let_in(caller, lane))
+        assert all(map(is_closed, strangers[3:]))
+        with dialled(caller, lane) as late:  # all places are taken by who has a ticket
+            assert is_closed(late)
 
 
 def _is_let_in(caller: Caller, lane: pb.BulkLane) -> bool:

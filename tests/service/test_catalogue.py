@@ -49,12 +49,36 @@ def test_generations_are_paged_newest_first(caller: Caller) -> None:
     )
     assert [g.generation for g in (*first.generations, *rest.generations)] == [5, 4, 3, 2, 1]
     assert not rest.next_page_token
-    for wrong in (
-        pb.ListGenerationsRequest(run="run", page_token="x"),
-        pb.ListGenerationsRequest(run="run", page_size=-1),
-    ):
-        code = refusal(lambda wrong=wrong: caller.stub.ListGenerations(wrong)).code()  # type: ignore[misc]
-        assert code is grpc.StatusCode.INVALID_ARGUMENT
+    negative = pb.ListGenerationsRequest(run="run", page_size=-1)
+    assert refusal(lambda: caller.stub.ListGenerations(negative)).code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("token", ["x", "0", "02", "-1", "6", "²", "9" * 40])
+def test_a_page_of_generations_that_nothing_led_to(caller: Caller, token: str) -> None:
+    for epoch in range(5):
+        caller.push(ROWS, epoch)
+    request = pb.ListGenerationsRequest(run="run", page_token=token)
+    assert_strange(refusal(lambda: caller.stub.ListGenerations(request)))
+
+
+@pytest.mark.parametrize("token", ["RUN", "run 1", "-", "../etc", "a" * 65, "é", "run\n"])
+def test_a_page_of_runs_that_nothing_led_to(caller: Caller, token: str) -> None:
+    caller.begin(ROWS)
+    assert_strange(refusal(lambda: caller.stub.ListRuns(pb.ListRunsRequest(page_token=token))))
+
+
+def assert_strange(error: Any) -> None:
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith("page_token: ")
+
+
+def test_a_page_goes_on_where_a_run_was_deleted(caller: Caller) -> None:
+    for name in ("a", "b", "c"):
+        caller.begin(ROWS, run=name)
+    token = caller.stub.ListRuns(pb.ListRunsRequest(page_size=2)).next_page_token
+    caller.stub.DeleteRun(pb.DeleteRunRequest(run="b"))
+    rest = caller.stub.ListRuns(pb.ListRunsRequest(page_size=2, page_token=token)).runs
+    assert [each.run for each in rest] == ["c"]
 
 
 def test_a_generation_tells_how_it_came_about(caller: Caller) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
@@ -13,11 +14,12 @@ from nearkin_service.errors import InvalidArgumentError, NotFoundError
 from nearkin_service.operations.builds import Builds
 from nearkin_service.operations.core import Core
 from nearkin_service.operations.searching import Searching
-from nearkin_service.values import Generation, PushState, RunView, check_run_name
+from nearkin_service.values import RUN_NAME, Generation, PushState, RunView, check_run_name
 
 log = logging.getLogger("nearkin.catalogue")
 
 _PAGE, _MOST = 100, 1_000
+_NUMBER = re.compile(r"[1-9][0-9]{0,11}")
 
 
 class Administering:
@@ -32,6 +34,8 @@ class Administering:
         self, page_size: int, token: str, shown: Callable[[str], bool] = lambda _: True
     ) -> tuple[list[RunView], str]:
         """A page of the runs that may be `shown`, by name, and the next page's token ("" after the last)."""
+        if token and not RUN_NAME.fullmatch(token):
+            raise _strange(token)
         names = sorted(name for name in self._core.catalogue.runs if name > token and shown(name))
         page = names[: _page_size(page_size)]
         views = [self._core.catalogue.runs[name].view() for name in page]
@@ -48,8 +52,8 @@ class Administering:
     def generations(self, name: str, page_size: int, token: str) -> tuple[list[Generation], str]:
         """A page of generations, newest first, and the token of the next page."""
         run = self._core.catalogue.run(check_run_name(name))
-        if token and not (token.isascii() and token.isdecimal() and len(token) < 12):
-            raise InvalidArgumentError("page_token", f"{token[:40]!r} did not come from this service")
+        if token and not (_NUMBER.fullmatch(token) and int(token) <= run.last_generation):
+            raise _strange(token)
         below = int(token) if token else run.last_generation + 1
         numbers = sorted((n for n in run.generations if n < below), reverse=True)
         page = numbers[: _page_size(page_size)]
@@ -113,6 +117,12 @@ class Administering:
                 raise
         log.info("run %s: generation %d %s", name, generation.number, "pinned" if pinned else "unpinned")
         return generation
+
+
+def _strange(token: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "page_token", f"{token[:80]!r} is none that this list gave out; leave it empty to begin anew"
+    )
 
 
 def _page_size(asked: int) -> int:

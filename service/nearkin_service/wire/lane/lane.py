@@ -27,7 +27,8 @@ from nearkin_service.wire.status import code_name, meaning
 log = logging.getLogger("nearkin.lane")
 
 MOST_CONNECTIONS = 256
-"""Who comes after that is turned away, and goes through gRPC."""
+"""Who comes after that takes the place of who has shown no ticket for the longest, or is turned away and goes
+through gRPC."""
 GREETING_SECONDS = 5.0
 """For showing a ticket."""
 _LAST_WORDS_SECONDS = 5.0
@@ -64,6 +65,7 @@ class BulkLane:
         self._local: pb.LocalDoor | None = None
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
+        self._strangers: dict[socket.socket, None] = {}  # of those; the first is the oldest
         self._closing = False
 
     # ------------------------------------------------------------------------------------------- offering
@@ -145,17 +147,28 @@ class BulkLane:
         )
         why = f"there are {MOST_CONNECTIONS}"
         with self._lock:
+            if len(self._connections) >= MOST_CONNECTIONS and self._strangers:
+                self._turn_out(next(iter(self._strangers)))
             if not self._closing and len(self._connections) < MOST_CONNECTIONS:
-                self._connections[connection] = thread
+                self._connections[connection], self._strangers[connection] = thread, None
                 try:
                     thread.start()
                 except RuntimeError as none_left:
-                    del self._connections[connection]
+                    self._forget(connection)
                     why = str(none_left)
                 else:
                     return
         log.info("a caller of the bulk lane was turned away: %s", why)
         connection.close()
+
+    def _turn_out(self, stranger: socket.socket) -> None:
+        """Its thread has nothing more to wait for, and ends."""
+        self._forget(stranger)
+        _shut(stranger)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._connections.pop(connection, None)
+        self._strangers.pop(connection, None)
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -175,7 +188,7 @@ class BulkLane:
             log.info("a caller of the bulk lane was turned away: %s", error)
         finally:
             with self._lock:
-                del self._connections[connection]
+                self._forget(connection)
             connection.close()
 
     def _greeted(self, connection: socket.socket) -> tuple[Ticket | None, bool]:
@@ -195,7 +208,9 @@ class BulkLane:
         except DecodeError:
             greeting = pb.BulkHello()
         find = self._tickets.find if greeting.only_answer else self._tickets.redeem
-        ticket = find(greeting.ticket)
+        with self._lock:
+            ticket = find(greeting.ticket) if connection in self._strangers else None
+            self._strangers.pop(connection, None)
         if ticket is None:
             log.warning("a caller of the bulk lane had no ticket that is good here")
             self._count_error("BulkLane", "UNAUTHENTICATED")
