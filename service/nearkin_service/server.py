@@ -257,6 +257,8 @@ async def _within(deadline: float, wait: Callable[[], object]) -> bool:
 
 def _check_doors(config: ServiceConfig, tokens: TokenBook) -> None:
     """ValueError: an address is open to other machines although nobody said that it may be."""
+    if config.tls is not None:
+        config.tls.warn_if_out_of_date()
     asks = bool(config.tls and config.tls.asks_clients)
     doors = listening.Doors(config.tls is not None, asks, tokens.in_force, config.insecure)
     for address in filter(None, (*config.listen, config.health)):

@@ -436,6 +436,15 @@ def test_a_client_says_at_once_whom_it_does_not_trust(
             assert caught.value.field == "ca_certificate"
 
 
+@pytest.mark.parametrize(("days", "warned"), [("-1", True), ("2", False)])
+def test_a_certificate_that_is_out_of_date_is_named_at_the_start(
+    authority: Authority, start_service: Start, caplog: pytest.LogCaptureFixture, days: str, warned: bool
+) -> None:
+    certificate = authority.signed(f"for-{days}-days", days)
+    start_service(tls=TlsFiles(certificate, authority.file("service.key")), listen=("127.0.0.1:0",))
+    assert (f"{certificate} has expired: clients will not trust this service" in caplog.text) is warned
+
+
 def test_tls_needs_a_certificate_and_its_own_key(authority: Authority) -> None:
     with pytest.raises(ValueError, match="both --tls-certificate and --tls-key"):
         TlsFiles.given(authority.file("service.pem"), None, None)

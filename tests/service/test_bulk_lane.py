@@ -199,9 +199,7 @@ def test_there_are_only_so_many_connections(caller: Caller, monkeypatch: pytest.
     eventually(lambda: _is_let_in(caller, lane), bool)
 
 
-def test_strangers_take_no_place_of_who_has_a_ticket(
-    caller: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strangers_take_no_place_of_who_has_a_ticket(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane_module, "MOST_CONNECTIONS", 3)
     _, lane = offered(caller)
     with ExitStack() as several:

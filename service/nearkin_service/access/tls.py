@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+log = logging.getLogger("nearkin.access")
+
+_OUT_OF_DATE = {9: "is not valid yet", 10: "has expired"}
+"""By OpenSSL's X509_V_ERR_..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,32 @@ class TlsFiles:
                 f"{self.certificate} and its key cannot be used: {error.strerror or error}"
             ) from error
         return context
+
+    def warn_if_out_of_date(self) -> None:
+        """Of the service's own certificate: every client would refuse it."""
+        if why := _OUT_OF_DATE.get(self._verify_code()):
+            log.warning("%s %s: clients will not trust this service; renew it", self.certificate, why)
+
+    def _verify_code(self) -> int:
+        """What a client says to the certificate who has no other doubts; 0: nothing.
+
+        Nothing else in the standard library tells until when a certificate lasts.
+        """
+        trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        trusting.check_hostname = False
+        trusting.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN  # without an authority
+        with suppress(ssl.SSLError):
+            trusting.load_verify_locations(self.certificate)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = trusting.wrap_bio(to_client, to_server)
+        server = self.context().wrap_bio(to_server, to_client, server_side=True)
+        try:
+            for end in (client, server, client):
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_code
+        return 0
 
     def credentials(self) -> grpc.ServerCredentials:
         """For gRPC."""
