@@ -348,8 +348,9 @@ class NeighbourClient:
             request.row_start, request.row_count = start, stop - start
         deadline = Deadline(timeout if timeout is not None else self._wire.patience.table)
         which = f"generation {generation}" if epoch is None else f"epoch {epoch}"
-        request.accept_shared_memory, request.accept_bulk_lane = self._accepts_shared, True
         doing, must_share = f"table of {which} of run {request.run!r}", self._shared_memory is True
+        request.accept_shared_memory = must_share or (self._accepts_shared and not self._wire.is_elsewhere)
+        request.accept_bulk_lane = True
         return read_table(self._wire, request, deadline, doing, must_share=must_share)
 
     def nearest(

@@ -128,6 +128,11 @@ class Lane:
         if sockets.avoids(self._address):
             raise NoLane(f"{self} could not be reached a moment ago")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host has it."""
+        return isinstance(self._address, str)
+
     def __str__(self) -> str:
         if isinstance(self._address, tuple):
             return f"port {self._address[1]}"

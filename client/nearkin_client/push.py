@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +17,14 @@ from nearkin_client import ranges
 from nearkin_client.arrays import Rows
 from nearkin_client.digest import Digest
 from nearkin_client.doors import NoLane
-from nearkin_client.errors import DeadlineExceeded, FailedPrecondition, PushFailed, error_from_rpc, status_of
+from nearkin_client.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    NearkinError,
+    PushFailed,
+    error_from_rpc,
+    status_of,
+)
 from nearkin_client.lane import SMALLEST_BYTES, Lane
 from nearkin_client.patience import Deadline, Persistence, interrupted, out_of_time
 from nearkin_client.shared import LentRows, in_advance, joined, lent
@@ -86,7 +94,15 @@ class Sender:
             except FailedPrecondition:
                 before, begun = begun, self._begin()
                 if begun.bulk_lane.local.name == before.bulk_lane.local.name:
+                    self._abort_if_empty(begun.push)
                     raise
+
+    def _abort_if_empty(self, push: pb.Push) -> None:
+        """Of an error that comes before the first row nothing should be left, if nobody else sends either."""
+        if push.state == pb.PUSH_STATE_OPEN and not push.rows_stored:
+            request = pb.AbortPushRequest(push_id=push.push_id)
+            with suppress(NearkinError):
+                self._wire.ask(lambda stub: stub.AbortPush, request, doing="aborting a push")
 
     @property
     def _pace(self) -> _Pace:

@@ -62,6 +62,8 @@ class Wire:
         self._closed = False
         self._process = os.getpid()
         self._lane_sockets = Sockets()
+        self.is_elsewhere = False
+        """The service, as far as its last offer showed: who can do without its files asks no more."""
         self.memory = TableMemory()
         self._channel = endpoint.open_channel()
         self._bulk_channel: grpc.Channel | None = None
@@ -104,11 +106,15 @@ class Wire:
 
     def lane(self, offer: pb.BulkLane) -> Lane:
         """The bulk lane that an answer of the service offers. NoLane: it is not for us."""
-        return Lane(offer, self.endpoint, self._lane_sockets)
+        lane = Lane(offer, self.endpoint, self._lane_sockets)
+        self.is_elsewhere &= not lane.is_local
+        return lane
 
     def elsewhere(self, offer: pb.BulkLane) -> str:
         """Why who offers this lane cannot be shown to be on this host; "" where it is, for certain."""
-        return elsewhere(offer, self.endpoint)
+        why = elsewhere(offer, self.endpoint)
+        self.is_elsewhere = bool(why)
+        return why
 
     def write_rows(self, messages: Iterable[bulk.WriteRows], seconds: float) -> pb.WriteRowsResponse:
         """One WriteRows stream. Raises grpc.RpcError.

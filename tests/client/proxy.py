@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class CuttingProxy:
-    """Passes bytes on to a unix socket; cuts the connection whenever `cut_after` more bytes went up.
+    """Passes bytes on to an address; cuts the connection whenever `cut_after` more bytes went up.
 
     Attributes:
         address: where to connect.
@@ -20,7 +20,7 @@ class CuttingProxy:
     def __init__(self, target: str, cut_after: int, cuts: int, deaf: bool = False) -> None:
         self._deaf = deaf
         self._closed = threading.Event()
-        self._target = target.removeprefix("unix://")
+        self._target = target
         self._cut_after = cut_after
         self.cuts_left = cuts
         self.bytes_up = 0
@@ -40,9 +40,8 @@ class CuttingProxy:
                 self._join(self._listener.accept()[0])
 
     def _join(self, down: socket.socket) -> None:
-        up = socket.socket(socket.AF_UNIX)
         try:
-            up.connect(self._target)
+            up = _connected(self._target)
         except OSError:
             down.close()
             return
@@ -71,6 +70,15 @@ class CuttingProxy:
             self.cuts_left -= 1
             self._since_cut = 0
             return True
+
+
+def _connected(target: str) -> socket.socket:
+    if not target.startswith("unix://"):
+        host, _, port = target.rpartition(":")
+        return socket.create_connection((host, int(port)))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(target.removeprefix("unix://"))
+    return connection
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nearkin.v1.checksums import crc32c
 from nearkin_client import (
     AlreadyExists,
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NearkinError,
@@ -492,3 +494,27 @@ def test_server_info(nearkin_server: LocalService) -> None:
         assert info.limits["max_num_classes"] > 0
         with pytest.raises(InvalidArgument, match="run"):
             client.table()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_that_their_owner_changes_during_the_push(
+    nearkin_server: LocalService, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    rows = maps(50, 64)
+
+    def summed_up(piece: memoryview, crc: int = 0) -> int:
+        found = crc32c(piece, crc)
+        rows[:] += 1
+        return found
+
+    def push_and_read() -> None:
+        client.push(rows, epoch=0, k=7)
+        client.table(epoch=0, timeout=60)
+
+    where = "nearkin_client.shared.crc32c" if shared else "nearkin_client.push.crc32c"
+    monkeypatch.setattr(where, summed_up)
+    with (
+        NeighbourClient(nearkin_server.address, run=f"changing-{shared:d}", shared_memory=shared) as client,
+        pytest.raises(PushFailed if shared else DataLoss, match="changed by their owner while"),
+    ):
+        push_and_read()

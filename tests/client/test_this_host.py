@@ -14,6 +14,7 @@ from nearkin.v1 import neighbours_pb2 as pb
 from nearkin_client import FailedPrecondition, NeighbourClient, NeighbourTable, doors
 from nearkin_client.local import LocalService
 from nearkin_client.testing import neighbour_service
+from nearkin_client.wire import Wire
 
 from tests.client.oracle import assert_is_table, similarities
 from tests.client.proxy import cutting_proxy
@@ -90,6 +91,7 @@ def test_from_another_host_everything_crosses_the_connection(tcp: str, log: pyte
     with NeighbourClient(tcp, run="far", shared_memory=True) as client:
         with pytest.raises(FailedPrecondition, match=f"shared_memory=True: {tcp} .* another host"):
             client.push(LARGE, epoch=1, k=300)
+        assert client.run_info().pushes == ()
         with pytest.raises(FailedPrecondition, match=f"shared_memory=True: {tcp} .* another host"):
             client.table(epoch=0)
 
@@ -106,6 +108,33 @@ def test_behind_a_proxy_everything_goes_through_it(
     assert "rows go through the connection" in log.text
     assert not is_mapped(table)
     assert_right(table, LARGE)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["unix", "tcp"])
+@pytest.mark.parametrize("rows", [SMALL, LARGE], ids=["few bytes", "many"])
+def test_behind_a_proxy_shared_memory_is_asked_for_once(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, rows: np.ndarray[Any, Any], place: int
+) -> None:
+    asked, read = [], Wire.read_table
+
+    def counted(wire: Wire, request: pb.ReadTableRequest, seconds: float) -> Any:
+        asked.append(request.accept_shared_memory)
+        return read(wire, request, seconds)
+
+    monkeypatch.setattr(Wire, "read_table", counted)
+    run, address = f"asking-{place}-{len(rows)}", service._listen[place]
+    with NeighbourClient(address, run=run) as client:
+        client.push(rows, epoch=0, k=len(rows) - 1)
+        client.table(epoch=0, timeout=60)
+    assert asked == [True]
+    asked.clear()
+    with (
+        cutting_proxy(address, 1 << 40, 0) as proxy,
+        NeighbourClient(proxy.address, run=run) as client,
+    ):
+        for _ in range(3):
+            assert_right(client.table(epoch=0, timeout=60), rows)
+    assert asked.count(True) == 1
 
 
 def test_who_is_elsewhere_by_then_goes_on_through_the_connection(

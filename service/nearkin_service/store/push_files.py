@@ -272,7 +272,10 @@ class PushFiles:
         """DataLossError: a stored row is not what arrived. `check` is called often, and may raise."""
         wrong = damage(self.directory / ROWS, self.directory / JOURNAL, self._spec, check)
         if wrong is not None:
-            raise DataLossError(f"{wrong}: they were damaged in the data directory; push the epoch again")
+            raise DataLossError(
+                f"{wrong}: they were damaged in the data directory, or changed by their owner while they "
+                "were pushed; push the epoch again"
+            )
 
     def close(self) -> None:
         self.rows.close()

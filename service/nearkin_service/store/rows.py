@@ -55,7 +55,7 @@ class Examined:
         if crc is not None and crc != self.crc:
             raise DataLossError(
                 f"the rows of the message at row {row_start} do not match its crc32c: they were damaged on "
-                "the way; send it again"
+                "the way, or changed by their owner while they were sent; send it again"
             )
 
 
