@@ -29,6 +29,8 @@ _HEALTH_NAMES = ("", wire.SERVICE_NAME)
 _BEAT_SECONDS, _DEAD_SECONDS = 1.0, 15.0
 _LAST_REPLIES_SECONDS = 2.0
 """Of a stop that a build does not make: for whoever is being answered, and for the build to notice."""
+_LAST_WORD_SECONDS = 0.2
+"""In which every call is refused, before gRPC takes none."""
 _LAST_THREADS_SECONDS = 2.0
 """After a stop's time, for threads that cannot be broken off: a flush, a search, a step of a build."""
 _MOST_STREAMS = 16_384
@@ -112,7 +114,9 @@ class NeighbourServer:
             lane=self._lane,
         )
         idle = self._config.limits.max_stream_idle_seconds
-        server.add_generic_rpc_handlers((wire.generic_handler(behaviours, self._count_error, idle),))
+        server.add_generic_rpc_handlers(
+            (wire.generic_handler(behaviours, self._count_error, idle, core.refuse_when_ending),)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._reflection = wire.Reflection((wire.SERVICE_NAME, health.SERVICE_NAME))
         server.add_generic_rpc_handlers(self._reflection.handlers())
@@ -226,6 +230,9 @@ class NeighbourServer:
         core.catalogue.events.close()
         self._reflection.close()
         built = await _within(deadline - last_replies, self._builds.idle.wait)
+        # gRPC will cancel calls that wait to be begun: who is told before by name stays away.
+        core.ending = True
+        await asyncio.sleep(min(_LAST_WORD_SECONDS, seconds / 4))
         left = max(deadline - time.monotonic(), 0.0)
         last = deadline + _LAST_THREADS_SECONDS
         too_late = () if built else (_within(last, self._builds.stop),)

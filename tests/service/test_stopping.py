@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -278,3 +279,26 @@ def test_a_stop_does_not_wait_for_what_cannot_be_broken_off(serve: Serve, place:
     caller = serve().caller()
     assert caller.table(min_epoch=1).generation.generation == 2
     assert len(caller.nearest([3]).rows) == 1
+
+
+def test_callers_are_told_by_name_before_grpc_takes_no_calls(start_service: Start) -> None:
+    """Who calls without a pause, and leaves at the first refusal: CANCELLED is what few clients repeat."""
+    service = start_service(drain_seconds=DRAIN_SECONDS)
+    callers = [Caller(service.server.addresses[0]) for _ in range(8)]
+    calling = threading.Barrier(len(callers) + 1)
+    with ThreadPoolExecutor(len(callers)) as threads:
+        refused = [threads.submit(_refusal_while_calling, caller, calling) for caller in callers]
+        calling.wait(WAIT)
+        service.stop()
+        codes = {each.result(WAIT).code() for each in refused}
+    assert codes == {grpc.StatusCode.UNAVAILABLE}
+
+
+def _refusal_while_calling(caller: Caller, calling: threading.Barrier) -> Any:
+    caller.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT)
+    calling.wait(WAIT)
+    while True:
+        try:
+            caller.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT)
+        except grpc.RpcError as error:
+            return error

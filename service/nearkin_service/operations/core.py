@@ -95,7 +95,7 @@ class Core:
         self.metrics = Metrics()
         self.pacing = Pacing()
         self.files: dict[str, PushFiles] = {}
-        self.draining = False
+        self.draining = self.ending = False
         self._io = threads(config.io_threads, "nearkin-io")
         self._background = threads(1, "nearkin-background")
         self._compute = threads(2, "nearkin-compute")
@@ -155,6 +155,11 @@ class Core:
         """Until everything spawned so far is done."""
         while self._tasks:
             await asyncio.wait(list(self._tasks))
+
+    def refuse_when_ending(self) -> None:
+        """UnavailableError: nothing at all is begun any more."""
+        if self.ending:
+            raise UnavailableError("the service is stopping; try again when it is back")
 
     def refuse_when_draining(self) -> None:
         if self.draining:

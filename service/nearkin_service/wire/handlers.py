@@ -42,14 +42,18 @@ class _ReaderGoneError(Exception):
 
 
 def generic_handler(
-    behaviours: Sequence[object], count_error: CountError, most_idle_seconds: float
+    behaviours: Sequence[object],
+    count_error: CountError,
+    most_idle_seconds: float,
+    admit: Callable[[], None] = lambda: None,
 ) -> grpc.GenericRpcHandler:
     """Serves nearkin.v1.NeighbourService: each method is the one of that name in one of `behaviours`.
 
+    `admit` raises for a call that comes too late to be begun.
     `count_error(method, code)` is told of every call that is refused. A reader that takes nothing for
     `most_idle_seconds` is given up.
     """
-    guard = _Guard(count_error, most_idle_seconds)
+    guard = _Guard(count_error, most_idle_seconds, admit)
     handlers = {m.name: _bind(m, _find(m.name, behaviours), guard) for m in _SERVICE.methods}
     return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -96,7 +100,8 @@ def _serialise(reply: Message | bytes) -> bytes:
 class _Guard:
     """Turns what behaviours raise into status codes."""
 
-    def __init__(self, count_error: CountError, most_idle_seconds: float) -> None:
+    def __init__(self, count_error: CountError, most_idle_seconds: float, admit: Callable[[], None]) -> None:
+        self._admit = admit
         self._count_error = count_error
         self._most_idle_seconds = most_idle_seconds
 
@@ -105,6 +110,7 @@ class _Guard:
 
         async def call(request: Any, context: Context) -> Any:
             try:
+                self._admit()
                 work = asyncio.create_task(behaviour(_sound(request), context))
                 try:
                     return await asyncio.shield(work)
@@ -119,6 +125,7 @@ class _Guard:
     def streamed(self, name: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(messages: AsyncIterator[Any], context: Context) -> Any:
             try:
+                self._admit()
                 return await behaviour((_sound(message) async for message in messages), context)
             except Exception as error:
                 await self._refuse(name, error, context)
@@ -130,6 +137,7 @@ class _Guard:
     ) -> Callable[..., Awaitable[None]]:
         async def call(request: Any, context: Context) -> None:
             try:
+                self._admit()
                 async with aclosing(behaviour(_sound(request), context)) as replies:
                     async for reply in replies:
                         await self._write(_serialise(reply), context)
