@@ -1,24 +1,13 @@
 """`nearkin-train`, and `torchrun -m nearkin_trainer`: one command, alone or as one of several processes."""
 
-import ctypes
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-import tyro
-from nearkin_client.errors import NearkinError
-from rich.console import Console
-from rich.logging import RichHandler
+from nearkin_trainer.stopping import Stopped, Stopping
 
-from nearkin_trainer.config import TrainConfig
-from nearkin_trainer.distributed import OtherProcessFailed, cores
-
-MODULE = "nearkin_trainer"
 STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
-_STARTED_BY = "NEARKIN_TRAIN_PROCESS"  # in the environment of processes that `nearkin-train` starts
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,71 +15,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 1 the service (or another process) failed, 2 something to correct, 130
-            interrupted.
+            interrupted, 143 stopped by SIGTERM.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rank, alone = int(os.environ.get("RANK", "0")), STARTED_BY_TORCHRUN not in os.environ
-    console = Console(stderr=True, highlight=False)
-    try:
-        config = tyro.cli(TrainConfig, prog="nearkin-train", args=given)
-        if config.processes > 1 and "RANK" not in os.environ:
-            return start_processes(config.processes, given)
-        if not alone:
-            end_with_parent()
-        log_to(console, logging.INFO if rank == 0 else logging.WARNING)
-        from nearkin_trainer.train import train
+    alone = STARTED_BY_TORCHRUN not in os.environ  # else whoever started the processes says so, once
+    signals = [signal.SIGINT]
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        signals.append(signal.SIGTERM)  # one of several would wait for others, which are ended too
+    with Stopping(*signals, speaks=alone, stays=arguments is None) as stopping:
+        from nearkin_trainer.command import run  # takes seconds
 
-        train(config)
-    except KeyboardInterrupt:
-        if alone:  # else whoever started the processes says so, once
-            console.print("nearkin-train: interrupted; --resume continues after the last finished epoch")
-        return 130
-    except (ValueError, NearkinError, OtherProcessFailed) as error:
-        who = f" (process {rank})" if rank else ""
-        console.print(f"nearkin-train{who}: {error}", style="red", markup=False, soft_wrap=True)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
-
-
-def start_processes(count: int, arguments: Sequence[str]) -> int:
-    """Runs this command in `count` processes, as `torchrun --standalone` would; they end together."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    os.environ[_STARTED_BY] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    try:
-        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", MODULE, *arguments])
-    except ChildFailedError as error:
-        return max(1, next(iter(error.failures.values())).exitcode)  # the process itself has said why
-    except SignalException as stopped:
-        if stopped.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from stopped
-        return 128 + stopped.sigval
-    finally:
-        del os.environ[_STARTED_BY]
-    return 0
-
-
-def end_with_parent() -> None:
-    """Has the kernel end this process with the one that started it, however that ends.
-
-    A torchrun that is killed cannot end its processes. They would train on, and write beside the job that
-    was started in their place.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.environ.get(_STARTED_BY, str(os.getppid())) != str(os.getppid()):
-            sys.exit(128 + signal.SIGTERM)  # it has ended already, while this one started
-
-
-def log_to(console: Console, level: int) -> None:
-    """Shows what nearkin's own loggers say; other libraries' loggers and the root logger stay as they are."""
-    handler = RichHandler(
-        console=console, show_path=False, show_level=False, log_time_format="[%H:%M:%S]", markup=False
-    )
-    handler.setLevel(level)
-    logger = logging.getLogger("nearkin")
-    logger.addHandler(handler)
-    logger.setLevel(level)
+        try:
+            status = run(list(sys.argv[1:] if arguments is None else arguments), stopping, alone=alone)
+        except Stopped as stopped:
+            if alone:
+                print(stopped, file=sys.stderr)  # noqa: T201
+            status = stopped.status
+        return stopping.ends_with(status)
