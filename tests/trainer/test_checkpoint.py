@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nearkin_trainer import checkpoint
+from nearkin_trainer.report import write_json
 
 
 def test_a_tree_comes_back(tmp_path: Path) -> None:
@@ -72,6 +73,20 @@ def test_a_disk_that_takes_no_more_is_said(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(tmp_path / "c.npz") == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c.npz"]
+
+
+def test_a_small_file_that_the_disk_does_not_take_is_said(tmp_path: Path) -> None:
+    """It fits into Python's buffer, and fails only at the end."""
+    write_json(tmp_path / "m.json", {"rank1": 0.5})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        with pytest.raises(ValueError, match=r"m\.json cannot be written: .+ --resume"):
+            write_json(tmp_path / "m.json", {"rank1": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+    assert "0.5" in (tmp_path / "m.json").read_text()
 
 
 def _write_half(path: Path) -> None:

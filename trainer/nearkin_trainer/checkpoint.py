@@ -25,6 +25,8 @@ FORMAT = "nearkin checkpoint 1"
 
 Keys = tuple[str | int, ...]
 _PIECE_BYTES = 4 * 2**20
+_UNFINISHED = ".tmp"
+GO_ON = "Mend that, and --resume continues after the last finished epoch"
 
 
 def save(path: Path, tree: dict[str, Any]) -> None:
@@ -44,7 +46,7 @@ def save(path: Path, tree: dict[str, Any]) -> None:
         size, why = sum(array.nbytes for array in arrays.values()), error.strerror or error
         raise ValueError(
             f"the checkpoint {path} of {size / 2**30:.1f} GiB cannot be written: {why}; it needs room beside "
-            "the one before it. Make some, and --resume continues from that one"
+            f"the one before it. {GO_ON}"
         ) from error
 
 
@@ -72,9 +74,12 @@ def load(path: Path, leave: Callable[[Keys], bool] = lambda _: False) -> dict[st
     return tree
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception | str) -> ValueError:
     """What `load` raises for a file that is damaged or something else."""
-    return ValueError(f"{path} is not a checkpoint that can be read: {error}")
+    return ValueError(
+        f"{path} is not a checkpoint that can be read: {error}. "
+        "Put a copy in its place, or begin again with --overwrite"
+    )
 
 
 Put = Callable[[torch.Tensor, int, torch.Tensor], None]
@@ -138,7 +143,7 @@ class atomic_file:  # noqa: N801 - used like open()
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
 
     def __enter__(self) -> io.BufferedWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,16 +151,22 @@ class atomic_file:  # noqa: N801 - used like open()
         return self._file
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._temporary.replace(self._path)
+                _sync_directory(self._path.parent)
+        finally:
             self._temporary.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what could not be written before cannot be now
                 self._file.close()
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self._path)
-        _sync_directory(self._path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write; nobody may be writing there."""
+    for file in folder.glob(f".*.*[0-9]{_UNFINISHED}"):
+        file.unlink(missing_ok=True)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nearkin_trainer.checkpoint import atomic_file
+from nearkin_trainer.checkpoint import GO_ON, atomic_file
 
 
 class Report:
@@ -88,10 +88,17 @@ class Bar:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all; numbers that JSON has not (NaN) become null."""
+    """Writes a JSON file whole or not at all; numbers that JSON has not (NaN) become null.
+
+    Raises:
+        ValueError: the disk does not take it.
+    """
     text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_file(path) as file:
-        file.write(text.encode() + b"\n")
+    try:
+        with atomic_file(path) as file:
+            file.write(text.encode() + b"\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}. {GO_ON}") from error
 
 
 def _finite(value: Any) -> Any:

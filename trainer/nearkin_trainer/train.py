@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from nearkin_client import NeighbourClient
-from nearkin_client.errors import NearkinError, Unavailable
+from nearkin_client.errors import Unavailable
 from nearkin_client.local import LocalService
 from torch import nn
 
@@ -21,6 +21,7 @@ from nearkin_trainer.classes import Host
 from nearkin_trainer.config import TrainConfig
 from nearkin_trainer.data import read_data
 from nearkin_trainer.distributed import World, join_world, tell_all
+from nearkin_trainer.folder import claim
 from nearkin_trainer.job import CHECKPOINT, Job, Parts
 from nearkin_trainer.model import build_model
 from nearkin_trainer.neighbours import Neighbours
@@ -41,7 +42,7 @@ def train(config: TrainConfig, backbone: nn.Module | None = None) -> dict[str, A
         ValueError: something in the configuration or the data is wrong; the message names it and the way out.
         nearkin_client.errors.NearkinError: the service refused or could not be reached.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device) as world, claim(world, config.out):
         start = _choose_start(config, world)
         data = read_data(config.data, validation_share=config.image.validation_share)
         seed_everything(config.seed)
@@ -83,19 +84,11 @@ def _choose_start(config: TrainConfig, world: World) -> Path | None:
             f"out={config.out} holds a checkpoint: continue with --resume, or replace it with --overwrite"
         )
     if world.leads:
-        _make_folder(config.out)
         if config.overwrite:
             path.unlink(missing_ok=True)
         if config.resume and not exists:
             logger.info("resume: no checkpoint in %s yet, starting from the beginning", config.out)
     return path if exists and config.resume else None
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={out} is no folder and cannot be made one: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -122,7 +115,16 @@ def _service_address(config: TrainConfig, world: World) -> Iterator[str]:
 def _private_service(config: TrainConfig, world: World) -> LocalService:
     service = LocalService(config.out / "service", log_path=config.out / "service.log")
     try:
-        return service.start()
-    except NearkinError:
-        tell_all(world, "")  # the others wait for an address
+        return _start(service)
+    except BaseException as error:  # then nobody else stops it
+        service.stop()
+        if isinstance(error, Exception):
+            tell_all(world, "")  # the others wait for an address
         raise
+
+
+def _start(service: LocalService) -> LocalService:
+    try:
+        return service.start()
+    except OSError as error:
+        raise ValueError(f"out={service.data_dir.parent} takes no service's data: {error}") from error

@@ -78,8 +78,7 @@ def restore_rows(
         row_optimiser: the state of its optimiser, empty if it has none.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: one is damaged, or they do not hold all of these rows.
+        ValueError: a file is missing or damaged, or they do not hold all of these rows.
     """
     tables = {
         "model": {TABLE + name: table for name, table in classes.state_dict().items()},
@@ -108,7 +107,10 @@ def _pieces(path: Path, tree: dict[str, Any]) -> Iterator[tuple[int, Parts]]:
     if "shards" not in tree:
         yield 0, _take_out(tree)
     for name in tree.get("shards", ()):
-        shard = checkpoint.load(path.with_name(name), leave=_has_rows)
+        try:
+            shard = checkpoint.load(path.with_name(name), leave=_has_rows)
+        except FileNotFoundError as error:
+            raise checkpoint.unreadable(path, f"{name} is not beside it") from error
         yield shard["start"], shard["parts"]
 
 
