@@ -116,7 +116,8 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 
 def test_spaces_around_column_names(tmp_path: Path) -> None:
     _touch(tmp_path / "a.png")
-    (tmp_path / "d.csv").write_text("label , path, split\na, a.png , train\nb, a.png, train\n")
+    _touch(tmp_path / "b.png")
+    (tmp_path / "d.csv").write_text("label , path, split\na, a.png , train\nb, b.png, train\n")
     assert read_data(tmp_path / "d.csv").classes == ("a", "b")
 
 
@@ -127,12 +128,13 @@ def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_a_comma_that_is_not_quoted_is_named(tmp_path: Path) -> None:
-    _touch(tmp_path / "a.png")
+    for name in ("a.png", "b.png"):
+        _touch(tmp_path / name)
     head = "label,path,split,camera\n"
-    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1\nb,a.png,train,hall, left\n")
+    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1\nb,b.png,train,hall, left\n")
     with pytest.raises(ValueError, match=r"line 3: .*'left'.* quotes"):
         read_data(tmp_path / "d.csv")
-    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1,\nb,a.png,train,2,\n")
+    (tmp_path / "d.csv").write_text(head + "a,a.png,train,1,\nb,b.png,train,2,\n")
     assert read_data(tmp_path / "d.csv").classes == ("a", "b")
 
 
@@ -252,3 +254,27 @@ def test_numbers_as_labels_are_names(tmp_path: Path) -> None:
     rows = [_row(tmp_path, str(n), f"{n}.png") for n in (10, 9, 2)]
     assert read_data(write_csv(tmp_path / "d.csv", rows)).classes == ("10", "2", "9")
     assert np.asarray(Image.open(tmp_path / "9.png")).shape == (24, 28, 3)
+
+
+def test_an_image_of_two_classes_is_named(tmp_path: Path) -> None:
+    rows = _train_rows(tmp_path)
+    rows.append({**rows[0], "label": rows[-1]["label"]})
+    with pytest.raises(ValueError, match=rf"{rows[0]['path']} is a training image of two classes, .* once"):
+        read_data(write_csv(tmp_path / "d.csv", rows))
+
+
+def test_images_that_are_named_twice_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows may be repeated on purpose; and one may be a query in one row, and of the gallery in another."""
+    rows = _train_rows(tmp_path)
+    rows += [_row(tmp_path, "x", "x.png", "validation", is_query="1", is_gallery="0")]
+    rows += [_row(tmp_path, "x", "x.png", "validation", is_query="0", is_gallery="1")]
+    read_data(write_csv(tmp_path / "d.csv", rows))
+    assert not caplog.messages
+    rows += [rows[0], rows[-1], {**rows[1], "split": "validation", "is_gallery": "1"}]
+    data = read_data(write_csv(tmp_path / "d.csv", rows))
+    assert len(data.train) == len(_train_rows(tmp_path)) + 1
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "1 training images are named more than once, and count as often",
+        "1 gallery images are named more than once, and count as often",
+        "1 validation images are trained on, too",
+    ]

@@ -133,7 +133,7 @@ def test_another_job_under_the_same_name_is_guessed(nearkin: NeighbourClient) ->
                 neighbours.refresh(epoch, table)
         nearkin.push(table.weight, epoch=9, k=2)
         nearkin.table(epoch=9)
-        with pytest.raises(NotFound, match=r"no table of epoch 5, and has one of epoch 9: .* another job"):
+        with pytest.raises(NotFound, match=r"no table of our epoch 5, .* one of epoch 9: .* another job"):
             neighbours._ask(5, None)
 
 
@@ -219,13 +219,39 @@ def test_going_on_with_the_tables_that_the_service_has(
             assert neighbours.table_epoch == 5
 
 
+def test_tables_that_another_job_has_pushed_meanwhile_are_not_ours(
+    nearkin: NeighbourClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint knows its own pushes; the other job had the same epochs."""
+    ours, theirs = ClassEmbeddings(12, 4, 1, 1), ClassEmbeddings(12, 4, 1, 1)
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+        for epoch in range(2):
+            neighbours.refresh(epoch, ours)
+        neighbours.settle()
+        pushes = neighbours.pushes
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+        neighbours.rewind(0)
+        for epoch in range(2):
+            neighbours.refresh(epoch, theirs)
+        neighbours.settle()
+        neighbours.pushes = pushes
+        with pytest.raises(NotFound, match=r"no table of our epoch 1, .* ours was removed, or another"):
+            neighbours._ask(1, None)
+    with Neighbours(World(), nearkin, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
+        neighbours.pushes = pushes
+        neighbours.rewind(2)
+        assert "epoch 2 waits for its own" in caplog.text
+        assert (neighbours.refresh(2, ours) == _nearest(ours, 3)).all()
+
+
 def test_giving_up_does_not_wait_for_a_table_that_never_comes(nearkin_server: LocalService) -> None:
     embeddings = ClassEmbeddings(12, 4, 1, 1)
     with Gated(nearkin_server.address) as client:
         with Neighbours(World(), client, NeighbourConfig(k=3), 12, staleness=1) as neighbours:
             neighbours.refresh(0, embeddings)
+            first = client.push(embeddings.rows(slice(0, 12)), epoch=0, k=3)  # the same again
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(client, "push", lambda *_, **__: None)
+                patch.setattr(client, "push", lambda *_, **__: first)
                 neighbours.refresh(1, embeddings)
                 neighbours.settle()
         waiting = [t for t in threading.enumerate() if t.name.startswith("nearkin-table")]

@@ -349,6 +349,36 @@ def test_resuming_with_other_classes_is_refused(
     assert "was made with another set of classes" in capsys.readouterr().err
 
 
+def test_resuming_with_other_images_is_said(
+    tmp_path: Path, nearkin_server: LocalService, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that moved is the same; a file that was replaced is not."""
+    service = ("--service", nearkin_server.address, "--run-name", "images")
+    data = write_csv_set(tmp_path / "here", train_classes=4)
+    _train(data, tmp_path / "out", *service, "--epochs", "1")
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = (tmp_path / "there" / "data.csv", tmp_path / "out", *service, "--resume")
+    _train(*again, "--epochs", "2")
+    assert "images are not those" not in caplog.text
+    with (tmp_path / "there" / "images" / "0_1.png").open("ab") as image:
+        image.write(b"changed")
+    _train(*again, "--epochs", "3")
+    assert "the training images are not those that" in caplog.text
+    assert "--overwrite begins again" in caplog.text
+
+
+def test_a_shard_that_is_missing_is_named(
+    data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ("--service", nearkin_server.address, "--run-name", "shard", "--embedding.sharded")
+    _train(data, tmp_path, *job, "--epochs", "1")
+    (shard,) = tmp_path.glob("checkpoint-1-0-of-1.npz")
+    shard.unlink()
+    again = ["--data", str(data), "--out", str(tmp_path), *SMALL, *job, "--epochs", "2", "--resume"]
+    assert main(again) == 2
+    assert f"{shard.name} is not beside it. Put a copy in its place" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--model.width", "--model.blocks"])
 def test_resuming_with_another_network_is_refused(
     data: Path, tmp_path: Path, nearkin_server: LocalService, capsys: pytest.CaptureFixture[str], option: str

@@ -57,6 +57,7 @@ class Progress:
     train_seconds: float = 0.0
     stall_seconds: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    pushes: dict[int, str] = field(default_factory=dict)  # see `Neighbours.pushes`
     baselines: dict[str, float] = field(default_factory=dict)
 
 
@@ -282,9 +283,14 @@ class Job:
         stalls = self._of_all(self.neighbours.stall_seconds)
         tree = {
             "job": self._identity(),
+            "images": self.data.digest,
             "model": dict(self.model.state_dict()),
             "learner": self.learner.state(),
-            "progress": {**dataclasses.asdict(self.progress), "stall_seconds": stalls},
+            "progress": {
+                **dataclasses.asdict(self.progress),
+                "stall_seconds": stalls,
+                "pushes": self.neighbours.pushes,
+            },
         }
         path = self.config.out / CHECKPOINT
         shards.save(path, tree, self.progress.epoch, self.world, self.model.classes)
@@ -302,11 +308,18 @@ class Job:
         self.model.load_state_dict(tree["model"])
         self.learner.restore(tree["learner"])
         self.progress = Progress(**tree["progress"])
+        self.neighbours.pushes = dict(self.progress.pushes)
         stalls = self.progress.stall_seconds
         if len(stalls) == self.world.size:
             self.neighbours.stall_seconds = stalls[self.world.rank]
         elif self.world.leads:
             logger.info("resume: %d processes before, %d now: other batches", len(stalls), self.world.size)
+        if tree.get("images", self.data.digest) != self.data.digest:
+            logger.warning(
+                "resume: the training images are not those that %s was trained on (other names, sizes or "
+                "classes): going on with those there are now; --overwrite begins again",
+                path,
+            )
         self.report.say(f"continuing after epoch {self.progress.epoch} from {path}")
 
     def _refuse_other_network(self, path: Path, saved: dict[str, Any]) -> None:

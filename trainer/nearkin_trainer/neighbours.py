@@ -81,6 +81,8 @@ class Neighbours:
         stall_seconds: how long this process has stood still so far: pushing, waiting.
         generation: number of the last table's generation, 0 before the first.
         table_epoch: the epoch whose rows that table compares, None before the first.
+        pushes: by epoch, the id of the push that had our rows; a checkpoint keeps them, so that no table of
+            another job is taken for ours.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class Neighbours:
         self.stall_seconds = 0.0
         self.generation = 0
         self.table_epoch: int | None = None
+        self.pushes: dict[int, str] = {}
         self._table: Table | None = None
         self._staleness = staleness
         self._oldest = 0  # no epoch before this one has a table that we could train with
         self._pushing = ThreadPoolExecutor(1, "nearkin-push")
         self._reading = ThreadPoolExecutor(1, "nearkin-table")
-        self._pushed: Future[None] | None = None  # the push begun last, until it is settled
+        self._pushed: Future[str] | None = None  # the push begun last, until it is settled
+        self._epoch = 0  # that it is of
         self._coming: dict[int, Future[NeighbourTable]] = {}  # by epoch; on the machine's first process
 
     def __enter__(self) -> Self:
@@ -187,6 +191,7 @@ class Neighbours:
     def _begin(self, epoch: int, embeddings: ClassEmbeddings, *, training: bool) -> None:
         """Starts to push this process's rows as they are now; `training` may go on to change them."""
         self._settle()
+        self._epoch = epoch
         classes = self._world.share(embeddings.num_classes)
         absent = embeddings.absent(classes).tolist()
         send = partial(self._send, epoch=epoch, num_classes=embeddings.num_classes, absent=absent)
@@ -200,12 +205,12 @@ class Neighbours:
 
     def _send(
         self, values: torch.Tensor, row_start: int, *, epoch: int, num_classes: int, absent: list[int]
-    ) -> None:
-        """Runs on a thread; returns when the service has the rows."""
+    ) -> str:
+        """Runs on a thread; returns the push's id (none without rows) when the service has the rows."""
         if not len(values):
-            return
+            return ""
         try:
-            self._client.push(
+            push = self._client.push(
                 values,
                 epoch=epoch,
                 row_start=row_start,
@@ -221,29 +226,32 @@ class Neighbours:
             raise AlreadyExists(
                 f"epoch {epoch}: {error.message}. {ANOTHER_JOB}", field=error.field
             ) from error
+        return push.push_id
 
     def _settle(self) -> None:
         if self._pushed is None:
             return
         error = self._pushed.exception()
+        if error is None:
+            self.pushes[self._epoch] = self._pushed.result()
         self._pushed = None
         fail_together(self._world, error)
 
     # ----------------------------------------------------------------------------------------- table
 
-    def _ask(self, epoch: int, pushed: Future[None] | None) -> NeighbourTable:
-        """Runs on a thread; returns the table of exactly this epoch."""
-        if pushed is not None:
-            pushed.result()  # before it, the service may not know the run
+    def _ask(self, epoch: int, pushed: Future[str] | None) -> NeighbourTable:
+        """Runs on a thread; returns the table of exactly this epoch, from our push."""
+        # Before its rows are there, the service may not know the run.
+        ours = pushed.result() if pushed is not None else self.pushes.get(epoch, "")
         timeout = self._config.timeout
         table = self._client.table(epoch=epoch, timeout=timeout, scores=False)
-        if table.epoch == epoch:
+        if table.epoch == epoch and (not ours or self._client.generation(table.generation).push_id == ours):
             return table
-        for generation in self._client.generations():  # a later epoch's is out already
-            if generation.epoch == epoch:
+        for generation in self._client.generations():  # a later one's is out already
+            if generation.epoch == epoch and ours in ("", generation.push_id):
                 return self._client.table(generation=generation.generation, timeout=timeout, scores=False)
         raise NotFound(
-            f"the run has no table of epoch {epoch}, and has one of epoch {table.epoch}: "
+            f"the run has no table of our epoch {epoch}, and has one of epoch {table.epoch}: "
             f"ours was removed, or another was pushed. {ANOTHER_JOB}"
         )
 
@@ -321,9 +329,9 @@ class Neighbours:
             pushes, generations = self._client.run_info().pushes, self._client.generations()
         except NotFound:
             pushes, generations = (), ()
-        there = {g.epoch for g in generations}
-        there |= {push.epoch for push in pushes if push.state == "building"}
-        if there.issuperset(needed):
+        there = {(g.epoch, g.push_id) for g in generations}
+        there |= {(push.epoch, push.push_id) for push in pushes if push.state == "building"}
+        if {epoch for epoch, push in there if self.pushes.get(epoch, "") in ("", push)}.issuperset(needed):
             return needed.start
         logger.warning(
             "the service has no table of every epoch from %d to %d any more: epoch %d waits for its own",
@@ -334,10 +342,12 @@ class Neighbours:
         return first_epoch
 
 
-def _push_blocks(snapshot: Snapshot, row_start: int, send: Callable[[torch.Tensor, int], None]) -> None:
+def _push_blocks(snapshot: Snapshot, row_start: int, send: Callable[[torch.Tensor, int], str]) -> str:
     """Runs on a thread; sends a table's rows as they were, in blocks, while training changes them."""
+    push_id = ""
     try:
         for start, block in snapshot.blocks(BLOCK_BYTES):
-            send(block, row_start + start)
+            push_id = send(block, row_start + start)
     finally:
         snapshot.close()
+    return push_id

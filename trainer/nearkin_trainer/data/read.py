@@ -1,6 +1,10 @@
 """From a path on disk to a data set: recognises the layout and checks what it finds."""
 
+import dataclasses
+import hashlib
 import logging
+import stat
+from collections import Counter
 from pathlib import Path
 
 from nearkin_trainer.data.csv_file import read_csv
@@ -30,9 +34,10 @@ def read_data(path: Path, *, validation_share: float = 0.2) -> DataSet:
         data = _read(path, validation_share)
     except OSError as error:
         raise ValueError(f"data={path} cannot be read: {error}") from error
-    _require_files(data)
+    sizes = _require_files(data)
+    _judge_repeated(data)
     logger.info("%s: %s", path, data.summary())
-    return data
+    return dataclasses.replace(data, digest=_digest(data, path if path.is_dir() else path.parent, sizes))
 
 
 def _read(path: Path, validation_share: float) -> DataSet:
@@ -50,19 +55,55 @@ def _read(path: Path, validation_share: float) -> DataSet:
     return read_folders(path, validation_share)
 
 
-def _require_files(data: DataSet) -> None:
+def _require_files(data: DataSet) -> dict[Path, int]:
+    """The size of each."""
     paths = {*data.train.paths, *data.query.paths, *data.gallery.paths}
-    missing = sorted(path for path in paths if not _is_file(path))
+    sizes = {path: _size(path) for path in paths}
+    missing = sorted(path for path, size in sizes.items() if size is None)
     if missing:
         raise ValueError(f"{len(missing)} of {len(paths)} images do not exist: {_some(missing)}")
+    return {path: size or 0 for path, size in sizes.items()}
+
+
+def _judge_repeated(data: DataSet) -> None:
+    """Says what is named more than once; an image of two classes would be pulled both ways."""
+    label: dict[Path, int] = {}
+    for path, number in zip(data.train.paths, data.train.labels.tolist(), strict=True):
+        if label.setdefault(path, number) != number:
+            names = f"{data.classes[label[path]]!r} and {data.classes[number]!r}"
+            raise ValueError(f"{path} is a training image of two classes, {names}: name it once")
+    for what, images in (("training", data.train), ("query", data.query), ("gallery", data.gallery)):
+        twice = sorted(path for path, count in Counter(images.paths).items() if count > 1)
+        if twice:
+            logger.warning(
+                "%d %s images are named more than once, and count as often: %s",
+                len(twice),
+                what,
+                _some(twice),
+            )
+    seen = sorted(label.keys() & {*data.query.paths, *data.gallery.paths})
+    if seen:
+        logger.warning("%d validation images are trained on, too: %s", len(seen), _some(seen))
+
+
+def _digest(data: DataSet, folder: Path, sizes: dict[Path, int]) -> str:
+    """Of names within the folder, so that it may move."""
+    digest, start = hashlib.sha256(), f"{folder}/"
+    for path, label in zip(data.train.paths, data.train.labels.tolist(), strict=True):
+        digest.update(
+            f"{str(path).removeprefix(start)}\0{sizes[path]}\0{label}\n".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()[:16]
 
 
 def _some(paths: list[Path]) -> str:
     return ", ".join(map(str, paths[:_SHOWN])) + (", ..." if len(paths) > _SHOWN else "")
 
 
-def _is_file(path: Path) -> bool:
+def _size(path: Path) -> int | None:
+    """None: no file."""
     try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
+        found = path.stat()
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be entered
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -48,6 +48,7 @@ class DataSet:
         query, gallery: labels are positions in `validation_classes`. An image may be in both; it never
             matches itself.
         validation_classes: names of the classes of queries and gallery.
+        digest: of the training images' names, sizes and classes; tells whether they have been replaced.
     """
 
     train: ImageList
@@ -55,6 +56,7 @@ class DataSet:
     query: ImageList
     gallery: ImageList
     validation_classes: tuple[str, ...]
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
