@@ -35,6 +35,9 @@ SHAPES = {
     # Of the 49 and 51 locations, 1 and 3 are multiplied by themselves, with more than 64 of the other map.
     "many channels": ((150, 7, 7), (7, 10), (3, 4, 5)),
     "three over": ((129, 3, 17), (5, 19), (2, 3, 4)),
+    # Both maps have 48 to 64 locations: multiplied in fixed point first where that is faster.
+    "fixed point": ((150, 7, 7), (8, 8), (4, 5, 9)),
+    "fixed point, four over": ((513, 13, 4), (7, 7), (3, 9, 4)),
 }
 
 

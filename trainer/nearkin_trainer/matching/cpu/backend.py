@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 
+from nearkin_trainer.matching.cpu.fixed import fix_probes
+from nearkin_trainer.matching.cpu.fixed_instructions import MOST
 from nearkin_trainer.matching.cpu.gradients import Given, Wanted, backward, finish
-from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, LANES, PROCESSOR
+from nearkin_trainer.matching.cpu.instructions import BLOCK, FEW_ROWS, HAS_VNNI, LANES, PROCESSOR
 from nearkin_trainer.matching.cpu.layout import Pairs, Probes, Table, prepare
 from nearkin_trainer.matching.cpu.maxima import Found, forward
 from nearkin_trainer.matching.cpu.memory import blocks
@@ -32,8 +34,9 @@ from nearkin_trainer.matching.rows import Touched, first_derivative, rows_gradie
 MOST_LOCATIONS = 1 << 15  # places are int16
 MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
 PIECES = 8  # of forward for each thread
+FIXED_CHANNELS = 128  # at least, for products in fixed point
 CLASS_WORK = 2  # of backward for a class, where a pair of maps is 1
-DETAIL = f", products in float32 ({PROCESSOR})"
+DETAIL = f", products in float32{', found by int16' if HAS_VNNI else ''} ({PROCESSOR})"
 
 
 def location_maxima_cpu(request: Request) -> Tensor:
@@ -176,16 +179,32 @@ def _prepare(plan: Plan, maps: Table, class_locations: int) -> Probes:
     # A few locations cost less by themselves, along the class's locations, than in one more vector.
     if 0 < rest <= FEW_ROWS and min(locations, class_locations) >= LANES:
         columns = locations - rest
+    fixed = _fixes(channels, locations, class_locations)
+    width = MOST if fixed else -(-locations // LANES) * LANES
     laid_out = Probes(
-        _lines(count, channels, columns),
-        np.empty((count, channels, max(locations - columns, 0)), np.float32),
+        _lines(count, channels, width),
+        columns,
+        _lines(count if fixed else 0, -(-channels // 2), MOST).view(np.int32),
         _lines(-(-channels // BLOCK), count, locations, BLOCK),
         np.empty((count, locations), np.float32),
         np.empty((count, locations), np.float32),
         np.empty(count, np.float32),
     )
-    plan.probes(lambda _, first, last: prepare(first, last, maps, laid_out))
+    laid_out.fixed[:] = 0
+
+    def work(_thread: int, first: int, last: int) -> None:
+        prepare(first, last, maps, laid_out)
+        if fixed:
+            fix_probes(first, last, maps, laid_out)
+
+    plan.probes(work)
     return laid_out
+
+
+def _fixes(channels: int, *locations: int) -> bool:
+    """Whether products in fixed point are worth their pains, see `fixed`."""
+    fit = all(3 * LANES <= count <= MOST and count % LANES <= FEW_ROWS for count in locations)
+    return HAS_VNNI and fit and channels >= FIXED_CHANNELS
 
 
 def _forward(plan: Plan, table: Table, probes: Probes) -> Found:

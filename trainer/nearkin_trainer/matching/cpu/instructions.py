@@ -24,12 +24,15 @@ BLOCK = 2 * LANES  # channels that gradients go through at a time
 LINE = 64  # bytes of a cache line
 F32, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32x16, I32x16 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+I16x32 = ir.VectorType(I16, 2 * LANES)
 
 
 # What Numba compiles for, which is also what its cache is keyed by.
 _, PROCESSOR, _features = cpu_target.target_context.codegen().magic_tuple()
 _FEATURES = _features.split(",")
 HAS_AVX512 = "+avx512f" in _FEATURES
+# Multiplies 32 pairs of int16 as one instruction, in place of 16 of float32.
+HAS_VNNI = HAS_AVX512 and {"+avx512bw", "+avx512vnni"} <= set(_FEATURES)
 # Accumulators must fit the registers: 32 of 16 lanes with AVX-512, else 16 of 8 lanes.
 ROWS = 8 if HAS_AVX512 else 6
 MOST_VECTORS = 3 if HAS_AVX512 else 1
@@ -63,6 +66,10 @@ def splat(builder: Any, value: Any, kind: Any) -> Any:
 
 def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
     kind = total.type
+    if kind == I32x16:
+        halves = [builder.bitcast(side, I16x32) for side in (left, right)]
+        function = declared(builder, "llvm.x86.avx512.pmaddw.d.512", I32x16, [I16x32] * 2)
+        return builder.add(total, builder.call(function, halves))
     function = declared(builder, f"llvm.fma.v{kind.count}f32", kind, [kind] * 3)
     return builder.call(function, [left, right, total])
 
@@ -79,7 +86,7 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(function, [pointer(builder, address), read, near, data])
 
 
-def _call_one(builder: Any, number: Any, functions: dict[int, Any], arguments: list[Any]) -> Any:
+def call_one(builder: Any, number: Any, functions: dict[int, Any], arguments: list[Any]) -> Any:
     """Calls the function of this number, which has to be one of theirs."""
     done = builder.append_basic_block("called")
     impossible = builder.append_basic_block("impossible")
@@ -112,9 +119,9 @@ class _Columns:
             store(self._builder, value, self._builder.add(address, offset), 0)
 
 
-def _tile_function(module: Any, rows: int, vectors: int) -> Any:
+def _tile_function(module: Any, rows: int, vectors: int, kind: Any) -> Any:
     """void(a, a_stride, b, b_stride, last, steps, out, out_stride, begins, ahead, pace)."""
-    name = f"nearkin_tile_{rows}x{vectors}"
+    name = f"nearkin_tile_{rows}x{vectors}_{kind.element}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), name)
@@ -130,23 +137,23 @@ def _tile_function(module: Any, rows: int, vectors: int) -> Any:
     builder.cbranch(builder.trunc(begins, I1), loop, resume)
 
     builder.position_at_end(resume)
-    before = [columns.load(start, F32x16) for start in starts]
+    before = [columns.load(start, kind) for start in starts]
     builder.branch(loop)
 
     builder.position_at_end(loop)
     step, a_row, b_row, next_line = (builder.phi(I64) for _ in range(4))
-    sums = [[builder.phi(F32x16) for _ in range(vectors)] for _ in range(rows)]
+    sums = [[builder.phi(kind) for _ in range(vectors)] for _ in range(rows)]
     moving = ((step, ir.Constant(I64, 0), ir.Constant(I64, 1)), (a_row, a, a_stride), (b_row, b, b_stride))
     for value, start, stride in (*moving, (next_line, ahead, pace)):
         value.add_incoming(start, entry)
         value.add_incoming(start, resume)
         value.add_incoming(builder.add(value, stride), loop)
     prefetch(builder, next_line)
-    values = columns.load(b_row, F32x16)
+    values = columns.load(b_row, kind)
     for row, (row_sums, row_before) in enumerate(zip(sums, before, strict=True)):
-        one = splat(builder, load(builder, a_row, 4 * row, F32), F32x16)
+        one = splat(builder, load(builder, a_row, 4 * row, kind.element), kind)
         for total, value, so_far in zip(row_sums, values, row_before, strict=True):
-            total.add_incoming(ir.Constant(F32x16, [0.0] * LANES), entry)
+            total.add_incoming(ir.Constant(kind, None), entry)
             total.add_incoming(so_far, resume)
             total.add_incoming(multiply_add(builder, one, value, total), loop)
     builder.cbranch(builder.icmp_signed("<", step.incomings[-1][0], steps), loop, end)
@@ -161,6 +168,7 @@ def _tile_function(module: Any, rows: int, vectors: int) -> Any:
 @intrinsic
 def product_tile(
     typing: Any,
+    fixed: Any,
     rows: Any,
     vectors: Any,
     a: Any,
@@ -184,16 +192,18 @@ def product_tile(
     """
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        rows, vectors, *rest = values
+        fixed, rows, vectors, *rest = values
         chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
+        chosen = builder.add(builder.mul(builder.zext(fixed, I64), ir.Constant(I64, 128)), chosen)
         functions = {
-            8 * r + v: _tile_function(builder.module, r, v)
+            128 * number + 8 * r + v: _tile_function(builder.module, r, v, kind)
+            for number, kind in enumerate((F32x16, I32x16) if HAS_VNNI else (F32x16,))
             for r in range(1, ROWS + 1)
             for v in range(1, (FEW_VECTORS[r - 1] if r <= FEW_ROWS else MOST_VECTORS) + 1)
         }
-        return _call_one(builder, chosen, functions, rest)
+        return call_one(builder, chosen, functions, rest)
 
-    return types.int64(*[types.int64] * 13), codegen
+    return types.int64(types.boolean, *[types.int64] * 13), codegen
 
 
 @intrinsic
@@ -203,7 +213,7 @@ def square_sums(typing: Any, vectors: Any, a: Any, stride: Any, last: Any, steps
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         vectors, *rest = values
         functions = {v: _squares_function(builder.module, v) for v in range(1, 5)}
-        return _call_one(builder, vectors, functions, rest)
+        return call_one(builder, vectors, functions, rest)
 
     return types.int64(*[types.int64] * 6), codegen
 

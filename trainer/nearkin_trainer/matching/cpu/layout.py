@@ -70,14 +70,16 @@ class Table(NamedTuple):
 class Probes(NamedTuple):
     """Every probe, laid out by `prepare`. A unit is a location times its scale.
 
-    panels: [B, C, columns], whole vectors of columns.
-    rest: [B, C, P − columns], the few locations that would leave most of another vector empty.
+    panels: [B, C, ≥ P], whole vectors, zeros beyond P. columns: how many of P are multiplied by vectors, as
+    the few others would leave most of one more vector empty.
+    fixed: int32 [B, C / 2, 64], the units in fixed point, see `fix_pairs`; or [0, …].
     units: [K, B, P, 32]. scales: [B, P], visibility / length. lengths: [B, P].
     tops: [B], the top |visibility|, or NaN where something is not finite.
     """
 
     panels: Floats
-    rest: Floats
+    columns: int
+    fixed: NDArray[np.int32]
     units: Floats
     scales: Floats
     lengths: Floats
@@ -180,17 +182,14 @@ def whole_tiles(channels: int, locations: int) -> int:
 @compiled
 def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
     """Lay out the probes first to last, whose maps and visibilities `table` holds."""
-    columns = probes.panels.shape[2]
     for b in range(first, last):
         row, scales = table.maps[b], probes.scales[b]
         probes.tops[b] = measure(row, of(table.visibility, b), scales, probes.lengths[b])
-        whole = min(columns, row.shape[1])
+        locations = row.shape[1]
         for c in range(row.shape[0]):
-            for p in range(whole):
+            for p in range(locations):
                 probes.panels[b, c, p] = row[c, p] * scales[p]
-            probes.panels[b, c, whole:] = 0
-            for p in range(columns, row.shape[1]):
-                probes.rest[b, c, p - columns] = row[c, p] * scales[p]
+            probes.panels[b, c, locations:] = 0
         for block in range(probes.units.shape[0]):
             block_of(row, block, scales, probes.units[block, b])
 

@@ -3,6 +3,7 @@
 
 For each class: read its row once, for the lengths of its locations; for each probe that wants it, sims
 [Q, P] by tiles, and both maxima while the sims are in cache. The lengths multiply the sims, not the row.
+Where the processor multiplies faster in fixed point, float32 is left for what that cannot tell apart.
 
 P probe locations, Q class locations, C channels, K blocks of 32 channels.
 """
@@ -14,17 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin_trainer.matching.cpu.instructions import (
-    BLOCK,
-    FEW_VECTORS,
-    LANES,
-    LINE,
-    MOST_VECTORS,
-    ROWS,
-    STEPS,
-    product_tile,
-    row_maximum,
-)
+from nearkin_trainer.matching.cpu.fixed import FAINT, find, fix, fixed_room
+from nearkin_trainer.matching.cpu.instructions import BLOCK, LANES, STEPS, row_maximum
 from nearkin_trainer.matching.cpu.layout import (
     Floats,
     Pairs,
@@ -35,9 +27,11 @@ from nearkin_trainer.matching.cpu.layout import (
     lines,
     measure,
     of,
-    pace,
     strict,
 )
+from nearkin_trainer.matching.cpu.tiles import products, rest_products
+
+MOST_PATIENCE = 63  # pairs that go by tiles after one that fixed point could not tell apart
 
 
 class Found(NamedTuple):
@@ -75,79 +69,6 @@ def _room(locations: int, columns: int, rest: int) -> Sims:
         lines(1, columns + rest)[0],
         lines(1, columns + rest)[0].view(np.int32),
     )
-
-
-@compiled
-def _parts(total: int, size: int) -> int:
-    return (total + size - 1) // size
-
-
-@compiled
-def _cut(total: int, parts: int, index: int) -> int:
-    """Where part `index` begins of parts that differ by one at most."""
-    return total * index // parts
-
-
-@compiled
-def _products(row: Floats, panel: Floats, sims: Floats, channel: int, steps: int, ahead: int) -> None:
-    """Add some channels to sims [Q, columns] of a class [C, Q] and a panel [C, columns].
-
-    Those of the class at `ahead` are fetched.
-    """
-    locations, vectors = row.shape[1], panel.shape[1] // LANES
-    a, b = row.ctypes.data + channel * row.strides[0], panel.ctypes.data + channel * panel.strides[0]
-    ahead += channel * row.strides[0]
-    high, wide = _parts(locations, ROWS), _parts(vectors, MOST_VECTORS)
-    fetched = pace(steps * row.strides[0], steps * high * wide)
-    for column in range(wide):
-        first, end = _cut(vectors, wide, column), _cut(vectors, wide, column + 1)
-        for part in range(high):
-            q = _cut(locations, high, part)
-            product_tile(
-                _cut(locations, high, part + 1) - q,
-                end - first,
-                a + 4 * q,
-                row.strides[0],
-                b + first * LINE,
-                panel.strides[0],
-                (end - first - 1) * LINE,
-                steps,
-                sims.ctypes.data + q * sims.strides[0] + first * LINE,
-                sims.strides[0],
-                channel == 0,
-                ahead,
-                fetched,
-            )
-            ahead += fetched * steps
-
-
-@compiled
-def _rest_products(row: Floats, rest: Floats, sims: Floats, channel: int, steps: int) -> None:
-    """Add some channels to sims [P − columns, Q] of the locations that are not in the panel; Q ≥ 16."""
-    locations, count = row.shape[1], rest.shape[1]
-    a, b = rest.ctypes.data + channel * rest.strides[0], row.ctypes.data + channel * row.strides[0]
-    vectors = _parts(locations, LANES)
-    wide = _parts(vectors, FEW_VECTORS[count - 1])
-    for column in range(wide):
-        # The last tile has two vectors at least if there are two: none overlaps another tile's, which
-        # would add to its sims again.
-        first, end = _cut(vectors, wide, column), _cut(vectors, wide, column + 1)
-        start = first * LANES
-        product_tile(
-            count,
-            end - first,
-            a,
-            rest.strides[0],
-            b + 4 * start,
-            row.strides[0],
-            4 * (min(end * LANES, locations) - LANES - start),
-            steps,
-            sims.ctypes.data + 4 * start,
-            sims.strides[0],
-            channel == 0,
-            b,
-            0,
-        )
 
 
 @compiled
@@ -233,30 +154,59 @@ def _strictly(
 
 
 @compiled
+def _by_tiles(
+    room: Sims,
+    row: Floats,
+    scales: Floats,
+    panel: Floats,
+    valid: int,
+    ahead: int,
+    maxima: Floats,
+    where: Places,
+    dots: Floats,
+) -> None:
+    columns, rest = room.sims.shape[1], room.rest.shape[0]
+    for channel in range(0, row.shape[0], STEPS):
+        steps, size = min(STEPS, row.shape[0] - channel), row.strides[0]
+        products(False, row, panel, columns, room.sims, channel, steps, ahead + channel * size, steps * size)
+        if rest:
+            rest_products(False, row, panel, columns, room.rest, channel, steps)
+    _highest(room, scales, valid)
+    if rest:
+        _highest_of_rest(room, scales)
+    _write(room, maxima, where, dots)
+
+
+@compiled
 def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
     """Find the maxima for the classes visits[first:last]."""
-    probe_locations, locations = probes.units.shape[2], table.maps.shape[2]
-    columns = probes.panels.shape[2]
-    room = _room(locations, columns, max(probe_locations - columns, 0))
-    valid = _valid(probe_locations, columns)
+    probe_locations, (channels, locations) = probes.units.shape[2], table.maps.shape[1:]
+    columns, rest = probes.columns, max(probe_locations - probes.columns, 0)
+    room, valid = _room(locations, columns, rest), _valid(probe_locations, columns)
+    fixed, fixes = fixed_room(channels, locations, columns, rest), probes.fixed.shape[0] > 0
+    pause, patience = 0, 0
     for visit in range(first, last):
         u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
         row, scales = table.maps[pairs.ids[u]], found.scales[u]
         ahead = table.maps[pairs.ids[following]].ctypes.data
         top = measure(row, of(table.visibility, u), scales, found.lengths[u])
+        is_fixed = False
         for pair in pairs.pairs[pairs.starts[u] : pairs.starts[u + 1]]:
             b = pair // pairs.candidates
             maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
-            if np.isfinite(top) and np.isfinite(probes.tops[b]):
-                panel, rest = probes.panels[b], probes.rest[b]
-                for channel in range(0, row.shape[0], STEPS):
-                    steps = min(STEPS, row.shape[0] - channel)
-                    _products(row, panel, room.sims, channel, steps, ahead)
-                    if probe_locations > columns:
-                        _rest_products(row, rest, room.rest, channel, steps)
-                _highest(room, scales, valid)
-                if probe_locations > columns:
-                    _highest_of_rest(room, scales)
-                _write(room, maxima, where, dots)
-            else:
+            if not (np.isfinite(top) and np.isfinite(probes.tops[b])):
                 _strictly(row, probes.units[:, b], scales, maxima, where, dots)
+                continue
+            if fixes and not pause and top >= FAINT and probes.tops[b] >= FAINT:
+                if not is_fixed:
+                    fix(row, scales, top, fixed.factors, fixed.row)
+                    is_fixed = True
+                if find(fixed, row, scales, probes.panels[b], probes.fixed[b], ahead, maxima, where, dots):
+                    patience = 0
+                    continue
+                # Where locations are all alike, the next pairs are spared what would be in vain.
+                patience = min(2 * patience + 1, MOST_PATIENCE)
+                pause = patience
+            else:
+                pause = max(pause - 1, 0)
+            _by_tiles(room, row, scales, probes.panels[b], valid, ahead, maxima, where, dots)
