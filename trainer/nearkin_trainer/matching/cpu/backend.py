@@ -36,7 +36,8 @@ MOST_THREADS = 32  # each sums its own probe gradients in the backward pass
 PIECES = 8  # of forward for each thread
 FIXED_CHANNELS = 128  # at least, for products in fixed point
 CLASS_WORK = 2  # of backward for a class, where a pair of maps is 1
-DETAIL = f", products in float32{', found by int16' if HAS_VNNI else ''} ({PROCESSOR})"
+_FOUND = ", found by int16" if HAS_VNNI else ""
+DETAIL = f", products in float32{_FOUND} ({PROCESSOR})"
 
 
 def location_maxima_cpu(request: Request) -> Tensor:
