@@ -28,7 +28,7 @@ from nearkin_trainer.matching.cpu.fixed_instructions import (
     reach_each,
 )
 from nearkin_trainer.matching.cpu.instructions import LANES
-from nearkin_trainer.matching.cpu.layout import Floats, Places, Probes, Table, compiled, lines
+from nearkin_trainer.matching.cpu.layout import Floats, Places, Probes, Table, compiled, lines, strict
 from nearkin_trainer.matching.cpu.tiles import products, rest_products
 
 UTMOST = 32766.0
@@ -126,7 +126,7 @@ def fix_probes(first: int, last: int, maps: Table, probes: Probes) -> None:
             fix(maps.maps[b], probes.scales[b], probes.tops[b], factors, probes.fixed[b])
 
 
-@compiled
+@strict
 def find(
     fixed: Fixed,
     row: Floats,
@@ -144,9 +144,9 @@ def find(
     """
     channels, locations = row.shape
     pairs, size = fixed.row.shape[0], channels * row.strides[0]
-    products(True, fixed.row[:, :locations], fixed_panel, fixed.columns, fixed.sims, 0, pairs, ahead, size)
+    products(fixed.row[:, :locations], fixed_panel, fixed.columns, fixed.sims, 0, pairs, ahead, size)
     if fixed.rest.shape[0]:
-        rest_products(True, fixed.row, fixed_panel, fixed.columns, fixed.rest, 0, pairs)
+        rest_products(fixed.row, fixed_panel, fixed.columns, fixed.rest, 0, pairs)
     count = _candidates(fixed, maxima.shape[0] - locations)
     count = _arrange(fixed, maxima.shape[0] - locations, locations, count)
     if count > LISTED:
@@ -172,8 +172,8 @@ def _candidates(fixed: Fixed, probe_locations: int) -> int:
         for q in range(locations):
             sims[q, p] = fixed.rest[p - fixed.columns, q]
     raise_tops(sims.ctypes.data, locations, fixed.row_tops.ctypes.data, tops.ctypes.data)
-    tops[:probe_locations] -= fixed.window
-    tops[probe_locations:] = HIGHEST
+    for p in range(MOST):
+        tops[p] = tops[p] - fixed.window if p < probe_locations else HIGHEST
     seen, count = 0, 0
     for q in range(locations):
         address = sims.ctypes.data + q * sims.strides[0]
@@ -235,7 +235,8 @@ def _measure(fixed: Fixed, count: int, row: Floats, panel: Floats, probe_locatio
     for i in range(count):
         lanes[0, i] = fixed.listed[0, i]
         lanes[1, i] = _lane(fixed.listed[1, i], locations)
-    lanes[:, count:] = 0
+    for i in range(count, LISTED):
+        lanes[0, i], lanes[1, i] = 0, 0
     for i in range(LANES):
         places[end + i], places[end + LANES + i] = lanes[0, i], lanes[1, i]
     fixed.sums[:] = 0

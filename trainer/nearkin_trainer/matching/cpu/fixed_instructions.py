@@ -38,7 +38,7 @@ from nearkin_trainer.matching.cpu.instructions import (
 )
 
 MOST = 4 * LANES  # locations of a map
-I32x64 = ir.VectorType(I32, MOST)
+_PARTS = range(0, MOST, LANES)
 _VECTORS = (3, 4) if HAS_VNNI else ()  # whole vectors of a map; elsewhere these are never called
 _ROUNDS = 1.5 * 2**23  # float32 of this size are integers, with those near it in their lowest bits
 
@@ -126,9 +126,7 @@ def reach(typing: Any, values: Any, limit: Any) -> Any:
     """Bit i of the result: the i-th of 64 int32 is `limit` or more."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        limits = splat(builder, arguments[1], I32x64)
-        values = load(builder, arguments[0], 0, I32x64)
-        return builder.bitcast(builder.icmp_signed(">=", values, limits), I64)
+        return _reached(builder, arguments[0], [splat(builder, arguments[1], I32x16)] * len(_PARTS))
 
     return types.int64(types.int64, types.int32), codegen
 
@@ -138,10 +136,19 @@ def reach_each(typing: Any, values: Any, limits: Any) -> Any:
     """Bit i of the result: the i-th of 64 int32 is the i-th limit or more."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        values, limits = (load(builder, address, 0, I32x64) for address in arguments)
-        return builder.bitcast(builder.icmp_signed(">=", values, limits), I64)
+        limits = [load(builder, arguments[1], 4 * part, I32x16) for part in _PARTS]
+        return _reached(builder, arguments[0], limits)
 
     return types.int64(types.int64, types.int64), codegen
+
+
+def _reached(builder: Any, values: Any, limits: list[Any]) -> Any:
+    mask = ir.Constant(I64, 0)
+    for part, limit in zip(_PARTS, limits, strict=True):
+        some = builder.icmp_signed(">=", load(builder, values, 4 * part, I32x16), limit)
+        bits = builder.zext(builder.bitcast(some, I16), I64)
+        mask = builder.or_(mask, builder.shl(bits, ir.Constant(I64, part)))
+    return mask
 
 
 @intrinsic

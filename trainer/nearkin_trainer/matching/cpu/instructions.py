@@ -39,6 +39,13 @@ MOST_VECTORS = 3 if HAS_AVX512 else 1
 # A tile of few rows takes more vectors: how many one of 1, 2, … rows takes.
 FEW_VECTORS = (4, 4, 4, 4) if HAS_AVX512 else (4, 3, 2)
 FEW_ROWS = len(FEW_VECTORS)
+_TILES = [
+    (rows, vectors)
+    for rows in range(1, ROWS + 1)
+    for vectors in range(1, (FEW_VECTORS[rows - 1] if rows <= FEW_ROWS else MOST_VECTORS) + 1)
+]
+# In fixed point, maps have 48 to 52 or 64 locations. What is never called takes time to compile.
+_FIXED_TILES = [(7, 2), (7, 3), (8, 2), (8, 3), (1, 4), (2, 4), (3, 4), (4, 4)] if HAS_VNNI else []
 # Channels that all tiles of a pair of maps go through at a time. Where a tile is small, it needs so much
 # of the maps for each product that they have to lie in the innermost cache.
 STEPS = 1 << 15 if HAS_AVX512 else 64
@@ -168,7 +175,7 @@ def _tile_function(module: Any, rows: int, vectors: int, kind: Any) -> Any:
 @intrinsic
 def product_tile(
     typing: Any,
-    fixed: Any,
+    kind: Any,
     rows: Any,
     vectors: Any,
     a: Any,
@@ -191,19 +198,14 @@ def product_tile(
     `pace` bytes at each step.
     """
 
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        fixed, rows, vectors, *rest = values
+    def codegen(_context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _, rows, vectors, *rest = values
         chosen = builder.add(builder.mul(rows, ir.Constant(I64, 8)), vectors)
-        chosen = builder.add(builder.mul(builder.zext(fixed, I64), ir.Constant(I64, 128)), chosen)
-        functions = {
-            128 * number + 8 * r + v: _tile_function(builder.module, r, v, kind)
-            for number, kind in enumerate((F32x16, I32x16) if HAS_VNNI else (F32x16,))
-            for r in range(1, ROWS + 1)
-            for v in range(1, (FEW_VECTORS[r - 1] if r <= FEW_ROWS else MOST_VECTORS) + 1)
-        }
+        kind, sizes = (F32x16, _TILES) if signature.args[0] == types.float32 else (I32x16, _FIXED_TILES)
+        functions = {8 * r + v: _tile_function(builder.module, r, v, kind) for r, v in sizes}
         return call_one(builder, chosen, functions, rest)
 
-    return types.int64(types.boolean, *[types.int64] * 13), codegen
+    return types.int64(kind, *[types.int64] * 13), codegen
 
 
 @intrinsic

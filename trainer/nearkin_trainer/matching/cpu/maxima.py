@@ -154,30 +154,6 @@ def _strictly(
 
 
 @compiled
-def _by_tiles(
-    room: Sims,
-    row: Floats,
-    scales: Floats,
-    panel: Floats,
-    valid: int,
-    ahead: int,
-    maxima: Floats,
-    where: Places,
-    dots: Floats,
-) -> None:
-    columns, rest = room.sims.shape[1], room.rest.shape[0]
-    for channel in range(0, row.shape[0], STEPS):
-        steps, size = min(STEPS, row.shape[0] - channel), row.strides[0]
-        products(False, row, panel, columns, room.sims, channel, steps, ahead + channel * size, steps * size)
-        if rest:
-            rest_products(False, row, panel, columns, room.rest, channel, steps)
-    _highest(room, scales, valid)
-    if rest:
-        _highest_of_rest(room, scales)
-    _write(room, maxima, where, dots)
-
-
-@compiled
 def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, found: Found) -> None:
     """Find the maxima for the classes visits[first:last]."""
     probe_locations, (channels, locations) = probes.units.shape[2], table.maps.shape[1:]
@@ -209,4 +185,13 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
                 pause = patience
             else:
                 pause = max(pause - 1, 0)
-            _by_tiles(room, row, scales, probes.panels[b], valid, ahead, maxima, where, dots)
+            panel, size = probes.panels[b], row.strides[0]
+            for c in range(0, channels, STEPS):
+                steps = min(STEPS, channels - c)
+                products(row, panel, columns, room.sims, c, steps, ahead + c * size, steps * size)
+                if rest:
+                    rest_products(row, panel, columns, room.rest, c, steps)
+            _highest(room, scales, valid)
+            if rest:
+                _highest_of_rest(room, scales)
+            _write(room, maxima, where, dots)

@@ -39,7 +39,6 @@ def _cut(total: int, parts: int, index: int) -> int:
 
 @compiled
 def products(
-    fixed: bool,
     row: Numbers,
     panel: Numbers,
     columns: int,
@@ -62,7 +61,7 @@ def products(
         for part in range(high):
             q = _cut(locations, high, part)
             product_tile(
-                fixed,
+                sims[0, 0],
                 _cut(locations, high, part + 1) - q,
                 end - first,
                 a + 4 * q,
@@ -82,7 +81,7 @@ def products(
 
 @compiled
 def rest_products(
-    fixed: bool, row: Numbers, panel: Numbers, columns: int, sims: Numbers, channel: int, steps: int
+    row: Numbers, panel: Numbers, columns: int, sims: Numbers, channel: int, steps: int
 ) -> None:
     """Add some rows to sims [P − columns, Q] of the probe's locations beyond the columns; Q ≥ 16."""
     locations, count = row.shape[1], sims.shape[0]
@@ -96,7 +95,7 @@ def rest_products(
         first, end = _cut(vectors, wide, column), _cut(vectors, wide, column + 1)
         start = first * LANES
         product_tile(
-            fixed,
+            sims[0, 0],
             count,
             end - first,
             a,
