@@ -186,7 +186,7 @@ def _prepare(plan: Plan, maps: Table, class_locations: int) -> Probes:
         _lines(count, channels, width),
         columns,
         _lines(count if fixed else 0, -(-channels // 2), MOST).view(np.int32),
-        _lines(-(-channels // BLOCK), count, locations, BLOCK),
+        _lines(count, -(-channels // BLOCK), locations, BLOCK),
         np.empty((count, locations), np.float32),
         np.empty((count, locations), np.float32),
         np.empty(count, np.float32),

@@ -48,7 +48,7 @@ class Given(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Gradients to fill: units [K, B, P, 32] of one thread, rows [U, C, Q] (or none), visibility [U, Q]."""
+    """Gradients to fill: units [B, K, P, 32] of one thread, rows [U, C, Q] (or none), visibility [U, Q]."""
 
     units: Floats
     rows: Floats
@@ -253,12 +253,10 @@ def backward(
 ) -> None:
     """Gradients for the classes visits[first:last]."""
     channels, locations = table.maps.shape[1:]
-    count, batch, probe_locations = probes.units.shape[:3]
+    batch, count, probe_locations = probes.units.shape[:3]
     tall, gradients = lines(locations, BLOCK), lines(locations, BLOCK)
     factors = np.empty(locations, np.float32)
-    # One is filled while the other is written.
-    done = lines(BLOCK, locations), lines(BLOCK, locations)
-    turn, behind = 0, Copy(0, 0, 0)
+    done, behind = lines(BLOCK, locations), Copy(0, 0, 0)
     links = _room(pairs, first, last, given.where.shape[1])
     rows = wanted.rows.shape[0] > 0
     span = max(CACHED // (2 * 4 * BLOCK * batch * probe_locations), 1)
@@ -282,8 +280,8 @@ def backward(
                     _exchanged(
                         slot,
                         links,
-                        probes.units[block, b],
-                        wanted.units[block, b],
+                        probes.units[b, block],
+                        wanted.units[b, block],
                         tall,
                         gradients,
                         _part_ahead(table.maps[pairs.ids[following]], block, slot, mine.shape[0]),
@@ -293,8 +291,7 @@ def backward(
                     if count == 1:
                         _factors_in(gradients, tall, given.lengths[u], factors)
                     c = block * BLOCK
-                    some = done[turn][: min(BLOCK, channels - c)]
-                    turn = 1 - turn
+                    some = done[: min(BLOCK, channels - c)]
                     _through_length(gradients, scales, factors, row[c : c + some.shape[0]], some)
                     behind = _begin_copy(some, wanted.rows[u, c : c + some.shape[0]])
     _finish_copy(behind, 0)
@@ -310,18 +307,18 @@ def finish(
     map_gradients: Floats,
     visibility_gradients: Floats,
 ) -> None:
-    """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, K, B, P, 32]."""
+    """Gradients [B, C, P] and [B, P] of the probes, from those of their units [threads, B, K, P, 32]."""
     channels, locations = table.maps.shape[1:]
     tall, ones = lines(locations, BLOCK), np.ones(locations, np.float32)
     factors = np.empty(locations, np.float32)
     for b in range(first, last):
         row, lengths, along = table.maps[b], probes.lengths[b], visibility_gradients[b]
         along[:] = 0
-        for block in range(unit_gradients.shape[1]):
-            total = unit_gradients[0, block, b]
+        for block in range(unit_gradients.shape[2]):
+            total = unit_gradients[0, b, block]
             # In order, so that the same threads give the same bits.
             for thread in range(1, unit_gradients.shape[0]):
-                total += unit_gradients[thread, block, b]
+                total += unit_gradients[thread, b, block]
             block_of(row, block, ones, tall)
             for p in range(locations):
                 for c in range(BLOCK):
@@ -329,8 +326,8 @@ def finish(
         for p in range(locations):
             along[p] /= max(lengths[p], EPSILON)
         _factors(along, lengths, probes.scales[b], factors)
-        for block in range(unit_gradients.shape[1]):
+        for block in range(unit_gradients.shape[2]):
             c = block * BLOCK
             target = map_gradients[b, c : min(c + BLOCK, channels)]
             some = row[c : c + target.shape[0]]
-            _through_length(unit_gradients[0, block, b], probes.scales[b], factors, some, target)
+            _through_length(unit_gradients[0, b, block], probes.scales[b], factors, some, target)

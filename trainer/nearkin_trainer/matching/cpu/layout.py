@@ -73,7 +73,7 @@ class Probes(NamedTuple):
     panels: [B, C, ≥ P], whole vectors, zeros beyond P. columns: how many of P are multiplied by vectors, as
     the few others would leave most of one more vector empty.
     fixed: int32 [B, C / 2, 64], the units in fixed point, see `fix_pairs`; or [0, …].
-    units: [K, B, P, 32]. scales: [B, P], visibility / length. lengths: [B, P].
+    units: [B, K, P, 32]. scales: [B, P], visibility / length. lengths: [B, P].
     tops: [B], the top |visibility|, or NaN where something is not finite.
     """
 
@@ -190,8 +190,8 @@ def prepare(first: int, last: int, table: Table, probes: Probes) -> None:
             for p in range(locations):
                 probes.panels[b, c, p] = row[c, p] * scales[p]
             probes.panels[b, c, locations:] = 0
-        for block in range(probes.units.shape[0]):
-            block_of(row, block, scales, probes.units[block, b])
+        for block in range(probes.units.shape[1]):
+            block_of(row, block, scales, probes.units[b, block])
 
 
 @compiled

@@ -171,7 +171,7 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
             b = pair // pairs.candidates
             maxima, where, dots = found.maxima[pair], found.where[pair], found.dots[pair]
             if not (np.isfinite(top) and np.isfinite(probes.tops[b])):
-                _strictly(row, probes.units[:, b], scales, maxima, where, dots)
+                _strictly(row, probes.units[b], scales, maxima, where, dots)
                 continue
             if fixes and not pause and top >= FAINT and probes.tops[b] >= FAINT:
                 if not is_fixed:
