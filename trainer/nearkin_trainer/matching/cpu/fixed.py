@@ -33,7 +33,7 @@ from nearkin_trainer.matching.cpu.tiles import products, rest_products
 
 UTMOST = 32766.0
 FAINT = np.float32(1e-6)  # visibilities below which factors might not be normal numbers
-LISTED = 64  # candidates beside the first of each row and column
+LISTED = 32  # candidates beside the first of each row and column
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
 Ints = NDArray[np.int32]
@@ -148,6 +148,8 @@ def find(
     if fixed.rest.shape[0]:
         rest_products(fixed.row, fixed_panel, fixed.columns, fixed.rest, 0, pairs)
     count = _candidates(fixed, maxima.shape[0] - locations)
+    if count > LISTED:
+        return False
     count = _arrange(fixed, maxima.shape[0] - locations, locations, count)
     if count > LISTED:
         return False
@@ -193,6 +195,8 @@ def _candidates(fixed: Fixed, probe_locations: int) -> int:
         while again:
             count = _listed(fixed, count, first_bit(again), q)
             again &= again - 1
+        if count > LISTED:
+            break
     return count
 
 

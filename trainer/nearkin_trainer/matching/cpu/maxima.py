@@ -178,10 +178,10 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
                     fix(row, scales, top, fixed.factors, fixed.row)
                     is_fixed = True
                 if find(fixed, row, scales, probes.panels[b], probes.fixed[b], ahead, maxima, where, dots):
-                    patience = 0
+                    patience //= 4
                     continue
                 # Where locations are all alike, the next pairs are spared what would be in vain.
-                patience = min(2 * patience + 1, MOST_PATIENCE)
+                patience = min(4 * patience + 3, MOST_PATIENCE)
                 pause = patience
             else:
                 pause = max(pause - 1, 0)
