@@ -45,7 +45,7 @@ def generic_handler(
     behaviours: Sequence[object],
     count_error: CountError,
     most_idle_seconds: float,
-    admit: Callable[[], None] = lambda: None,
+    admit: Callable[[], None],
 ) -> grpc.GenericRpcHandler:
     """Serves nearkin.v1.NeighbourService: each method is the one of that name in one of `behaviours`.
 

@@ -319,16 +319,17 @@ def test_a_penalty_on_gradients_is_refused_and_not_forgotten(backend: str, of: s
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
     from nearkin_trainer.matching import operation
-    from nearkin_trainer.matching.cpu.backend import DETAIL
+    from nearkin_trainer.matching.cpu.instructions import HAS_VNNI, PROCESSOR
 
     operation._log_once.cache_clear()
     case = random_case((5, 2, 2), (2, 2), (2, 2, 3))
+    found = ", of maps of 48 to 64 locations found by int16" if HAS_VNNI else ""
     with caplog.at_level(logging.INFO, logger="nearkin"):
         location_maxima(case.probes, case.classes, case.candidates)
         location_maxima(case.probes.double(), case.classes.double(), case.candidates)
         location_maxima(case.probes, case.classes, case.candidates)
     assert [record.getMessage() for record in caplog.records] == [
-        f"location_maxima: backend cpu (tensors are on cpu{DETAIL})",
+        f"location_maxima: backend cpu (tensors are on cpu, products in float32{found} ({PROCESSOR}))",
         "location_maxima: backend plain ('cpu' computes in float32, not in float64)",
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,17 +27,17 @@ def found(case: Case) -> list[Tensor]:
     return [maxima.detach(), *gradients_of(maxima, case, inputs).values()]
 
 
-def assert_same_bits(case: Case) -> None:
+def with_and_without(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Of each result, what it is by products in fixed point and by those of float32."""
     fixed = found(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "FIXED_CHANNELS", 1 << 40)
-        floats = found(case)
-    for one, other in zip(fixed, floats, strict=True):
+        return list(zip(fixed, found(case), strict=True))
+
+
+def assert_same_bits(case: Case) -> None:
+    for one, other in with_and_without(case):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-def replaced(case: Case, probes: Tensor, classes: Tensor) -> Case:
-    return Case(probes, classes, case.candidates, case.weights, case.probe_visibility, case.class_visibility)
 
 
 @pytest.mark.parametrize("channels", [128, 255, 1024])
@@ -69,7 +71,7 @@ def test_locations_that_are_nearly_alike(
         chosen = torch.randperm(49, generator=generator)[:alike]
         changed[:, :, chosen] = one + noise * changed[:, :, chosen]
         maps.append((size * changed).view_as(given_maps))
-    assert_same_bits(replaced(case, *maps))
+    assert_same_bits(replace(case, probes=maps[0], classes=maps[1]))
 
 
 def test_maps_with_locations_of_zeros_and_infinity() -> None:
@@ -79,11 +81,7 @@ def test_maps_with_locations_of_zeros_and_infinity() -> None:
     probes[2, 5, 1, 1], classes[2, 7, 0, 0], classes[3, 0, 6, 6] = float("inf"), float("nan"), 3e19
     assert case.probe_visibility is not None
     case.probe_visibility[3], case.probe_visibility[4] = 0, 1e-20
-    fixed = found(replaced(case, probes, classes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "FIXED_CHANNELS", 1 << 40)
-        floats = found(replaced(case, probes, classes))
-    for one, other in zip(fixed, floats, strict=True):
+    for one, other in with_and_without(replace(case, probes=probes, classes=classes)):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -94,4 +92,4 @@ def test_extreme_elements() -> None:
     spikes[torch.arange(64) // 2, torch.arange(64)] = torch.where(torch.arange(64) % 3 == 0, -5.0, 5.0)
     probes = spikes.view(128, 8, 8).expand_as(case.probes).contiguous()
     classes = spikes.flip(1).reshape(128, 8, 8).expand_as(case.classes).contiguous()
-    assert_same_bits(replaced(case, probes, classes))
+    assert_same_bits(replace(case, probes=probes, classes=classes))

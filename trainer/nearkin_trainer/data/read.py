@@ -58,11 +58,10 @@ def _read(path: Path, validation_share: float) -> DataSet:
 def _require_files(data: DataSet) -> dict[Path, int]:
     """The size of each."""
     paths = {*data.train.paths, *data.query.paths, *data.gallery.paths}
-    sizes = {path: _size(path) for path in paths}
-    missing = sorted(path for path, size in sizes.items() if size is None)
-    if missing:
+    sizes = {path: size for path in paths if (size := _size(path)) is not None}
+    if missing := sorted(paths - sizes.keys()):
         raise ValueError(f"{len(missing)} of {len(paths)} images do not exist: {_some(missing)}")
-    return {path: size or 0 for path, size in sizes.items()}
+    return sizes
 
 
 def _judge_repeated(data: DataSet) -> None:

@@ -28,6 +28,7 @@ from nearkin_trainer.matching.cpu.instructions import (
     intrinsic,
     load,
     multiply_add,
+    new_function,
     pointer,
     prefetch,
     splat,
@@ -73,9 +74,7 @@ def _exchange_function(module: Any) -> Any:
     name = "nearkin_exchange"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 12), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = new_function(module, name, 12)
     links, places, weights, a, b, a_gradient, b_gradient, ahead, pace, source, target, lines = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     with cgutils.for_range(builder, links) as loop:

@@ -22,7 +22,6 @@ from nearkin_trainer.matching.cpu.fixed_instructions import (
     chosen_sums,
     first_bit,
     fix_pairs,
-    listed_sums,
     raise_tops,
     reach,
     reach_each,
@@ -33,7 +32,7 @@ from nearkin_trainer.matching.cpu.tiles import products, rest_products
 
 UTMOST = 32766.0
 FAINT = np.float32(1e-6)  # visibilities below which factors might not be normal numbers
-LISTED = 32  # candidates beside the first of each row and column
+LISTED = 2 * LANES  # candidates beside the first of each row and column, at most
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
 Ints = NDArray[np.int32]
@@ -46,8 +45,8 @@ class Fixed(NamedTuple):
     sims: [Q, 64]. rest: [P − columns, 64], sims of the probe's few locations beyond the columns.
     window: how far below the highest of these sims the highest of float32 may be.
     row_tops, row_places: [Q], column_tops, column_places: [64], the highest sims and the first candidates; −1
-    where these are among the listed. listed: [2, LISTED], the p and q of candidates; lanes: where they are in
-    the vectors of a channel. places, sums: of all that is measured, see `chosen_sums`.
+    where these are among the listed. listed: [2, LISTED], the p and q of candidates. places, sums: of all
+    that is measured, see `chosen_sums`; of listed pairs 16 by 16.
     """
 
     row: Ints
@@ -61,14 +60,13 @@ class Fixed(NamedTuple):
     column_tops: Ints
     column_places: Ints
     listed: Ints
-    lanes: Ints
     places: Ints
     sums: Floats
 
 
 @compiled
 def fixed_room(channels: int, locations: int, columns: int, rest: int) -> Fixed:
-    """An uninitialised one."""
+    """Uninitialised, but for sims that no location has, which are the lowest."""
     sims = lines(locations, MOST).view(np.int32)
     sims[:] = LOWEST
     return Fixed(
@@ -83,8 +81,7 @@ def fixed_room(channels: int, locations: int, columns: int, rest: int) -> Fixed:
         np.empty(MOST, np.int32),
         np.empty(MOST, np.int32),
         np.empty((2, LISTED), np.int32),
-        np.empty((2, LISTED), np.int32),
-        np.empty(2 * MOST + 2 * LANES, np.int32),
+        np.empty(2 * MOST + 2 * LISTED, np.int32),
         np.empty(2 * MOST + LISTED, np.float32),
     )
 
@@ -234,43 +231,27 @@ def _lane(location: int, locations: int) -> int:
 def _measure(fixed: Fixed, count: int, row: Floats, panel: Floats, probe_locations: int) -> None:
     channels, locations = row.shape
     vectors, others = probe_locations // LANES, locations // LANES
-    columns, places, lanes = vectors * LANES, fixed.places, fixed.lanes
+    columns, places = vectors * LANES, fixed.places
     end = columns + others * LANES
-    for i in range(count):
-        lanes[0, i] = fixed.listed[0, i]
-        lanes[1, i] = _lane(fixed.listed[1, i], locations)
-    for i in range(count, LISTED):
-        lanes[0, i], lanes[1, i] = 0, 0
-    for i in range(LANES):
-        places[end + i], places[end + LANES + i] = lanes[0, i], lanes[1, i]
+    for i in range(LISTED):
+        at = end + 2 * (i - i % LANES) + i % LANES
+        places[at] = fixed.listed[0, i] if i < count else 0
+        places[at + LANES] = _lane(fixed.listed[1, i], locations) if i < count else 0
     fixed.sums[:] = 0
-    chosen_sums(
-        vectors,
-        others,
-        panel.ctypes.data,
-        panel.strides[0],
-        4 * columns,
-        row.ctypes.data,
-        row.strides[0],
-        4 * (locations - LANES),
-        places.ctypes.data,
-        channels,
-        fixed.sums.ctypes.data,
-    )
-    for group in range(LANES, count, LANES):
-        listed_sums(
+    for group in range(0, max(count, 1), LANES):
+        chosen_sums(
+            group > 0,
             vectors,
             others,
             panel.ctypes.data,
             panel.strides[0],
             4 * columns,
-            lanes[0].ctypes.data + 4 * group,
             row.ctypes.data,
             row.strides[0],
             4 * (locations - LANES),
-            lanes[1].ctypes.data + 4 * group,
+            places.ctypes.data + 4 * (end + 2 * group if group else 0),
             channels,
-            fixed.sums.ctypes.data + 4 * (end + group),
+            fixed.sums.ctypes.data + 4 * (end + group if group else 0),
         )
 
 

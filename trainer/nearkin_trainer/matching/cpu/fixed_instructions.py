@@ -6,13 +6,11 @@ fix_pairs          float32 rows as pairs of int16
 raise_tops         the highest of each row and column of int32
 reach, reach_each  which of 64 int32 reach a limit, or that of their own column
 first_bit          the lowest bit that is set
-chosen_sums        products of locations in float32, each with one chosen of the other map
-listed_sums        products of chosen pairs
+chosen_sums        products in float32, of locations with chosen ones of the other map and of chosen pairs
 """
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -32,6 +30,7 @@ from nearkin_trainer.matching.cpu.instructions import (
     intrinsic,
     load,
     multiply_add,
+    new_function,
     pointer,
     splat,
     store,
@@ -41,13 +40,6 @@ MOST = 4 * LANES  # locations of a map
 _PARTS = range(0, MOST, LANES)
 _VECTORS = (3, 4) if HAS_VNNI else ()  # whole vectors of a map; elsewhere these are never called
 _ROUNDS = 1.5 * 2**23  # float32 of this size are integers, with those near it in their lowest bits
-
-
-def _function(module: Any, name: str, arguments: int) -> Any:
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    return function
 
 
 @intrinsic
@@ -72,7 +64,7 @@ def _fix_function(module: Any, vectors: int) -> Any:
     name = f"nearkin_fix_{vectors}"
     if name in module.globals:
         return module.globals[name]
-    function = _function(module, name, 6)
+    function = new_function(module, name, 6)
     tail, row, stride, channels, scales, out = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     mask = builder.bitcast(builder.trunc(tail, I16), ir.VectorType(I1, LANES))
@@ -166,7 +158,7 @@ def _tops_function(module: Any) -> Any:
     name = "nearkin_tops"
     if name in module.globals:
         return module.globals[name]
-    function = _function(module, name, 4)
+    function = new_function(module, name, 4)
     sims, rows, row_tops, column_tops = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     larger = declared(builder, "llvm.smax.v16i32", I32x16, [I32x16] * 2)
@@ -226,6 +218,7 @@ class _Chosen:
 @intrinsic
 def chosen_sums(
     typing: Any,
+    only_pairs: Any,
     vectors: Any,
     others: Any,
     a: Any,
@@ -241,35 +234,41 @@ def chosen_sums(
     """Products of a's locations with chosen ones of b, of b's with chosen ones of a, and of 16 chosen pairs.
 
     out[i] += sum over steps, in order. Of a there are 3 whole vectors and one more, `a_tail` bytes from
-    the first, for pairs, or 4; so of b. places: int32, where the others are.
+    the first, for pairs, or 4; so of b. places: int32, where the others are, and where the pairs are in a
+    and in b. If `only_pairs`, of these alone.
     """
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        vectors, others, *rest = values
+        only_pairs, vectors, others, *rest = values
         number = builder.add(builder.mul(vectors, ir.Constant(I64, 8)), others)
-        functions = {8 * v + o: _chosen_function(builder.module, v, o) for v in _VECTORS for o in _VECTORS}
+        number = builder.add(builder.mul(builder.zext(only_pairs, I64), ir.Constant(I64, 64)), number)
+        functions = {
+            64 * alone + 8 * v + o: _chosen_function(builder.module, v, o, alone)
+            for v in _VECTORS
+            for o in _VECTORS
+            for alone in (False, True)
+        }
         return call_one(builder, number, functions, rest)
 
-    return types.int64(*[types.int64] * 11), codegen
+    return types.int64(types.boolean, *[types.int64] * 11), codegen
 
 
-def _chosen_function(module: Any, vectors: int, others: int) -> Any:
-    name = f"nearkin_chosen_{vectors}_{others}"
+def _chosen_function(module: Any, vectors: int, others: int, only_pairs: bool) -> Any:
+    name = f"nearkin_chosen_{vectors}_{others}" + ("_pairs" if only_pairs else "")
     if name in module.globals:
         return module.globals[name]
-    function = _function(module, name, 9)
+    function = new_function(module, name, 9)
     a, a_stride, a_tail, b, b_stride, b_tail, places, steps, out = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    count = vectors + others
+    count = 0 if only_pairs else vectors + others
     chosen = [_Chosen(builder, places, number) for number in range(count + 2)]
     sides = _Side(builder, vectors, a, a_stride, a_tail), _Side(builder, others, b, b_stride, b_tail)
 
     def products(step: Any, totals: list[Any]) -> list[Any]:
         (one, one_tail), (other, other_tail) = (side.load(step) for side in sides)
         tables = [other] * vectors + [one] * others
-        pairs = [
-            (whole, place.of(table)) for whole, place, table in zip(one + other, chosen, tables, strict=False)
-        ]
+        wholes = zip(one + other, chosen[:count], tables, strict=False)
+        pairs = [(whole, place.of(table)) for whole, place, table in wholes]
         pairs.append((chosen[count].of(one + one_tail), chosen[count + 1].of(other + other_tail)))
         return [multiply_add(builder, *pair, total) for pair, total in zip(pairs, totals, strict=True)]
 
@@ -312,52 +311,3 @@ def _gone_through(builder: Any, function: Any, steps: Any, before: list[Any], ch
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
     builder.position_at_end(end)
     return changed
-
-
-@intrinsic
-def listed_sums(
-    typing: Any,
-    vectors: Any,
-    others: Any,
-    a: Any,
-    a_stride: Any,
-    a_tail: Any,
-    a_places: Any,
-    b: Any,
-    b_stride: Any,
-    b_tail: Any,
-    b_places: Any,
-    steps: Any,
-    out: Any,
-) -> Any:
-    """As `chosen_sums`, of 16 more chosen pairs."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        vectors, others, *rest = values
-        number = builder.add(builder.mul(vectors, ir.Constant(I64, 8)), others)
-        functions = {8 * v + o: _listed_function(builder.module, v, o) for v in _VECTORS for o in _VECTORS}
-        return call_one(builder, number, functions, rest)
-
-    return types.int64(*[types.int64] * 12), codegen
-
-
-def _listed_function(module: Any, vectors: int, others: int) -> Any:
-    name = f"nearkin_listed_{vectors}_{others}"
-    if name in module.globals:
-        return module.globals[name]
-    function = _function(module, name, 10)
-    a, a_stride, a_tail, a_places, b, b_stride, b_tail, b_places, steps, out = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    sides = (
-        (_Side(builder, vectors, a, a_stride, a_tail), _Chosen(builder, a_places, 0)),
-        (_Side(builder, others, b, b_stride, b_tail), _Chosen(builder, b_places, 0)),
-    )
-
-    def products(step: Any, totals: list[Any]) -> list[Any]:
-        one, other = (chosen.of(list(chain(*side.load(step)))) for side, chosen in sides)
-        return [multiply_add(builder, one, other, totals[0])]
-
-    before = [load(builder, out, 0, F32x16)]
-    store(builder, _gone_through(builder, function, steps, before, products)[0], out, 0)
-    builder.ret_void()
-    return function

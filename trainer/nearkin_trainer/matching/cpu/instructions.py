@@ -93,6 +93,14 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(function, [pointer(builder, address), read, near, data])
 
 
+def new_function(module: Any, name: str, arguments: int) -> Any:
+    """One that takes so many int64 and returns nothing; it is called and not written into its callers."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function
+
+
 def call_one(builder: Any, number: Any, functions: dict[int, Any], arguments: list[Any]) -> Any:
     """Calls the function of this number, which has to be one of theirs."""
     done = builder.append_basic_block("called")
@@ -131,9 +139,7 @@ def _tile_function(module: Any, rows: int, vectors: int, kind: Any) -> Any:
     name = f"nearkin_tile_{rows}x{vectors}_{kind.element}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = new_function(module, name, 11)
     a, a_stride, b, b_stride, last, steps, out, out_stride, begins, ahead, pace = function.args
     parts = ("entry", "resume", "loop", "end")
     entry, resume, loop, end = (function.append_basic_block(part) for part in parts)
@@ -224,9 +230,7 @@ def _squares_function(module: Any, vectors: int) -> Any:
     name = f"nearkin_squares_{vectors}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 5), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = new_function(module, name, 5)
     a, stride, last, steps, out = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     columns = _Columns(builder, vectors, last)

@@ -159,7 +159,8 @@ def forward(first: int, last: int, table: Table, pairs: Pairs, probes: Probes, f
     probe_locations, (channels, locations) = probes.units.shape[2], table.maps.shape[1:]
     columns, rest = probes.columns, max(probe_locations - probes.columns, 0)
     room, valid = _room(locations, columns, rest), _valid(probe_locations, columns)
-    fixed, fixes = fixed_room(channels, locations, columns, rest), probes.fixed.shape[0] > 0
+    fixes = probes.fixed.shape[0] > 0
+    fixed = fixed_room(channels, locations if fixes else 0, columns, rest)
     pause, patience = 0, 0
     for visit in range(first, last):
         u, following = pairs.visits[visit], pairs.visits[min(visit + 1, last - 1)]
